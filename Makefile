@@ -1,0 +1,60 @@
+# Two commands on a fresh machine with Python 3.11 and pip: `make serve`, `make test`.
+
+PORT ?= 8000
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+TORCH := torch==2.13.0
+# PyTorch's CPU wheels are a tenth of the size of the default ones; TORCH_INDEX= (empty) skips them.
+TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+export TOKENIZERS_PARALLELISM := false
+
+.PHONY: help env serve test test-full check format tiny schema bench clean
+
+help:            ## what can be made
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 12
+
+env: $(VENV)/.ready  ## the environment, from pinned constraints
+
+$(VENV)/.ready: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+	  || { echo "Python 3.11 or newer is needed: make $(MAKECMDGOALS) PYTHON=/path/to/python3.11"; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	@if $(BIN)/python -c 'import importlib.metadata as m, sys; sys.exit(m.version("torch").split("+")[0] != "2.13.0")' 2>/dev/null; then \
+	  echo "torch: already installed"; \
+	elif [ -n "$(TORCH_INDEX)" ] && $(BIN)/python -c 'import urllib.request as u; u.urlopen("$(TORCH_INDEX)/torch/", timeout=5)' 2>/dev/null; then \
+	  echo "torch: from $(TORCH_INDEX)"; $(BIN)/pip install -q $(TORCH) --index-url $(TORCH_INDEX); \
+	else \
+	  echo "torch: from pip's own index ($(TORCH_INDEX) is not reachable)"; $(BIN)/pip install -q $(TORCH); \
+	fi
+	$(BIN)/pip install -q -c constraints.txt -e '.[dev]'
+	@touch $@
+
+serve: env       ## the service on PORT (8000)
+	$(BIN)/composer serve --port $(PORT)
+
+test: env        ## the quick tests
+	$(BIN)/python -m pytest -q
+
+test-full: env   ## every test, the slow ones too
+	$(BIN)/python -m pytest -q -m "slow or not slow"
+
+check: env       ## ruff, mypy strict, import rules
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+format: env      ## what `check` would ask for, done
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+tiny: env        ## train the tiny experts anew (at most 30 minutes)
+	$(BIN)/python -m examples.tiny.train
+
+schema: env      ## the JSON schema editors use for experts.yaml
+	$(BIN)/composer schema > examples/experts.schema.json
+
+clean:           ## the environment and what was made beside it
+	rm -rf $(VENV) .cache build *.egg-info

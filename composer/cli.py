@@ -1,0 +1,182 @@
+"""The command line: serve · check · route · experts · schema. Parses and prints; decides nothing."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import sys
+from pathlib import Path
+from time import perf_counter
+from typing import Annotated, Any, NoReturn
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from composer.errors import CatalogError, ComposerError
+from composer.settings import Settings
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+out = Console()
+err = Console(stderr=True)
+
+ExpertsFile = Annotated[
+    Path | None, typer.Argument(help="The registry file; default: experts.yaml.", show_default=False)
+]
+ExpertsOption = Annotated[
+    Path | None,
+    typer.Option("--experts", help="The registry file; default: experts.yaml.", show_default=False),
+]
+
+
+@app.command()
+def serve(
+    experts: ExpertsFile = None,
+    host: Annotated[str | None, typer.Option(help="Address to bind; 127.0.0.1.")] = None,
+    port: Annotated[int | None, typer.Option(help="Port to bind; 8000.")] = None,
+    log_level: Annotated[str, typer.Option(help="debug, info, warning or error.")] = "info",
+) -> None:
+    """Serve the experts of experts.yaml behind one OpenAI-compatible endpoint."""
+    import uvicorn
+
+    from api.app import create_app
+    from composer.build import load, make_service
+    from composer.telemetry import configure_logging
+
+    configure_logging(log_level)
+    settings = _settings(experts=experts, host=host, port=port)
+    try:
+        load(settings)  # a wrong registry ends here, before anything heavy is loaded
+        service = make_service(settings)
+    except ComposerError as error:
+        _fail(error)
+    config = uvicorn.Config(
+        create_app(service),
+        host=settings.host,
+        port=settings.port,
+        log_config=None,
+        access_log=False,
+        timeout_graceful_shutdown=int(settings.drain_timeout_s),
+    )
+    server = uvicorn.Server(config)
+    server.run()
+    if not server.started:
+        raise typer.Exit(3)
+
+
+@app.command()
+def check(experts: ExpertsFile = None) -> None:
+    """Print the catalog as a table, or every error at once (exit status 2)."""
+    from composer.build import load
+    from composer.registry import catalog_table
+
+    try:
+        loaded = load(_settings(experts=experts))
+    except ComposerError as error:
+        _fail(error)
+    out.print(catalog_table(loaded.catalog))
+
+
+@app.command()
+def route(
+    text: Annotated[str, typer.Argument(help="What a user would ask.")],
+    policy: Annotated[str | None, typer.Option(help="A policy; default: the default policy.")] = None,
+    experts: ExpertsOption = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Show who would answer, and why. Loads no model but the embedder."""
+    from composer.build import load, make_embedder
+
+    settings = _settings(experts=experts)
+    try:
+        catalog = load(settings).catalog
+        decision = asyncio.run(_decide(text, policy, catalog, make_embedder(settings)))
+    except ComposerError as error:
+        _fail(error)
+    if as_json:
+        print(json.dumps(decision, indent=2))
+        return
+    table = Table("expert", "expected quality", title=f"{decision['policy']}: {text}")
+    chosen = {choice["expert"] for choice in decision["plan"]["choices"]}
+    for expert, score in decision["scores"].items():
+        table.add_row(f"[bold]{expert} ←[/]" if expert in chosen else expert, f"{score:.3f}")
+    out.print(table)
+    out.print(f"{decision['plan']['reasons']}   decided in {decision['decision_ms']:.1f} ms")
+
+
+@app.command(name="experts")
+def list_experts(experts: ExpertsFile = None) -> None:
+    """List expert ids, one a line."""
+    from composer.build import load
+
+    try:
+        catalog = load(_settings(experts=experts)).catalog
+    except ComposerError as error:
+        _fail(error)
+    for expert in catalog.experts.values():
+        print(f"{expert.id}\t{expert.server}\t{expert.description}")
+
+
+@app.command()
+def schema() -> None:
+    """Print the JSON schema of experts.yaml, for editors."""
+    from composer.build import families
+    from composer.registry import registry_json_schema
+
+    print(json.dumps(registry_json_schema(families()), indent=2))
+
+
+async def _decide(text: str, policy: str | None, catalog: Any, embedder: Any) -> dict[str, Any]:
+    from composer.build import build_ways, named_ways
+    from composer.generations import Generation
+    from composer.pipeline import decide
+    from composer.types import Request
+
+    generation = Generation(catalog, await build_ways(catalog, embedder), named_ways(catalog), {})
+    request = Request(
+        id="route", model=policy or "", messages=({"role": "user", "content": text},)
+    )
+    try:
+        await embedder.embed("warm up")  # the first run of a model is not what a service sees
+        began = perf_counter()
+        _, plan = await decide(request, generation)
+        decision_ms = (perf_counter() - began) * 1000
+    finally:
+        await embedder.close()
+    return {
+        "text": text,
+        "policy": plan.policy,
+        "scores": dict(plan.scores),
+        "plan": {
+            "strategy": plan.strategy,
+            "choices": [
+                {"expert": c.expert, "weight": round(c.weight, 4)} for c in plan.choices
+            ],
+            "calls": list(plan.calls),
+            "reasons": dict(plan.reasons),
+        },
+        "catalog_digest": catalog.digest,
+        "decision_ms": round(decision_ms, 3),
+    }
+
+
+def _settings(**given: Any) -> Settings:
+    return Settings(**{key: value for key, value in given.items() if value is not None})
+
+
+def _fail(error: ComposerError) -> NoReturn:
+    """Exit 2 for what the operator wrote, 1 for what the machine did."""
+    problems = error.problems if isinstance(error, CatalogError) else (error,)
+    for problem in problems:
+        err.print(str(problem), style="red", markup=False, highlight=False, soft_wrap=True)
+    if isinstance(error, CatalogError):
+        err.print(f"{len(problems)} problem(s); nothing was changed.")
+    raise typer.Exit(2 if isinstance(error, CatalogError) else 1)
+
+
+def main() -> None:
+    app()
+
+
+if __name__ == "__main__":
+    sys.exit(app())

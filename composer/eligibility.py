@@ -1,0 +1,83 @@
+"""The filter before the router: which experts can honour a request at all. Scores nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import get_args
+
+import numpy as np
+
+from composer.errors import ContextTooLong, Unsupported
+from composer.types import Ability, BoolArray, Expert, FloatArray, Request
+
+
+@dataclass(frozen=True, slots=True)
+class Eligibility:
+    """A policy's experts as columns, so that filtering 10,000 of them is a few array operations.
+
+    `window` (E,) tokens, `chars_per_token` (E,), `able` one (E,) mask per ability, all in the
+    order of `experts`.
+    """
+
+    experts: tuple[str, ...]
+    position: Mapping[str, int]
+    window: FloatArray
+    chars_per_token: FloatArray
+    able: Mapping[Ability, BoolArray]
+
+    @classmethod
+    def of(cls, experts: Sequence[Expert]) -> Eligibility:
+        ids = tuple(expert.id for expert in experts)
+        return cls(
+            experts=ids,
+            position={expert: i for i, expert in enumerate(ids)},
+            window=np.array([e.context_window for e in experts], np.float32),
+            chars_per_token=np.array([e.chars_per_token for e in experts], np.float32),
+            able={
+                ability: np.array([ability in e.abilities for e in experts], np.bool_)
+                for ability in get_args(Ability)
+            },
+        )
+
+    def mask(self, request: Request) -> BoolArray:
+        """(E,) True where the expert may be asked.
+
+        The prompt's length is estimated from its characters: the exact count is the engine's.
+        Raises Unsupported or ContextTooLong, saying which demand left nobody.
+        """
+        mask = np.ones(len(self.experts), np.bool_)
+        for expert in request.exclude:
+            if expert in self.position:
+                mask[self.position[expert]] = False
+        if not mask.any():
+            raise Unsupported(
+                "every expert of this policy is excluded; exclude fewer",
+                param="composer.exclude",
+            )
+        for ability in sorted(request.needs):
+            mask &= self.able[ability]
+            if not mask.any():
+                raise Unsupported(
+                    f"no expert of this policy offers {ability!r} together with the rest of the "
+                    f"request; leave it out or ask another model",
+                    param=_FIELD[ability],
+                )
+        needed = request.n_chars / self.chars_per_token + (request.sampling.max_tokens or 1)
+        fits = mask & (needed <= self.window)
+        if not fits.any():
+            raise ContextTooLong(
+                f"the prompt's {request.n_chars} characters and max_tokens "
+                f"{request.sampling.max_tokens or 1} fit no eligible expert's context window "
+                f"(the largest has {int(self.window[mask].max())} tokens); shorten the prompt",
+                param="messages" if request.prompt is None else "prompt",
+            )
+        return fits
+
+
+_FIELD: Mapping[Ability, str] = {
+    "tools": "tools",
+    "json": "response_format",
+    "vision": "messages",
+    "logprobs": "logprobs",
+}

@@ -1,0 +1,1 @@
+"""Runs one call on one server. Knows nothing of routing, strategies or scheduling."""

@@ -1,0 +1,1 @@
+"""Routers score, the chooser chooses. Knows nothing of engines, stores or HTTP."""

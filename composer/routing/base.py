@@ -1,0 +1,71 @@
+"""What a router is: text in, one calibrated expected quality per expert out. It does not choose."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Protocol, runtime_checkable
+
+from pydantic import BaseModel
+
+from composer.types import BoolArray, Expert, FloatArray, Tier
+
+
+@dataclass(frozen=True, slots=True)
+class Query:
+    """What a router reads of a request. `text` is the caller's words, untouched."""
+
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class Scores:
+    """One row per expert, in the router's own order `experts`.
+
+    `quality` (E,) is the calibrated probability that the expert answers well, NaN where it
+    was not eligible; `uncertainty` (E,) its standard deviation. `reasons` holds, for the
+    best few experts only, what the router saw (say `{"similarity": 0.83, "nearest": "…"}`).
+    """
+
+    experts: tuple[str, ...]
+    quality: FloatArray
+    uncertainty: FloatArray
+    reasons: Mapping[str, Mapping[str, Any]]
+
+
+@runtime_checkable
+class Embedder(Protocol):
+    """Texts to unit vectors. `id` and `digest` name the model, so an artefact can refuse another."""
+
+    id: str
+    digest: str
+    dim: int
+
+    def encode(self, texts: Sequence[str]) -> FloatArray:
+        """(n,) texts → (n, d) float32 rows of length 1. Blocks; for offline use."""
+        ...
+
+    async def embed(self, text: str) -> FloatArray:
+        """One text → (d,). Cached; concurrent callers share one batch off the event loop."""
+        ...
+
+
+class Router(Protocol):
+    """Built once per catalog and policy, then only read: safe for concurrent requests."""
+
+    name: ClassVar[str]
+    tier: ClassVar[Tier]
+    paper: ClassVar[str]
+    settings: ClassVar[type[BaseModel]]
+    experts: tuple[str, ...]
+
+    @classmethod
+    def build(cls, experts: Sequence[Expert], settings: Any, embedder: Embedder) -> Router:
+        """Blocks (embeds the experts' texts): run it off the event loop.
+
+        Raises ValueError, naming the remedy, when the experts cannot be scored this way."""
+        ...
+
+    async def score(self, query: Query, eligible: BoolArray) -> Scores:
+        """`eligible` (E,) in the order of `experts`; at least one is True."""
+        ...

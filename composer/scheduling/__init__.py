@@ -1,0 +1,1 @@
+"""Who may run where, and when. Knows nothing of routers, strategies or what a call says."""

@@ -1,0 +1,272 @@
+"""The running service: boot, reload, runtime experts, health, stop. Names no concrete class.
+
+Boot and reload are one path (`_install`): load → build beside the old → swap one reference →
+let the old drain. Whatever fails on the way leaves the current generation as it was.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from time import perf_counter
+from typing import Any
+
+from composer.embedder import TextEmbedder
+from composer.errors import CatalogError, ComposerError, Conflict, EngineError, StoreError, UnknownModel
+from composer.generations import Generation, Generations
+from composer.pipeline import Outcome, Pipeline
+from composer.registry import Loaded
+from composer.registry.watch import watch
+from composer.scheduling.base import Limits, Scheduler
+from composer.settings import Settings
+from composer.store import Record, Recorder, Store
+from composer.types import Adapter, Catalog, Expert
+
+log = logging.getLogger(__name__)
+
+Load = Callable[[Sequence[Mapping[str, Any]], int], Loaded]
+"""Runtime experts' specs and the next version → the catalog. Blocks; raises CatalogError."""
+
+Build = Callable[[Catalog, Sequence[Generation]], Awaitable[Generation]]
+"""The catalog and the live generations whose engines may be shared → the next generation."""
+
+
+@dataclass(slots=True)
+class ReloadState:
+    """How the last change of the registry ended, for /health."""
+
+    at: datetime | None = None
+    ok: bool = True
+    problems: tuple[str, ...] = ()
+
+
+class Service:
+    """Everything with a life of its own. Make one by `composer.build.make_service`."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        *,
+        store: Store,
+        recorder: Recorder,
+        embedder: TextEmbedder,
+        scheduler: Scheduler,
+        load: Load,
+        build: Build,
+        limits: Callable[[Generation], Mapping[str, Limits]],
+    ) -> None:
+        self.settings = settings
+        self.store = store
+        self.recorder = recorder
+        self.embedder = embedder
+        self.scheduler = scheduler
+        self.generations = Generations(self._retired)
+        self.pipeline = Pipeline(self.generations, scheduler, self._record)
+        self.reload_state = ReloadState()
+        self._load = load
+        self._build = build
+        self._limits = limits
+        self._version = 0
+        self._rows: Sequence[Mapping[str, Any]] = ()
+        self._watched: frozenset[Any] = frozenset()
+        self._changing = asyncio.Lock()
+        self._stop = asyncio.Event()
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._started = perf_counter()
+
+    # --- life ----------------------------------------------------------------------------
+
+    async def start(self) -> None:
+        """Ready to answer when it returns. Raises CatalogError, StoreError or EngineError."""
+        await self.store.start()
+        await self.recorder.start()
+        async with self._changing:
+            self._rows = await self.store.list_experts()
+            await self._install(self._rows)
+        self._spawn(watch(lambda: self._watched, self.reload, self._stop))
+        log.info("ready after %.1f s", perf_counter() - self._started)
+
+    async def close(self) -> None:
+        """Lets running requests end for up to `drain_timeout_s`, then stops everything."""
+        self._stop.set()
+        deadline = perf_counter() + self.settings.drain_timeout_s
+        while self.generations.holds and perf_counter() < deadline:
+            await asyncio.sleep(0.05)
+        if self.generations.holds:
+            log.warning("stopping with %d requests unfinished", self.generations.holds)
+        engines = {id(e): e for g in self.generations.live for e in g.engines.values()}
+        self.generations.swap(None)
+        for engine in engines.values():
+            await engine.close()
+        if self._tasks:
+            await asyncio.wait(self._tasks, timeout=5)
+        await self.embedder.close()
+        await self.recorder.close()
+        await self.store.close()
+
+    # --- changing what is served -----------------------------------------------------------
+
+    async def reload(self) -> None:
+        """Takes the registry file as it now is; on any error the old catalog stays, and says why."""
+        async with self._changing:
+            try:
+                self._rows = await self.store.list_experts()
+            except StoreError as error:
+                log.warning("runtime experts as last read, the database is away: %s", error)
+            try:
+                await self._install(self._rows)
+            except ComposerError as error:
+                problems = tuple(str(error).splitlines())
+                self.reload_state = ReloadState(datetime.now(UTC), ok=False, problems=problems)
+                log.error("the catalog stays at version %d:\n%s", self._version, error)
+
+    async def add_expert(self, spec: Mapping[str, Any]) -> Expert:
+        """Serves one more expert from now on, and after a restart.
+
+        Raises Conflict for an id already taken, CatalogError for a wrong spec, StoreError when
+        it cannot be kept; then nothing has changed.
+        """
+        async with self._changing:
+            rows = await self.store.list_experts()
+            id_ = spec.get("id")
+            if id_ in self.generations.current.catalog.experts:
+                raise Conflict(f"there is already an expert {id_!r}; choose another id", param="id")
+            await self._install([*rows, spec], keep=lambda: self.store.put_expert(str(id_), spec))
+            self._rows = [*rows, spec]
+            return self.generations.current.catalog.experts[str(id_)]
+
+    async def remove_expert(self, id_: str) -> None:
+        """Raises UnknownModel, or Conflict for an expert that stands in the registry file."""
+        async with self._changing:
+            expert = self.generations.current.catalog.experts.get(id_)
+            if expert is None:
+                raise UnknownModel(f"there is no expert {id_!r}", param="id")
+            if expert.source == "file":
+                raise Conflict(
+                    f"expert {id_!r} stands in {self.settings.experts}; take it out there",
+                    param="id",
+                )
+            rows = [row for row in await self.store.list_experts() if row["id"] != id_]
+            await self._install(rows, keep=lambda: self.store.delete_expert(id_))
+            self._rows = rows
+
+    async def _install(
+        self,
+        rows: Sequence[Mapping[str, Any]],
+        keep: Callable[[], Awaitable[None]] | None = None,
+    ) -> None:
+        """The one path of boot, reload and runtime change. `keep` makes the change durable
+        after everything is built and before anything is swapped."""
+        began = perf_counter()
+        loaded = await asyncio.to_thread(self._load, rows, self._version + 1)
+        current = self.generations.live[-1] if self.generations.live else None
+        self._watched = loaded.watched
+        if current is not None and loaded.catalog.digest == current.catalog.digest:
+            self.reload_state = ReloadState(datetime.now(UTC))
+            return
+        generation = await self._build(loaded.catalog, self.generations.live)
+        try:
+            if keep is not None:
+                await keep()
+        except BaseException:
+            await self._release(generation)
+            raise
+        self._version = loaded.catalog.version
+        self.scheduler.configure(self._all_limits(generation))
+        self.generations.swap(generation)
+        self.reload_state = ReloadState(datetime.now(UTC))
+        log.info(
+            "catalog version %d: %d experts, %d policies, built in %.2f s",
+            self._version,
+            len(loaded.catalog.experts),
+            len(loaded.catalog.policies),
+            perf_counter() - began,
+        )
+
+    def _all_limits(self, newest: Generation) -> dict[str, Limits]:
+        limits: dict[str, Limits] = {}
+        for generation in (*self.generations.live, newest):
+            limits |= self._limits(generation)
+        return limits
+
+    def _retired(self, generation: Generation) -> None:
+        self._spawn(self._release_retired(generation))
+
+    async def _release_retired(self, generation: Generation) -> None:
+        # Under the lock: a generation being built has loaded adapters that no live one names yet.
+        async with self._changing:
+            await self._release(generation)
+
+    async def _release(self, generation: Generation) -> None:
+        """Frees what only this generation used: engines closed, adapters forgotten."""
+        live = [g for g in self.generations.live if g is not generation]
+        for server, engine in generation.engines.items():
+            users = [g for g in live if g.engines.get(server) is engine]
+            if not users:
+                await engine.close()
+                continue
+            try:
+                await engine.retain(adapters_on(server, users))
+            except EngineError:
+                log.exception("server %r kept adapters that nobody uses", server)
+        if live:
+            self.scheduler.configure(self._all_limits(live[-1]))
+
+    # --- records and health ----------------------------------------------------------------
+
+    def _record(self, outcome: Outcome) -> None:
+        self.recorder.put(record_of(outcome, content=self.settings.log_content))
+
+    async def health(self) -> dict[str, Any]:
+        """What /health shows. `status` is ok, degraded (the last reload failed, or the
+        database is away) or starting."""
+        generation = self.generations.live[-1] if self.generations.live else None
+        servers = {
+            server: await engine.healthy()
+            for server, engine in (generation.engines.items() if generation else ())
+        }
+        recorder = self.recorder.stats()
+        fine = self.reload_state.ok and all(servers.values()) and recorder["database_up"]
+        status = "starting" if generation is None else "ok" if fine else "degraded"
+        return {
+            "status": status,
+            "uptime_s": round(perf_counter() - self._started, 1),
+            "catalog": {
+                "version": self._version,
+                "digest": generation.catalog.digest if generation else None,
+                "experts": len(generation.catalog.experts) if generation else 0,
+                "reload": {
+                    "at": self.reload_state.at.isoformat() if self.reload_state.at else None,
+                    "ok": self.reload_state.ok,
+                    "problems": list(self.reload_state.problems),
+                },
+            },
+            "servers": servers,
+            "requests": {"running": self.generations.holds},
+            "scheduler": self.scheduler.stats(),
+            "recorder": recorder,
+        }
+
+    def _spawn(self, work: Any) -> None:
+        task: asyncio.Task[None] = asyncio.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._finished)
+
+    def _finished(self, task: asyncio.Task[None]) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled() and task.exception() is not None:
+            log.error("a background task failed", exc_info=task.exception())
+
+
+def adapters_on(server: str, generations: Collection[Generation]) -> tuple[Adapter, ...]:
+    """The adapters that these generations' experts use on a server, each once."""
+    found = {
+        expert.adapter.digest: expert.adapter
+        for generation in generations
+        for expert in generation.catalog.experts.values()
+        if expert.server == server and expert.adapter is not None
+    }
+    return tuple(found.values())

@@ -1,0 +1,37 @@
+"""The process's own settings, from the environment (COMPOSER_…). What is served stands in experts.yaml."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from pydantic import Field
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+
+class Settings(BaseSettings):
+    """Read once at start and handed down; nothing else reads the environment."""
+
+    model_config = SettingsConfigDict(env_prefix="COMPOSER_", frozen=True, extra="ignore")
+
+    experts: Path = Field(Path("experts.yaml"), description="The registry file.")
+    adapter_roots: tuple[Path, ...] = Field(
+        (),
+        description="Folders adapters may lie in, as a JSON list; default: the registry file's own folder.",
+    )
+    host: str = "127.0.0.1"
+    port: int = 8000
+    api_key: str | None = Field(
+        None, description="When set, every /v1 request needs `Authorization: Bearer <key>`."
+    )
+    database_url: str = "sqlite+aiosqlite:///data/composer.db"
+    journal: Path = Field(Path("data/journal"), description="Folder of records that wait for the database.")
+    record_queue: int = Field(10_000, ge=1, description="Records held in memory before the journal.")
+    log_content: bool = Field(False, description="Store prompts, answers and query embeddings.")
+    cache_dir: Path = Field(Path(".cache/composer"), description="Files made once, such as the ONNX embedder.")
+    embedder: str = Field(
+        "all-MiniLM-L6-v2", description="A sentence-transformers name or path; the default is bundled."
+    )
+    embedder_backend: str = Field("auto", pattern="^(auto|onnx|torch)$")
+    embedding_cache: int = Field(50_000, ge=0, description="Query embeddings kept in memory.")
+    torch_threads: int = Field(1, ge=1, description="Threads of each model process.")
+    drain_timeout_s: float = Field(30.0, gt=0, description="How long a stop waits for running requests.")

@@ -1,0 +1,1 @@
+"""How one answer is made of experts. Knows nothing of routers, engines or stores."""

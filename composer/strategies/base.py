@@ -1,0 +1,30 @@
+"""What a strategy is: a request, a plan and `ask` in, one stream of chunks out."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator
+from typing import Any, ClassVar, Protocol
+
+from pydantic import BaseModel
+
+from composer.types import Ask, Chunk, Plan, Request, Tier
+
+
+class Strategy(Protocol):
+    """Built once per policy from its settings; holds no state between requests."""
+
+    name: ClassVar[str]
+    tier: ClassVar[Tier]
+    paper: ClassVar[str]
+    settings: ClassVar[type[BaseModel]]
+
+    def __init__(self, settings: Any) -> None: ...
+
+    def check(self, request: Request) -> None:
+        """Raises Unsupported, before anything runs, for what this strategy cannot honour."""
+        ...
+
+    def run(self, request: Request, plan: Plan, ask: Ask) -> AsyncGenerator[Chunk, None]:
+        """Yields the answer. Closing the generator closes every `ask` it opened. The last
+        chunk carries the usage summed over all calls, those that lost included."""
+        ...

@@ -1,0 +1,310 @@
+"""The words every room shares. Knows nothing of HTTP, YAML, models or databases.
+
+Two groups: what is served (Expert, Server, Policy, Catalog) and what is asked
+(Request, Plan, Call, Chunk). All are frozen: a request sees one catalog for its whole life.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, Literal, NotRequired, Protocol, TypedDict
+
+import numpy as np
+import numpy.typing as npt
+
+from composer.prompting import PromptSpec
+
+FloatArray = npt.NDArray[np.float32]
+BoolArray = npt.NDArray[np.bool_]
+
+Tier = Literal["supported", "experimental"]
+
+Ability = Literal["tools", "json", "vision", "logprobs"]
+"""What a request may need of an expert beyond text: function calls, `response_format`,
+images, token log-probabilities."""
+
+EMPTY: Mapping[str, Any] = MappingProxyType({})
+
+
+# --- what is served ------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Adapter:
+    """A verified LoRA adapter on disk. `digest` is the sha256 of its config and tensors,
+    so equal digests mean equal behaviour on the same base."""
+
+    path: Path
+    digest: str
+    rank: int
+    alpha: float
+    target_modules: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Cost:
+    """Price of a call in US dollars per million tokens."""
+
+    input_per_1m: float = 0.0
+    output_per_1m: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Server:
+    """A process that runs models. `settings` is the engine's own validated model, so that
+    two servers are the same exactly when they compare equal."""
+
+    id: str
+    engine: str
+    settings: Any
+
+
+@dataclass(frozen=True, slots=True)
+class Expert:
+    """Something that can answer: the server's base model, alone or with one adapter.
+
+    `context_window` is in tokens; `chars_per_token` is the estimate the filter uses before
+    any tokenizer is asked.
+    """
+
+    id: str
+    server: str
+    description: str = ""
+    skills: tuple[str, ...] = ()
+    examples: tuple[str, ...] = ()
+    adapter: Adapter | None = None
+    prompt: PromptSpec | None = None
+    context_window: int = 4096
+    chars_per_token: float = 3.0
+    abilities: frozenset[Ability] = frozenset()
+    cost: Cost = Cost()
+    source: Literal["file", "runtime"] = "file"
+
+
+@dataclass(frozen=True, slots=True)
+class Component:
+    """A router or strategy by its registered name, with its own validated settings."""
+
+    name: str
+    settings: Any
+
+
+@dataclass(frozen=True, slots=True)
+class Policy:
+    """A named way of answering. `experts` are the ids it may use, in catalog order.
+
+    `threshold` is a calibrated quality in [0, 1]: when no expert reaches it, the plan is
+    `default_expert` alone. `cost_weight` is λ of `quality − λ·cost`, in quality per
+    US dollar per million output tokens. `k` is the number of experts a plan may hold.
+    """
+
+    id: str
+    router: Component
+    strategy: Component
+    experts: tuple[str, ...]
+    default_expert: str | None = None
+    threshold: float = 0.0
+    cost_weight: float = 0.0
+    k: int = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Catalog:
+    """One frozen snapshot. `version` counts up by one per snapshot within a process;
+    `digest` is equal for equal content across processes."""
+
+    version: int
+    digest: str
+    servers: Mapping[str, Server]
+    experts: Mapping[str, Expert]
+    policies: Mapping[str, Policy]
+    default_policy: str = "auto"
+
+
+# --- what is asked -------------------------------------------------------------------
+
+
+class Message(TypedDict):
+    """One chat message in OpenAI's shape; `content` may be text or typed parts."""
+
+    role: str
+    content: NotRequired[str | list[dict[str, Any]] | None]
+    name: NotRequired[str]
+    tool_calls: NotRequired[list[dict[str, Any]]]
+    tool_call_id: NotRequired[str]
+
+
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    """How tokens are drawn. `max_tokens` None means: up to the context window.
+    `logprobs` is None for none, else how many alternatives a token to give (0..20)."""
+
+    max_tokens: int | None = None
+    temperature: float = 1.0
+    top_p: float = 1.0
+    seed: int | None = None
+    stop: tuple[str, ...] = ()
+    logprobs: int | None = None
+    n: int = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """What the caller asked, validated. Exactly one of `messages` and `prompt` is set.
+
+    `needs` are the abilities an expert must have; `extra` holds the wire fields an engine
+    passes through untouched (tools, tool_choice, response_format).
+    """
+
+    id: str
+    model: str
+    messages: tuple[Message, ...] = ()
+    prompt: str | None = None
+    sampling: Sampling = Sampling()
+    needs: frozenset[Ability] = frozenset()
+    extra: Mapping[str, Any] = EMPTY
+    exclude: frozenset[str] = frozenset()
+
+    @property
+    def text(self) -> str:
+        """The text a router reads: the prompt, or the last user message."""
+        if self.prompt is not None:
+            return self.prompt
+        for message in reversed(self.messages):
+            if message["role"] == "user":
+                return message_text(message)
+        return message_text(self.messages[-1]) if self.messages else ""
+
+    @property
+    def n_chars(self) -> int:
+        """Length of all that an expert will read, in characters."""
+        if self.prompt is not None:
+            return len(self.prompt)
+        return sum(len(message_text(message)) for message in self.messages)
+
+
+def message_text(message: Message) -> str:
+    """The text of a message; of typed parts, the text parts joined by line breaks."""
+    content = message.get("content")
+    if content is None:
+        return ""
+    if isinstance(content, str):
+        return content
+    return "\n".join(part["text"] for part in content if part.get("type") == "text")
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """One expert of a plan. Weights of a plan sum to 1."""
+
+    expert: str
+    weight: float
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What will be done for a request, decided before anything runs.
+
+    `calls` are the experts known to be called, best first, so that a scheduler can look
+    ahead. `scores` is expected quality per considered expert (best few, not all);
+    `reasons` says in words and numbers why.
+    """
+
+    policy: str
+    strategy: str
+    choices: tuple[Choice, ...]
+    calls: tuple[str, ...]
+    scores: Mapping[str, float] = EMPTY
+    reasons: Mapping[str, Any] = EMPTY
+
+    @property
+    def best(self) -> str:
+        return self.choices[0].expert
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """One call of one expert, as scheduler and engine see it: already rendered.
+
+    `adapter` None is the base model alone. Exactly one of `messages` and `prompt` is set.
+    """
+
+    id: str
+    expert: str
+    server: str
+    adapter: Adapter | None
+    messages: tuple[Message, ...]
+    prompt: str | None
+    sampling: Sampling
+    context_window: int
+    extra: Mapping[str, Any] = EMPTY
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLogprob:
+    """Natural-log probability of one emitted token; `top` are the likeliest alternatives."""
+
+    token: str
+    logprob: float
+    top: tuple[tuple[str, float], ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Usage:
+    """Token counts of one or more calls."""
+
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+
+    def __add__(self, other: Usage) -> Usage:
+        return Usage(
+            self.prompt_tokens + other.prompt_tokens,
+            self.completion_tokens + other.completion_tokens,
+        )
+
+
+FinishReason = Literal["stop", "length", "tool_calls", "content_filter"]
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """A piece of an answer. `index` is the choice (0..n−1) it belongs to; each choice ends
+    with one chunk that has a finish reason; the last chunk of a call carries its usage.
+    `expert` names who wrote it."""
+
+    text: str = ""
+    index: int = 0
+    logprobs: tuple[TokenLogprob, ...] = ()
+    finish_reason: FinishReason | None = None
+    usage: Usage | None = None
+    expert: str = ""
+
+
+class Ask(Protocol):
+    """A strategy's only way to call an expert. Closing the generator cancels the call."""
+
+    def __call__(
+        self,
+        expert: str,
+        *,
+        messages: Sequence[Message] | None = None,
+        sampling: Sampling | None = None,
+    ) -> AsyncGenerator[Chunk, None]:
+        """Without `messages` the expert reads the request's own; without `sampling`, its own."""
+        ...
+
+
+@dataclass(slots=True)
+class Timings:
+    """Milliseconds. Written by the pipeline as a request moves on; `queue_ms` is waiting for
+    leases, `run_ms` is inside engines (both summed over a plan's calls)."""
+
+    decision_ms: float = 0.0
+    queue_ms: float = 0.0
+    first_token_ms: float | None = None
+    run_ms: float = 0.0
+    total_ms: float = 0.0
+    calls: list[dict[str, Any]] = field(default_factory=list)
