@@ -50,9 +50,7 @@ def families() -> Families:
 def load(settings: Settings, runtime: Sequence[Mapping[str, Any]] = (), version: int = 1) -> Loaded:
     """The catalog that `settings.experts` and the runtime experts make. Raises CatalogError."""
     roots = settings.adapter_roots or (settings.experts.resolve().parent,)
-    return load_catalog(
-        settings.experts, families(), roots=roots, runtime=runtime, version=version
-    )
+    return load_catalog(settings.experts, families(), roots=roots, runtime=runtime, version=version)
 
 
 def make_embedder(settings: Settings) -> TextEmbedder:

@@ -21,7 +21,8 @@ out = Console()
 err = Console(stderr=True)
 
 ExpertsFile = Annotated[
-    Path | None, typer.Argument(help="The registry file; default: experts.yaml.", show_default=False)
+    Path | None,
+    typer.Argument(help="The registry file; default: experts.yaml.", show_default=False),
 ]
 ExpertsOption = Annotated[
     Path | None,
@@ -80,7 +81,9 @@ def check(experts: ExpertsFile = None) -> None:
 @app.command()
 def route(
     text: Annotated[str, typer.Argument(help="What a user would ask.")],
-    policy: Annotated[str | None, typer.Option(help="A policy; default: the default policy.")] = None,
+    policy: Annotated[
+        str | None, typer.Option(help="A policy; default: the default policy.")
+    ] = None,
     experts: ExpertsOption = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
@@ -133,9 +136,7 @@ async def _decide(text: str, policy: str | None, catalog: Any, embedder: Any) ->
     from composer.types import Request
 
     generation = Generation(catalog, await build_ways(catalog, embedder), named_ways(catalog), {})
-    request = Request(
-        id="route", model=policy or "", messages=({"role": "user", "content": text},)
-    )
+    request = Request(id="route", model=policy or "", messages=({"role": "user", "content": text},))
     try:
         await embedder.embed("warm up")  # the first run of a model is not what a service sees
         began = perf_counter()
@@ -149,9 +150,7 @@ async def _decide(text: str, policy: str | None, catalog: Any, embedder: Any) ->
         "scores": dict(plan.scores),
         "plan": {
             "strategy": plan.strategy,
-            "choices": [
-                {"expert": c.expert, "weight": round(c.weight, 4)} for c in plan.choices
-            ],
+            "choices": [{"expert": c.expert, "weight": round(c.weight, 4)} for c in plan.choices],
             "calls": list(plan.calls),
             "reasons": dict(plan.reasons),
         },

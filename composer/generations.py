@@ -116,5 +116,3 @@ class Generations:
             return
         del self._holds[id(generation)], self._live[id(generation)]
         self._retired(generation)
-
-

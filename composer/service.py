@@ -15,7 +15,14 @@ from time import perf_counter
 from typing import Any
 
 from composer.embedder import TextEmbedder
-from composer.errors import CatalogError, ComposerError, Conflict, EngineError, StoreError, UnknownModel
+from composer.errors import (
+    CatalogError,
+    ComposerError,
+    Conflict,
+    EngineError,
+    StoreError,
+    UnknownModel,
+)
 from composer.generations import Generation, Generations
 from composer.pipeline import Outcome, Pipeline
 from composer.registry import Loaded

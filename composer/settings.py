@@ -24,14 +24,23 @@ class Settings(BaseSettings):
         None, description="When set, every /v1 request needs `Authorization: Bearer <key>`."
     )
     database_url: str = "sqlite+aiosqlite:///data/composer.db"
-    journal: Path = Field(Path("data/journal"), description="Folder of records that wait for the database.")
-    record_queue: int = Field(10_000, ge=1, description="Records held in memory before the journal.")
+    journal: Path = Field(
+        Path("data/journal"), description="Folder of records that wait for the database."
+    )
+    record_queue: int = Field(
+        10_000, ge=1, description="Records held in memory before the journal."
+    )
     log_content: bool = Field(False, description="Store prompts, answers and query embeddings.")
-    cache_dir: Path = Field(Path(".cache/composer"), description="Files made once, such as the ONNX embedder.")
+    cache_dir: Path = Field(
+        Path(".cache/composer"), description="Files made once, such as the ONNX embedder."
+    )
     embedder: str = Field(
-        "all-MiniLM-L6-v2", description="A sentence-transformers name or path; the default is bundled."
+        "all-MiniLM-L6-v2",
+        description="A sentence-transformers name or path; the default is bundled.",
     )
     embedder_backend: str = Field("auto", pattern="^(auto|onnx|torch)$")
     embedding_cache: int = Field(50_000, ge=0, description="Query embeddings kept in memory.")
     torch_threads: int = Field(1, ge=1, description="Threads of each model process.")
-    drain_timeout_s: float = Field(30.0, gt=0, description="How long a stop waits for running requests.")
+    drain_timeout_s: float = Field(
+        30.0, gt=0, description="How long a stop waits for running requests."
+    )

@@ -13,7 +13,11 @@ def configure_logging(level: str) -> None:
     number = logging.getLevelNamesMapping().get(level.upper())
     if number is None:
         raise ValueError(f"unknown log level {level!r}: debug, info, warning or error")
-    handler = RichHandler(show_path=False, rich_tracebacks=False, markup=False, console=Console(stderr=True))
-    logging.basicConfig(level=number, format="%(name)s: %(message)s", handlers=[handler], force=True)
+    handler = RichHandler(
+        show_path=False, rich_tracebacks=False, markup=False, console=Console(stderr=True)
+    )
+    logging.basicConfig(
+        level=number, format="%(name)s: %(message)s", handlers=[handler], force=True
+    )
     for chatty in ("watchfiles", "httpx", "sentence_transformers", "onnxscript", "onnx_ir"):
         logging.getLogger(chatty).setLevel(max(number, logging.WARNING))

@@ -26,7 +26,10 @@ Ability = Literal["tools", "json", "vision", "logprobs"]
 """What a request may need of an expert beyond text: function calls, `response_format`,
 images, token log-probabilities."""
 
-EMPTY: Mapping[str, Any] = MappingProxyType({})
+
+def empty() -> Mapping[str, Any]:
+    """A read-only empty mapping, for defaults."""
+    return MappingProxyType({})
 
 
 # --- what is served ------------------------------------------------------------------
@@ -165,7 +168,7 @@ class Request:
     prompt: str | None = None
     sampling: Sampling = Sampling()
     needs: frozenset[Ability] = frozenset()
-    extra: Mapping[str, Any] = EMPTY
+    extra: Mapping[str, Any] = field(default_factory=empty)
     exclude: frozenset[str] = frozenset()
 
     @property
@@ -217,8 +220,8 @@ class Plan:
     strategy: str
     choices: tuple[Choice, ...]
     calls: tuple[str, ...]
-    scores: Mapping[str, float] = EMPTY
-    reasons: Mapping[str, Any] = EMPTY
+    scores: Mapping[str, float] = field(default_factory=empty)
+    reasons: Mapping[str, Any] = field(default_factory=empty)
 
     @property
     def best(self) -> str:
@@ -240,7 +243,7 @@ class Call:
     prompt: str | None
     sampling: Sampling
     context_window: int
-    extra: Mapping[str, Any] = EMPTY
+    extra: Mapping[str, Any] = field(default_factory=empty)
 
 
 @dataclass(frozen=True, slots=True)

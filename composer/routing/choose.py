@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 
 from composer.routing.base import Scores
@@ -18,8 +16,8 @@ def choose(scores: Scores, cost: FloatArray, policy: Policy) -> Plan:
 
     Experts are ordered by `quality − cost_weight · cost` (cost (E,), US dollars per million
     output tokens, in the order of `scores.experts`); ties go to the earlier expert. When the
-    best quality is below the policy's threshold, the plan is its default expert alone. Weights
-    are the chosen experts' qualities, normalised.
+    best quality is below the policy's threshold, the plan is its default expert alone, where that
+    is eligible. Weights are the chosen experts' qualities, normalised.
     """
     eligible = ~np.isnan(scores.quality)
     utility = np.where(eligible, scores.quality - policy.cost_weight * cost, -np.inf)
@@ -28,12 +26,13 @@ def choose(scores: Scores, cost: FloatArray, policy: Policy) -> Plan:
     shown = {scores.experts[i]: round(float(scores.quality[i]), 4) for i in order[:SHOWN_SCORES]}
 
     best = float(np.nanmax(scores.quality))
-    if policy.default_expert is not None and best < policy.threshold:
+    default = policy.default_expert
+    if default is not None and best < policy.threshold and _may_answer(default, scores):
         return Plan(
             policy=policy.id,
             strategy=policy.strategy.name,
-            choices=(Choice(policy.default_expert, 1.0),),
-            calls=(policy.default_expert,),
+            choices=(Choice(default, 1.0),),
+            calls=(default,),
             scores=shown,
             reasons={"rule": "below_threshold", "best": best, "threshold": policy.threshold},
         )
@@ -43,13 +42,16 @@ def choose(scores: Scores, cost: FloatArray, policy: Policy) -> Plan:
     total = float(quality.sum())
     weights = quality / total if total > 0 else np.full(len(chosen), 1 / len(chosen))
     experts = tuple(scores.experts[i] for i in chosen)
-    reasons: dict[str, Any] = {"rule": "best_score"}
-    reasons |= {expert: dict(scores.reasons[expert]) for expert in experts if expert in scores.reasons}
+    evidence = {e: dict(scores.reasons[e]) for e in experts if e in scores.reasons}
     return Plan(
         policy=policy.id,
         strategy=policy.strategy.name,
         choices=tuple(Choice(e, float(w)) for e, w in zip(experts, weights, strict=True)),
         calls=experts,
         scores=shown,
-        reasons=reasons,
+        reasons={"rule": "best_score", "evidence": evidence},
     )
+
+
+def _may_answer(expert: str, scores: Scores) -> bool:
+    return expert in scores.experts and not np.isnan(scores.quality[scores.experts.index(expert)])

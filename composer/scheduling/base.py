@@ -16,6 +16,13 @@ class Limits:
     in_flight: int
     queue: int
 
+    def __post_init__(self) -> None:
+        if self.in_flight < 1 or self.queue < 0:
+            raise ValueError(
+                f"in_flight must be at least 1 and queue at least 0, not {self.in_flight} "
+                f"and {self.queue}"
+            )
+
 
 @dataclass(frozen=True, slots=True)
 class Lease:
@@ -25,6 +32,16 @@ class Lease:
     server: str
     expert: str
     queue_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class ServerLoad:
+    """Calls of one server at this moment, beside its limits."""
+
+    running: int
+    waiting: int
+    in_flight: int
+    queue: int
 
 
 class Scheduler(Protocol):
@@ -42,4 +59,8 @@ class Scheduler(Protocol):
     def configure(self, servers: Mapping[str, Limits]) -> None:
         """Sets the servers and their limits; running leases and queued calls are kept for
         servers that stay, queued calls of servers that left fail with EngineUnavailable."""
+        ...
+
+    def stats(self) -> Mapping[str, ServerLoad]:
+        """A snapshot per configured server, for /health and metrics."""
         ...

@@ -18,8 +18,8 @@ from composer.types import Choice, FloatArray, Message, Plan, Timings, Usage
 
 Status = Literal["ok", "error", "cancelled"]
 
-MAX_FEEDBACK_ID = 200
-"""Characters; an id is part of an index, and PostgreSQL refuses index rows over 2,704 bytes."""
+MAX_ID = 200
+"""Characters; ids are indexed, and PostgreSQL refuses index rows over 2,704 bytes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,14 +84,11 @@ class Feedback:
         number = isinstance(score, int | float) and not isinstance(score, bool)
         if not number or not math.isfinite(score) or not 0 <= score <= 1:
             raise RequestError(f"score must be a number from 0 to 1, not {score!r}", param="score")
-        if not response_id:
-            raise RequestError("response_id must name a response", param="response_id")
-        if id is not None and not 1 <= len(id) <= MAX_FEEDBACK_ID:
-            raise RequestError(
-                f"a feedback id has 1 to {MAX_FEEDBACK_ID} characters, not {len(id)}; "
-                "leave it out to have one made",
-                param="id",
-            )
+        for name, text in (("response_id", response_id), ("id", id)):
+            if text is not None and not 1 <= len(text) <= MAX_ID:
+                raise RequestError(
+                    f"{name} must have 1 to {MAX_ID} characters, not {len(text)}", param=name
+                )
         if labels is not None:
             try:
                 to_json(labels)
@@ -183,8 +180,10 @@ def clean_text(text: str) -> str:
     """The text as PostgreSQL can hold it: without NUL and lone surrogates."""
     if text.isascii() and "\x00" not in text:
         return text
-    return text.replace("\x00", "\ufffd").encode("utf-16-le", "surrogatepass").decode(
-        "utf-16-le", "replace"
+    return (
+        text.replace("\x00", "\ufffd")
+        .encode("utf-16-le", "surrogatepass")
+        .decode("utf-16-le", "replace")
     )
 
 

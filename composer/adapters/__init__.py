@@ -1,0 +1,1 @@
+"""LoRA adapters as files and tensors. Knows nothing of engines, routing or settings."""

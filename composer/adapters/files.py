@@ -1,0 +1,101 @@
+"""Where an adapter's files may lie, and when they changed. Knows nothing of their content."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from composer.errors import Problem
+
+CONFIG = "adapter_config.json"
+WEIGHTS = "adapter_model.safetensors"
+CARD = "README.md"
+
+PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt")
+"""Formats that run code when they are loaded."""
+
+
+def escape(path: Path, roots: Sequence[Path]) -> Path | None:
+    """Where `path` really lies when that is outside every root, else None.
+
+    Both sides are resolved first, so neither `..` nor a symlink gets out.
+    """
+    real = path.resolve()
+    if any(real.is_relative_to(root.resolve()) for root in roots):
+        return None
+    return real
+
+
+def stamp(folder: Path) -> tuple[tuple[str, int, int, int], ...]:
+    """(name, modification time in ns, size in bytes, inode) of config and weights: equal stamps,
+    equal content, save for a rewrite within the clock's grain. Raises OSError."""
+    found = []
+    for name in (CONFIG, WEIGHTS):
+        stat = (folder / name).stat()
+        found.append((name, stat.st_mtime_ns, stat.st_size, stat.st_ino))
+    return tuple(found)
+
+
+def file_problems(folder: Path, roots: Sequence[Path]) -> list[Problem]:
+    """Why this folder cannot hold a usable adapter, judged by its file names alone."""
+    outside = escape(folder, roots)
+    if outside is not None:
+        return [_outside(folder, outside, roots)]
+    if not folder.is_dir():
+        return [
+            Problem(
+                file=str(folder),
+                path="",
+                message="there is no such folder"
+                if not folder.exists()
+                else "this is not a folder",
+                remedy=f"Name the folder that holds {CONFIG} and {WEIGHTS}.",
+            )
+        ]
+    problems = []
+    for name in (CONFIG, WEIGHTS):
+        outside = escape(folder / name, roots)
+        if outside is not None:
+            problems.append(_outside(folder / name, outside, roots))
+    if problems:
+        return problems
+    if not (folder / CONFIG).is_file():
+        problems.append(
+            Problem(
+                file=str(folder),
+                path="",
+                message=f"{CONFIG} is missing",
+                remedy="Save the adapter with peft's `save_pretrained`, which writes it.",
+            )
+        )
+    if not (folder / WEIGHTS).is_file():
+        problems.append(_no_weights(folder))
+    return problems
+
+
+def _outside(path: Path, real: Path, roots: Sequence[Path]) -> Problem:
+    allowed = ", ".join(str(root) for root in roots) or "none"
+    link = " through a symlink" if path.absolute().is_symlink() else ""
+    return Problem(
+        file=str(path),
+        path="",
+        message=f"it lies{link} at {real}, outside the allowed folders ({allowed})",
+        remedy="Move it into an allowed folder, or add its folder to COMPOSER_ADAPTER_ROOTS.",
+    )
+
+
+def _no_weights(folder: Path) -> Problem:
+    pickled = sorted(f.name for f in folder.iterdir() if f.suffix in PICKLES)
+    if pickled:
+        return Problem(
+            file=str(folder / pickled[0]),
+            path="",
+            message="the weights are pickled, and loading a pickle runs the code in it",
+            remedy=f"Convert it where you trust it, with safetensors.torch.save_file, to {WEIGHTS}.",
+        )
+    return Problem(
+        file=str(folder),
+        path="",
+        message=f"{WEIGHTS} is missing",
+        remedy="Save the adapter with peft's `save_pretrained(..., safe_serialization=True)`.",
+    )

@@ -1,0 +1,65 @@
+"""The filter before the router."""
+
+from __future__ import annotations
+
+import pytest
+
+from composer.eligibility import Eligibility
+from composer.errors import ContextTooLong, Unsupported
+from composer.types import Expert, Sampling
+from tests.fakes import request
+
+EXPERTS = [
+    Expert(id="plain", server="s", context_window=100, chars_per_token=1),
+    Expert(
+        id="tools", server="s", context_window=50, chars_per_token=1, abilities=frozenset({"tools"})
+    ),
+    Expert(id="long", server="s", context_window=10_000, chars_per_token=2),
+]
+
+
+def names(mask: object) -> list[str]:
+    return [e.id for e, keep in zip(EXPERTS, mask, strict=True) if keep]  # type: ignore[call-overload]
+
+
+def test_a_short_plain_request_may_go_anywhere() -> None:
+    assert names(Eligibility.of(EXPERTS).mask(request("hi"))) == ["plain", "tools", "long"]
+
+
+def test_abilities_narrow_the_choice() -> None:
+    mask = Eligibility.of(EXPERTS).mask(request("hi", needs=frozenset({"tools"})))
+    assert names(mask) == ["tools"]
+
+
+def test_excluded_experts_are_left_out_and_unknown_ones_ignored() -> None:
+    mask = Eligibility.of(EXPERTS).mask(request("hi", exclude=frozenset({"plain", "nobody"})))
+    assert names(mask) == ["tools", "long"]
+
+
+@pytest.mark.parametrize(
+    ("chars", "max_tokens", "left"),
+    [
+        (99, None, ["plain", "long"]),
+        (100, None, ["long"]),
+        (90, 11, ["long"]),
+        (49, 1, ["plain", "tools", "long"]),
+    ],
+)
+def test_prompt_and_answer_must_fit_the_window(
+    chars: int, max_tokens: int | None, left: list[str]
+) -> None:
+    asked = request("x" * chars, sampling=Sampling(max_tokens=max_tokens))
+    assert names(Eligibility.of(EXPERTS).mask(asked)) == left
+
+
+def test_the_refusal_names_the_demand_that_left_nobody() -> None:
+    eligibility = Eligibility.of(EXPERTS)
+    with pytest.raises(Unsupported, match="no expert of this policy offers 'vision'") as vision:
+        eligibility.mask(request("hi", needs=frozenset({"vision"})))
+    assert vision.value.param == "messages"
+    with pytest.raises(Unsupported, match="every expert of this policy is excluded"):
+        eligibility.mask(request("hi", exclude=frozenset({"plain", "tools", "long"})))
+    with pytest.raises(ContextTooLong, match="the largest has 10000 tokens"):
+        eligibility.mask(request("x" * 30_000))
+    with pytest.raises(ContextTooLong, match="the largest has 50 tokens"):
+        eligibility.mask(request("x" * 60, needs=frozenset({"tools"})))

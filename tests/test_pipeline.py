@@ -1,0 +1,172 @@
+"""The way of a request over fake parts: decided once, run once, recorded once, closed from every exit."""
+
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+
+from composer.errors import EngineError, UnknownModel, Unsupported
+from composer.generations import Generations
+from composer.pipeline import Outcome, Pipeline
+from composer.prompting import PromptSpec
+from composer.types import Expert
+from tests.fakes import FakeScheduler, Stage, request, stage
+
+
+class Bench:
+    """A pipeline over one stage, and what it reported."""
+
+    def __init__(self, staged: Stage) -> None:
+        self.staged = staged
+        self.outcomes: list[Outcome] = []
+        self.scheduler = FakeScheduler()
+        self.generations = Generations(lambda _: None)
+        self.generations.swap(staged.generation)
+        self.pipeline = Pipeline(self.generations, self.scheduler, self.outcomes.append)
+
+    def assert_settled(self, status: str) -> Outcome:
+        assert self.scheduler.out == {}
+        assert self.generations.holds == 0
+        [outcome] = self.outcomes
+        assert outcome.status == status
+        return outcome
+
+
+async def test_the_routed_expert_answers_and_the_outcome_says_so() -> None:
+    bench = Bench(stage())
+    async with await bench.pipeline.answer(request("please beta")) as answer:
+        text = "".join([chunk.text async for chunk in answer])
+    assert text == "beta:please beta"
+    outcome = bench.assert_settled("ok")
+    assert outcome.experts == ["beta"]
+    assert outcome.plan is not None
+    assert outcome.plan.best == "beta"
+    assert outcome.plan.scores == {"beta": 0.9, "alpha": 0.1}
+    assert outcome.usage.completion_tokens == 2
+    assert outcome.timings.total_ms >= outcome.timings.decision_ms > 0
+    assert outcome.timings.first_token_ms is not None
+
+
+async def test_a_model_that_is_an_expert_is_asked_without_routing() -> None:
+    bench = Bench(stage())
+    async with await bench.pipeline.answer(request("please beta", model="alpha")) as answer:
+        assert [chunk.expert async for chunk in answer][0] == "alpha"
+    assert bench.assert_settled("ok").plan.reasons == {"rule": "named"}  # type: ignore[union-attr]
+
+
+async def test_opting_out_gives_the_excluded_expert_nothing() -> None:
+    bench = Bench(stage(("alpha", "beta", "gamma")))
+    asked = request("please beta", exclude=frozenset({"beta"}))
+    async with await bench.pipeline.answer(asked) as answer:
+        assert {chunk.expert async for chunk in answer} == {"alpha"}
+    assert "beta" not in bench.assert_settled("ok").plan.scores  # type: ignore[union-attr]
+
+
+async def test_below_the_threshold_the_default_expert_answers() -> None:
+    bench = Bench(stage(policy={"threshold": 0.5, "default_expert": "beta"}))
+    async with await bench.pipeline.answer(request("nothing known")) as answer:
+        assert {chunk.expert async for chunk in answer} == {"beta"}
+    assert bench.assert_settled("ok").plan.reasons["rule"] == "below_threshold"  # type: ignore[union-attr]
+
+
+async def test_an_excluded_default_expert_is_not_asked_below_the_threshold() -> None:
+    bench = Bench(stage(policy={"threshold": 0.5, "default_expert": "beta"}))
+    asked = request("nothing known", exclude=frozenset({"beta"}))
+    async with await bench.pipeline.answer(asked) as answer:
+        assert {chunk.expert async for chunk in answer} == {"alpha"}
+
+
+@pytest.mark.parametrize(
+    ("asked", "error"),
+    [
+        (request(model="nobody"), UnknownModel),
+        (request(model="alpha", exclude=frozenset({"alpha"})), Unsupported),
+        (request(needs=frozenset({"tools"})), Unsupported),
+    ],
+)
+async def test_a_refused_request_is_recorded_and_holds_nothing(
+    asked: object, error: type[Exception]
+) -> None:
+    bench = Bench(stage())
+    with pytest.raises(error):
+        await bench.pipeline.answer(asked)  # type: ignore[arg-type]
+    assert bench.assert_settled("error").plan is None
+
+
+async def test_an_engine_failure_reaches_the_caller_and_the_record() -> None:
+    staged = stage()
+    staged.engine.fail = EngineError("the server fell over")
+    bench = Bench(staged)
+    with pytest.raises(EngineError, match="fell over"):
+        async with await bench.pipeline.answer(request()) as answer:
+            _ = [chunk async for chunk in answer]
+    assert bench.assert_settled("error").error == "engine_error"
+
+
+async def test_an_answer_never_begun_is_closed_and_counts_as_cancelled() -> None:
+    bench = Bench(stage())
+    answer = await bench.pipeline.answer(request())
+    await answer.aclose()
+    await answer.aclose()
+    bench.assert_settled("cancelled")
+    assert bench.staged.engine.calls == []
+
+
+async def test_a_caller_who_leaves_in_the_middle_cancels_the_call() -> None:
+    bench = Bench(stage())
+    async with await bench.pipeline.answer(request("please alpha go on")) as answer:
+        async for _ in answer:
+            break
+    bench.assert_settled("cancelled")
+    assert bench.staged.engine.cancelled == ["r1/0"]
+
+
+async def test_a_cancelled_task_cancels_the_call() -> None:
+    staged = stage()
+    staged.engine.gate = asyncio.Event()
+    bench = Bench(staged)
+
+    async def work() -> None:
+        async with await bench.pipeline.answer(request()) as answer:
+            _ = [chunk async for chunk in answer]
+
+    task = asyncio.create_task(work())
+    while not staged.engine.calls:
+        await asyncio.sleep(0)
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    bench.assert_settled("cancelled")
+
+
+async def test_a_request_sees_one_catalog_for_its_whole_life() -> None:
+    old = stage(version=1)
+    old.engine.gate = asyncio.Event()
+    bench = Bench(old)
+    task = asyncio.create_task(_texts(bench.pipeline, request("please alpha")))
+    while not old.engine.calls:
+        await asyncio.sleep(0)
+    bench.generations.swap(stage(("beta",), version=2).generation)
+    old.engine.gate.set()
+    assert await task == "alpha:please alpha"
+    assert bench.outcomes[0].catalog_version == 1
+    assert await _texts(bench.pipeline, request("please alpha")) == "beta:please alpha"
+
+
+async def test_a_prompt_template_is_filled_from_the_last_user_message() -> None:
+    spec = PromptSpec.model_validate(
+        {"extract": [{"regex": r"(?P<word>\w+) loudly"}], "template": "uppercase {word}"}
+    )
+    bench = Bench(stage(experts={"alpha": Expert(id="alpha", server="server", prompt=spec)}))
+    messages = (
+        {"role": "system", "content": "be kind"},
+        {"role": "user", "content": "say fox loudly"},
+    )
+    assert await _texts(bench.pipeline, request(messages=messages)) == "alpha:uppercase fox"
+    assert len(bench.staged.engine.calls[0].messages) == 1
+
+
+async def _texts(pipeline: Pipeline, asked: object) -> str:
+    async with await pipeline.answer(asked) as answer:  # type: ignore[arg-type]
+        return "".join([chunk.text async for chunk in answer])
