@@ -157,7 +157,7 @@ def _way(policy: Policy, experts: Sequence[Expert], router: Router | None) -> Wa
     return Way(
         policy=policy,
         eligibility=Eligibility.of(experts),
-        cost=np.array([expert.cost.output_per_1m for expert in experts], np.float32),
+        cost=np.array([e.cost.output_per_1m if e.cost else 0 for e in experts], np.float32),
         router=router,
         strategy=STRATEGIES[policy.strategy.name](policy.strategy.settings),
     )

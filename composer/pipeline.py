@@ -74,6 +74,7 @@ class Pipeline:
 
     def _ask(self, request: Request, generation: Generation, outcome: Outcome) -> Ask:
         timings = outcome.timings
+        catalog = generation.catalog
 
         async def ask(
             expert: str,
@@ -83,7 +84,7 @@ class Pipeline:
         ) -> AsyncGenerator[Chunk, None]:
             call = call_of(
                 request,
-                generation.catalog.experts[expert],
+                catalog.experts[expert],
                 number=len(timings.calls),
                 messages=messages,
                 sampling=sampling or request.sampling,
@@ -97,6 +98,8 @@ class Pipeline:
                 timings.queue_ms += lease.queue_s * 1000
                 async with aclosing(generation.engines[call.server].run(call)) as chunks:
                     async for chunk in chunks:
+                        if chunk.usage is not None:
+                            outcome.spend(catalog.experts[expert], chunk.usage)
                         yield chunk if chunk.expert else dataclasses.replace(chunk, expert=expert)
             finally:
                 self._scheduler.release(lease)
@@ -140,8 +143,14 @@ class Outcome:
     usage: Usage = Usage()
     experts: list[str] = field(default_factory=list)
     text: list[str] = field(default_factory=list)
+    cost_usd: float | None = 0.0
     status: Status = "running"
     error: str | None = None
+
+    def spend(self, expert: Expert, usage: Usage) -> None:
+        """Adds a call's price. One unknown price makes the sum unknown: it is never guessed."""
+        if self.cost_usd is not None:
+            self.cost_usd = self.cost_usd + expert.cost.of(usage) if expert.cost else None
 
     def end(self, error: BaseException | None) -> None:
         """Settles the status. Only the first end counts."""

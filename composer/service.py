@@ -25,11 +25,12 @@ from composer.errors import (
 )
 from composer.generations import Generation, Generations
 from composer.pipeline import Outcome, Pipeline
+from composer.recording import record_of
 from composer.registry import Loaded
 from composer.registry.watch import watch
 from composer.scheduling.base import Limits, Scheduler
 from composer.settings import Settings
-from composer.store import Record, Recorder, Store
+from composer.store import Recorder, Store
 from composer.types import Adapter, Catalog, Expert
 
 log = logging.getLogger(__name__)
@@ -225,7 +226,9 @@ class Service:
     # --- records and health ----------------------------------------------------------------
 
     def _record(self, outcome: Outcome) -> None:
-        self.recorder.put(record_of(outcome, content=self.settings.log_content))
+        content = self.settings.log_content
+        embedding = self.embedder.cached(outcome.request.text) if content else None
+        self.recorder.put(record_of(outcome, content=content, embedding=embedding))
 
     async def health(self) -> dict[str, Any]:
         """What /health shows. `status` is ok, degraded (the last reload failed, or the

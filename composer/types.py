@@ -51,8 +51,15 @@ class Adapter:
 class Cost:
     """Price of a call in US dollars per million tokens."""
 
-    input_per_1m: float = 0.0
-    output_per_1m: float = 0.0
+    input_per_1m: float
+    output_per_1m: float
+
+    def of(self, usage: Usage) -> float:
+        """US dollars for these tokens."""
+        spent = (
+            self.input_per_1m * usage.prompt_tokens + self.output_per_1m * usage.completion_tokens
+        )
+        return spent / 1e6
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,7 +77,7 @@ class Expert:
     """Something that can answer: the server's base model, alone or with one adapter.
 
     `context_window` is in tokens; `chars_per_token` is the estimate the filter uses before
-    any tokenizer is asked.
+    any tokenizer is asked. `cost` is None where the price is unknown.
     """
 
     id: str
@@ -83,7 +90,7 @@ class Expert:
     context_window: int = 4096
     chars_per_token: float = 3.0
     abilities: frozenset[Ability] = frozenset()
-    cost: Cost = Cost()
+    cost: Cost | None = None
     source: Literal["file", "runtime"] = "file"
 
 
@@ -170,6 +177,7 @@ class Request:
     needs: frozenset[Ability] = frozenset()
     extra: Mapping[str, Any] = field(default_factory=empty)
     exclude: frozenset[str] = frozenset()
+    stream: bool = False
 
     @property
     def text(self) -> str:

@@ -166,7 +166,7 @@ def stage(
 
     def way(policy: Policy, router: FakeRouter | None) -> Way:
         chosen = [made[expert] for expert in policy.experts]
-        cost = np.array([expert.cost.output_per_1m for expert in chosen], np.float32)
+        cost = np.array([e.cost.output_per_1m if e.cost else 0 for e in chosen], np.float32)
         return Way(policy, Eligibility.of(chosen), cost, router, Single(Single.settings()))
 
     def named(expert: str) -> Way:
