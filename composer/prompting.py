@@ -1,4 +1,4 @@
-"""An expert's `prompt:` block: how a person's free wording becomes the prompt the expert was trained on.
+"""An expert's `prompt:` block: turns a person's free wording into the prompt the expert knows.
 
 Knows nothing about models, tokenizers or where the block was read from. A small or narrow expert
 often understands one fixed form only, for instance ``uppercase fox``; its block says how to find
@@ -7,16 +7,22 @@ the input in "can you make this uppercase: fox" and how to write it down again::
     prompt:
       lower: true                        # read and fill in lower case
       template: "uppercase {word}"       # what the expert is given
-      extract:                           # tried in order until every field of the template is filled
+      ignore: [uppercase, capitals]      # never the input, beside common English words
+      extract:                           # tried in order until every field is filled
         - regex: '"(?P<word>[a-z]+)"'    # a quoted word; the group's name is the field
-        - leftover: '[a-z]{2,}'          # else the last token that is no request word
+        - regex: '(?P<word>[a-z]+) in capitals'
+          skip: request                  # but not "writing in capitals"
+        - leftover: '[a-z]{2,}'          # else the last token that is not to be skipped
           field: word
-          take: last
-          ignore: [uppercase, capital, capitals, letters]
       otherwise: pass                    # nothing found: give the message unchanged (or: refuse)
 
 Every step looks at the whole message and fills those of its fields that are still empty, so one
 step may find the letter and a later one the word. Curly quotes are read as straight ones.
+
+What a step skips: ``none``, nothing; ``function``, the block's `ignore` words, function words and
+courtesy (the, with, please); ``request``, those, the block's `context` words, and words that
+requests are made of (make, write, word, letters). Where an input may itself be such a word, end
+with a step that skips less.
 """
 
 from __future__ import annotations
@@ -41,37 +47,62 @@ from composer.errors import Unsupported
 MAX_CHARS = 1000
 """Longer messages are not searched, and count as "nothing found".
 
-Python's `re` has no time limit. Patterns whose time grows exponentially are refused when the
-block is read (`_refuse_nested_repeats`); what can remain is polynomial, and this bounds it.
+Python's `re` has no time limit. This bound, and the refusal of repeats inside unbounded repeats
+when the block is read, keep an honest mistake from stalling the service. They do not make a
+pattern written in malice safe: read a stranger's card before you serve it.
 """
 
-COMMON_WORDS = frozenset(
-    # Function words.
-    "a about above after again all also am an and another any are as at away back be because been "
-    "before being below both but by came can cannot come could did do does doing done down each "
-    "either else every few for from further had has have having he her here hers him his how "
-    "however i if in instead into is it its itself just like many may me might mine more most much "
-    "must my myself need needs no nor not now of off on once one only onto or other others our ours "
-    "out over own per quite rather really same shall she should since so some such than that the "
-    "their theirs them then there these they thing things this those through to together too under "
-    "until up upon us very via was we were what whatever when where whether which while who whole "
-    "whom whose why will with within without would yet you your yours "
-    # Words of requests and courtesy.
-    "actually alright answer appreciate ask asking basically below change check choose computer "
-    "convert create curious dear display ensure exactly express figure final find following form "
-    "get getting give given gives giving go going goes got great grateful gotta guess handle hello "
-    "help hey hi hoping input instruction item kindly know let lets look looking love make makes "
-    "making mean means mind need needed obtain ok okay output perform perhaps please pls possible "
-    "print prints process produce provide provided put question quick quickly read receive render "
-    "replace replacing reply request respond response result return returned returning say see send "
-    "shape shortly show simply solve somebody someone something sort spell start stuff supply sure "
-    "take task tell text thank thanks thanx thx transform translate trying turn turned turning type "
-    "understand use using value version wanna want wanted wants way wish wonder wondering work write "
-    "writes writing written wrote yes "
-    # Contractions without their apostrophe, as hurried people type them.
-    "cant didnt doesnt dont id ill im isnt ive id lets theres thats whats wheres whos wont wouldnt".split()
-)
-"""English words that a request may hold around its input; `leftover` steps skip them."""
+_FUNCTION_WORDS = """
+a about above after again all also am an and another any anyone are aren't as at away be because
+been before being below both but by came can can't cannot could did didn't do does doesn't doing
+don't done down each either else every everything few for from further had has have having he her
+here hers him his how however i i'd i'll i'm i've if in instead into is isn't it it's its itself
+just let let's lets like many may me might mine more most much must my myself no nor not now of off
+on once one only onto or other others our ours out over own per quite rather really same shall she
+should since so some such than that that's the their theirs them then there there's these they this
+those through throughout to together too under until up upon us very via was we were what what's
+whats whatever when whenever where where's whether which while who who's whom whose why will with
+within without won't would wouldn't yet you you'd you'll you're you've your yours cant didnt doesnt
+dont ill im isnt ive thats theres wheres whos wont wouldnt youre bye cheers dear hello hey hi howdy
+kindly ok okay please pls plz pretty sorry thank thanks thx ty yes
+"""
+_REQUEST_WORDS = """
+able actually alright already always anyway appreciate ask asked asking basically become becomes
+bit bring build call called calling calls came change changed check choose come comes compute
+containing convert converted converting correct correctly create curious currently describe
+determine display easy ensure entire exact exactly explain express fast figure final find finding
+first fix follow following friend fully gave generate get gets getting give given gives giving glad
+go goes going gonna good got gotta grab grateful great guess handle happen happens help homework
+hope hoping input instance keep know last left look looked looking looks love made make makes
+making mean meaning means mind need needed needing needs new next nice nothing obtain offer
+original output perform perhaps pick possible possibly prefer preferably present print printed
+prints proceed process produce prompt provide provided provides put puts putting question quick
+quickly quiz ran read reads ready receive remind render replace replaced replacing reply request
+require required respond response result resulting results return returned returning returns
+rewrite rewritten run running said say saying says see seen send set several show showing shown
+shows simple simply solve somebody someone something somehow start starting stuff submit suppose
+supply sure take taken takes taking talk task tell thing things think transform transformed
+translate translated try trying turn turned turning turns type typed typing understand use used
+uses using value version wanna want wanted wants way wish wonder wonders wondering work working
+works write writes writing written wrong wrote alphabet alphabetic alphabetical answer answers char
+character characters chars description english example expression form format formatted forms key
+language letter letters line message name named noun nouns paragraph passage phrase quote quoted
+sentence spell spelled spelling spells spelt statement string style term text token title word
+wording words whole entirely entirety equivalent counterpart corresponding apply applied according
+exist exists cross yield yields riddle puzzle crossword
+"""
+
+Skip = Literal["none", "function", "request"]
+
+Skipped = dict[Skip, frozenset[str]]
+
+
+@lru_cache(maxsize=4096)
+def _skipped(ignore: tuple[str, ...], context: tuple[str, ...]) -> Skipped:
+    function = frozenset(_FUNCTION_WORDS.split()) | {word.lower() for word in ignore}
+    request = function | {word.lower() for word in context} | frozenset(_REQUEST_WORDS.split())
+    return {"none": frozenset(), "function": function, "request": request}
+
 
 _TOKEN = re.compile(r"[^\W_]+(?:['\-][^\W_]+)*")
 _STRAIGHT = str.maketrans(
@@ -132,7 +163,10 @@ class RegexStep(BaseModel):
 
     regex: str = Field(
         min_length=1,
-        description="Python regular expression with at least one named group, e.g. `(?P<word>[a-z]+)`.",
+        description="Python regular expression with a named group per field, `(?P<word>[a-z]+)`.",
+    )
+    skip: Skip = Field(
+        default="none", description="Pass over matches in which a field is such a common word."
     )
 
     _pattern = field_validator("regex")(_check_pattern)
@@ -152,18 +186,24 @@ class RegexStep(BaseModel):
         """The fields that this step can fill."""
         return frozenset(_compiled(self.regex).groupindex)
 
-    def find(self, text: str) -> dict[str, str]:
-        """The groups of the first match that took part in it; empty when nothing matches."""
-        match = _compiled(self.regex).search(text)
-        return {} if match is None else {k: v for k, v in match.groupdict().items() if v}
+    def find(self, text: str, skipped: Skipped) -> dict[str, str]:
+        """The groups that took part in the first acceptable match; empty without one."""
+        pattern, start = _compiled(self.regex), 0
+        while (match := pattern.search(text, start)) is not None:
+            found = {name: value for name, value in match.groupdict().items() if value}
+            passed = [n for n in found if _is_skipped(found[n], skipped[self.skip])]
+            if not passed:
+                return found
+            # Just behind the skipped word, not behind the match: what follows may be in it.
+            start = min(match.end(name) for name in passed)
+        return {}
 
 
 class LeftoverStep(BaseModel):
-    """Takes a token of the message that is left when request words are put aside.
+    """Takes a token of the message that is left when common words are put aside.
 
     Tokens are runs of letters and digits, with inner hyphens and apostrophes; a possessive ``'s``
-    is dropped. A token is left over when the pattern matches all of it and it is neither in
-    `ignore` nor, unless `common` is false, one of `COMMON_WORDS`.
+    is dropped. A token is left over when the pattern matches all of it and it is not skipped.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -173,10 +213,7 @@ class LeftoverStep(BaseModel):
     take: Literal["first", "last", "longest"] = Field(
         default="last", description="Which of several tokens; among the longest, the last."
     )
-    ignore: tuple[str, ...] = Field(
-        default=(), description="Words that are not the input, in any case, e.g. `letters`."
-    )
-    common: bool = Field(default=True, description="Skip common English request words too.")
+    skip: Skip = Field(default="request", description="Which common words are put aside.")
 
     _pattern = field_validator("leftover")(_check_pattern)
 
@@ -185,18 +222,15 @@ class LeftoverStep(BaseModel):
         """The one field that this step can fill."""
         return frozenset({self.field})
 
-    def find(self, text: str) -> dict[str, str]:
+    def find(self, text: str, skipped: Skipped) -> dict[str, str]:
         """The chosen token, or an empty dict when none is left."""
-        ignored = _lowered(self.ignore)
         pattern = _compiled(self.leftover)
-        left = []
-        for match in _TOKEN.finditer(text):
-            token = match.group().removesuffix("'s")
-            word = token.lower()
-            if word in ignored or (self.common and word in COMMON_WORDS):
-                continue
-            if pattern.fullmatch(token):
-                left.append(token)
+        left = [
+            token.removesuffix("'s")
+            for token in _TOKEN.findall(text)
+            if not _is_skipped(token, skipped[self.skip])
+            and pattern.fullmatch(token.removesuffix("'s"))
+        ]
         if not left:
             return {}
         if self.take == "first":
@@ -206,9 +240,9 @@ class LeftoverStep(BaseModel):
         return {self.field: max(reversed(left), key=len)}
 
 
-@lru_cache(maxsize=4096)
-def _lowered(words: tuple[str, ...]) -> frozenset[str]:
-    return frozenset(word.lower() for word in words)
+def _is_skipped(token: str, skipped: frozenset[str]) -> bool:
+    word = token.lower()
+    return not skipped.isdisjoint((word, word.removesuffix("'s")))
 
 
 def _kind(step: Any) -> str | None:
@@ -242,6 +276,14 @@ class PromptSpec(BaseModel):
     )
     extract: tuple[Step, ...] = Field(
         min_length=1, description="Steps, tried in order until every field is filled."
+    )
+    ignore: tuple[str, ...] = Field(
+        default=(),
+        description="Words that are not the input, in any case: mostly the skill's own names.",
+    )
+    context: tuple[str, ...] = Field(
+        default=(),
+        description="Words that stand around the input, and are it only if nothing else is left.",
     )
     lower: bool = Field(default=False, description="Read the message in lower case.")
     otherwise: Literal["pass", "refuse"] = Field(
@@ -317,19 +359,20 @@ def extract(spec: PromptSpec, text: str) -> dict[str, str] | None:
     text = text.translate(_STRAIGHT)
     if spec.lower:
         text = text.lower()
+    skipped = _skipped(spec.ignore, spec.context)
     found: dict[str, str] = {}
     for step in spec.extract:
         if step.fields <= found.keys():
             continue
-        # What earlier steps found stays: they are the more certain ones.
-        found = step.find(text) | found
+        # What earlier steps found stays: they are the surer ones.
+        found = step.find(text, skipped) | found
         if len(found) == len(spec.fields):
             return found
     return None
 
 
 def render(spec: PromptSpec, text: str) -> str:
-    """The prompt for the expert: the filled template, or the message itself where `otherwise: pass`.
+    """The prompt for the expert: the filled template, or the message where `otherwise: pass`.
 
     Raises:
         Unsupported: a field is not found in the message and the block says `otherwise: refuse`.

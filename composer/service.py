@@ -7,10 +7,12 @@ let the old drain. Whatever fails on the way leaves the current generation as it
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import logging
 from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from pathlib import Path
 from time import perf_counter
 from typing import Any
 
@@ -26,7 +28,7 @@ from composer.errors import (
 from composer.generations import Generation, Generations
 from composer.pipeline import Outcome, Pipeline
 from composer.recording import record_of
-from composer.registry import Loaded
+from composer.registry import Loaded, RegistryError
 from composer.registry.watch import watch
 from composer.scheduling.base import Limits, Scheduler
 from composer.settings import Settings
@@ -79,7 +81,7 @@ class Service:
         self._limits = limits
         self._version = 0
         self._rows: Sequence[Mapping[str, Any]] = ()
-        self._watched: frozenset[Any] = frozenset()
+        self._watched: frozenset[Path] = frozenset()
         self._changing = asyncio.Lock()
         self._stop = asyncio.Event()
         self._tasks: set[asyncio.Task[None]] = set()
@@ -169,7 +171,11 @@ class Service:
         """The one path of boot, reload and runtime change. `keep` makes the change durable
         after everything is built and before anything is swapped."""
         began = perf_counter()
-        loaded = await asyncio.to_thread(self._load, rows, self._version + 1)
+        try:
+            loaded = await asyncio.to_thread(self._load, rows, self._version + 1)
+        except RegistryError as error:
+            self._watched |= error.watched  # so that mending any of them is noticed
+            raise
         current = self.generations.live[-1] if self.generations.live else None
         self._watched = loaded.watched
         if current is not None and loaded.catalog.digest == current.catalog.digest:
@@ -256,7 +262,9 @@ class Service:
             },
             "servers": servers,
             "requests": {"running": self.generations.holds},
-            "scheduler": self.scheduler.stats(),
+            "scheduler": {
+                server: dataclasses.asdict(load) for server, load in self.scheduler.stats().items()
+            },
             "recorder": recorder,
         }
 

@@ -111,7 +111,7 @@ def _read_config(folder: Path) -> dict[str, Any]:
     else:
         try:
             config = json.loads(file.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             reason, remedy = f"config.json cannot be read: {error}", "Save the model again."
         else:
             if isinstance(config, dict):

@@ -15,15 +15,21 @@ PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt")
 """Formats that run code when they are loaded."""
 
 
-def escape(path: Path, roots: Sequence[Path]) -> Path | None:
-    """Where `path` really lies when that is outside every root, else None.
+def outside(path: Path, roots: Sequence[Path]) -> Problem | None:
+    """A problem where `path` lies outside every root, else None.
 
     Both sides are resolved first, so neither `..` nor a symlink gets out.
     """
     real = path.resolve()
     if any(real.is_relative_to(root.resolve()) for root in roots):
         return None
-    return real
+    where = f"it leads to {real}, outside" if real != path.absolute() else "it lies outside"
+    return Problem(
+        file=str(path),
+        path="",
+        message=f"{where} the allowed folders ({', '.join(map(str, roots)) or 'none'})",
+        remedy="Move it into an allowed folder, or add its folder to COMPOSER_ADAPTER_ROOTS.",
+    )
 
 
 def stamp(folder: Path) -> tuple[tuple[str, int, int, int], ...]:
@@ -38,9 +44,8 @@ def stamp(folder: Path) -> tuple[tuple[str, int, int, int], ...]:
 
 def file_problems(folder: Path, roots: Sequence[Path]) -> list[Problem]:
     """Why this folder cannot hold a usable adapter, judged by its file names alone."""
-    outside = escape(folder, roots)
-    if outside is not None:
-        return [_outside(folder, outside, roots)]
+    if (refusal := outside(folder, roots)) is not None:
+        return [refusal]
     if not folder.is_dir():
         return [
             Problem(
@@ -52,11 +57,8 @@ def file_problems(folder: Path, roots: Sequence[Path]) -> list[Problem]:
                 remedy=f"Name the folder that holds {CONFIG} and {WEIGHTS}.",
             )
         ]
-    problems = []
-    for name in (CONFIG, WEIGHTS):
-        outside = escape(folder / name, roots)
-        if outside is not None:
-            problems.append(_outside(folder / name, outside, roots))
+    checked = (outside(folder / name, roots) for name in (CONFIG, WEIGHTS))
+    problems = [refusal for refusal in checked if refusal is not None]
     if problems:
         return problems
     if not (folder / CONFIG).is_file():
@@ -73,17 +75,6 @@ def file_problems(folder: Path, roots: Sequence[Path]) -> list[Problem]:
     return problems
 
 
-def _outside(path: Path, real: Path, roots: Sequence[Path]) -> Problem:
-    allowed = ", ".join(str(root) for root in roots) or "none"
-    link = " through a symlink" if path.absolute().is_symlink() else ""
-    return Problem(
-        file=str(path),
-        path="",
-        message=f"it lies{link} at {real}, outside the allowed folders ({allowed})",
-        remedy="Move it into an allowed folder, or add its folder to COMPOSER_ADAPTER_ROOTS.",
-    )
-
-
 def _no_weights(folder: Path) -> Problem:
     pickled = sorted(f.name for f in folder.iterdir() if f.suffix in PICKLES)
     if pickled:
@@ -91,7 +82,7 @@ def _no_weights(folder: Path) -> Problem:
             file=str(folder / pickled[0]),
             path="",
             message="the weights are pickled, and loading a pickle runs the code in it",
-            remedy=f"Convert it where you trust it, with safetensors.torch.save_file, to {WEIGHTS}.",
+            remedy=f"Convert it where you trust it, by safetensors.torch.save_file, to {WEIGHTS}.",
         )
     return Problem(
         file=str(folder),

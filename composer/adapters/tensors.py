@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -46,7 +47,7 @@ def read_tensors(path: Path) -> dict[str, RawTensor]:
     Read rather than mapped: a mapped file that is truncated meanwhile kills the process.
     """
     try:
-        entries = deserialize(path.read_bytes())
+        entries = deserialize(path.read_bytes())  # type: ignore[no-untyped-call]
     except SafetensorError as error:
         raise TensorFileError(_reason(error)) from error
     return {
@@ -68,4 +69,4 @@ def read_shapes(path: Path) -> Mapping[str, tuple[int, ...]]:
 
 
 def _reason(error: SafetensorError) -> str:
-    return str(error).removeprefix("Error while deserializing header: ")
+    return re.sub(r"^Error while deserializing( header)?: ", "", str(error))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, TypedDict
 
 from composer.types import Call
 
@@ -34,8 +34,7 @@ class Lease:
     queue_s: float
 
 
-@dataclass(frozen=True, slots=True)
-class ServerLoad:
+class ServerLoad(TypedDict):
     """Calls of one server at this moment, beside its limits."""
 
     running: int

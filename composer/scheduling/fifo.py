@@ -90,7 +90,7 @@ class FifoScheduler:
         line.waiting[number] = waiter
         try:
             return await waiter.granted
-        except asyncio.CancelledError:
+        except BaseException:  # cancelled, its coroutine closed, or the server taken away
             line.waiting.pop(number, None)
             granted = waiter.granted
             # The lease may have been given in the very step in which the caller was cancelled.

@@ -35,20 +35,17 @@ def translate(error: Exception, *, what: str) -> ComposerError:
 def _blames_row(error: Exception) -> bool:
     if isinstance(error, sa.IntegrityError | sa.DataError):
         return True
-    if isinstance(error, sa.StatementError):
-        return _blames_row_below(error.orig)
-    return _blames_row_below(error)
-
-
-def _blames_row_below(error: BaseException | None) -> bool:
-    """Whether the driver, or the encoding of a parameter before it, refused a value."""
-    while error is not None:
-        sqlstate = getattr(error, "sqlstate", None)
+    if not isinstance(error, sa.StatementError):
+        # Drivers raise a bare ValueError for a closed connection, but these only for a value.
+        return isinstance(error, OverflowError | UnicodeError)
+    below = error.orig
+    while below is not None:
+        sqlstate = getattr(below, "sqlstate", None)
         if isinstance(sqlstate, str):
             return sqlstate[:2] in _DATA_CLASSES
-        if isinstance(error, ValueError | TypeError | OverflowError):
+        if isinstance(below, ValueError | TypeError | OverflowError):  # encoding a parameter
             return True
-        error = error.__cause__
+        below = below.__cause__
     return False
 
 

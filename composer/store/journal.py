@@ -37,7 +37,7 @@ SEGMENT_BYTES = 4 << 20
 
 @dataclass(frozen=True, slots=True)
 class Damaged:
-    """A line whose checksum does not hold although later lines stand: the disk's fault."""
+    """A line that was ended but whose checksum does not hold: the disk's fault."""
 
     raw: bytes
 
@@ -53,7 +53,6 @@ class Journal:
         self._active: int | None = None  # the file descriptor of the newest segment
         self._size = 0  # bytes of it known to be whole lines
         self._number = 0  # of the newest segment ever made
-        self.rejected = 0
 
     # --- life ----------------------------------------------------------------------------
 
@@ -68,7 +67,7 @@ class Journal:
             while (lock := _lock(self._root / str(slot))) is None:
                 slot += 1
             self._lock, self._folder = lock, self._root / str(slot)
-            self._number = max((_number(path) for path in self.segments()), default=0)
+            self._number = self.newest() or 0
             self._adopt()
         except OSError as error:
             self.close()
@@ -148,7 +147,6 @@ class Journal:
         finally:
             os.close(file)
         _sync_folder(self._folder)
-        self.rejected += 1
 
     def _start_segment(self) -> None:
         self.seal()
@@ -169,9 +167,13 @@ class Journal:
         active = self._path(self._number) if self._active is not None else None
         return next((path for path in self.segments() if path != active), None)
 
-    def oldest_number(self) -> int | None:
-        """The number of the oldest segment there is."""
+    def oldest(self) -> int | None:
+        """The number of the oldest segment, if any."""
         return next((_number(path) for path in self.segments()), None)
+
+    def newest(self) -> int | None:
+        """The number of the newest segment, if any."""
+        return max((_number(path) for path in self.segments()), default=None)
 
     def size(self) -> int:
         """Bytes in all segments."""
@@ -180,17 +182,15 @@ class Journal:
     @staticmethod
     def read(path: Path) -> Iterator[bytes | Damaged]:
         """The payloads of a segment in order; a torn tail is left out, and logged."""
-        lines = path.read_bytes().split(b"\n")
-        if lines[-1] == b"":
-            lines.pop()
-        for i, line in enumerate(lines):
+        *lines, tail = path.read_bytes().split(b"\n")
+        for line in lines:
             payload = _payload(line)
-            if payload is not None:
-                yield payload
-            elif i < len(lines) - 1:
-                yield Damaged(line)
-            else:
-                log.warning("%s: a torn tail of %d bytes is left out", path, len(line))
+            yield Damaged(line) if payload is None else payload
+        whole = _payload(tail)
+        if whole is not None:
+            yield whole
+        elif tail:
+            log.warning("%s: a torn tail of %d bytes is left out", path, len(tail))
 
     def remove(self, path: Path) -> None:
         """Forgets a segment whose every line is stored elsewhere."""

@@ -1,4 +1,4 @@
-"""What is kept of a request and of its outcome, and its JSON form. Knows no database and no file."""
+"""What is kept of a request and its outcome, and its JSON form. Knows no database, no file."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ class Record:
     experts: tuple[str, ...] = ()
     error_code: str | None = None
     timings: Timings = field(default_factory=Timings)
-    usage: Usage = Usage()
+    usage: Usage = field(default_factory=Usage)
     cost_usd: float | None = None
     stream: bool = False
     messages: tuple[Message, ...] | None = None
@@ -205,7 +205,9 @@ def _cleaned(value: Any) -> Any:
             clean_text(key) if isinstance(key, str) else key: _cleaned(item)
             for key, item in value.items()
         }
-    if isinstance(value, list | tuple | set | frozenset):
+    if isinstance(value, set | frozenset):
+        value = sorted(value)
+    if isinstance(value, list | tuple):
         return [_cleaned(item) for item in value]
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return {f.name: _cleaned(getattr(value, f.name)) for f in dataclasses.fields(value)}

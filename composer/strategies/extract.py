@@ -12,13 +12,17 @@ from decimal import Decimal
 
 Extractor = Callable[[str], str | None]
 
-_NUMBER = re.compile(r"[-+]?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?|[-+]?\.\d+")
+_NUMBER = re.compile(
+    r"(?<![\w.])[-+]?(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|(?<![\w.])[-+]?\.\d+"
+)
 
 _STATED_CHOICE = re.compile(
-    r"\b(?:answer|choice|option)\b(?:\s+is)?\s*[:=]?\s*[*\"'(\[]*([A-J])\b", re.IGNORECASE
+    r"(?i:\b(?:answer|choice|option)\b(?:\s+is)?)\s*[:=]?\s*[*\"(\[]*"
+    r"([A-HJ]\b|I\b(?!['’]|\s+\w))"
 )
+_LEADING_CHOICE = re.compile(r"\s*[*\"(\[]*([A-J])(?:[).:\]*\"]|\s*$)")
+_BARE_CHOICE = re.compile(r"\W*([A-Ja-j])\W*")
 _BRACKETED_CHOICE = re.compile(r"[(\[]([A-J])[)\]]")
-_LEADING_CHOICE = re.compile(r"\s*[*\"'(\[]*([A-J])(?:[).:\]*\"']|\s*$)")
 
 
 def exact(text: str) -> str | None:
@@ -40,16 +44,16 @@ def number(text: str) -> str | None:
 def choice(text: str) -> str | None:
     """The letter A to J of a multiple-choice answer, upper case.
 
-    In order of trust: the last stated one ("the answer is (C)"), a leading one ("C." or "C"
+    In order of trust: the last stated one ("the answer is (C)"), a leading one ("C." or "c"
     alone), the last one in brackets. A bare letter within a sentence is not taken: "A" and
     "I" are words.
     """
     stated = _STATED_CHOICE.findall(text)
     if stated:
-        return str(stated[-1]).upper()
-    leading = _LEADING_CHOICE.match(text)
+        return str(stated[-1])
+    leading = _LEADING_CHOICE.match(text) or _BARE_CHOICE.fullmatch(text)
     if leading:
-        return leading[1]
+        return leading[1].upper()
     bracketed = _BRACKETED_CHOICE.findall(text)
     return bracketed[-1] if bracketed else None
 
@@ -64,11 +68,10 @@ def regex(pattern: str) -> Extractor:
         raise ValueError(f"{pattern!r} is not a regular expression: {error}") from error
 
     def extract(text: str) -> str | None:
-        last = None
-        for last in compiled.finditer(text):
-            pass
-        if last is None:
+        matches = list(compiled.finditer(text))
+        if not matches:
             return None
+        last = matches[-1]
         found = last[1] if compiled.groups else last[0]
         return exact(found) if found is not None else None
 

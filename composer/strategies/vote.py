@@ -60,7 +60,7 @@ class Ballot:
     text: str
     key: str | None
     logprobs: tuple[TokenLogprob, ...]
-    finish_reason: FinishReason
+    finish_reason: FinishReason | None
     usage: Usage
 
 
@@ -136,9 +136,9 @@ class Vote:
                 if self._early_stop and settled(weights, keys, {ranks[task] for task in pending}):
                     break
         finally:
-            for task in pending:
+            for task in ranks:
                 task.cancel()
-            await asyncio.gather(*pending, return_exceptions=True)
+            await asyncio.gather(*ranks, return_exceptions=True)
         if not ballots:
             raise errors[min(errors)]
         return ballots
@@ -146,7 +146,7 @@ class Vote:
     async def _ballot(self, expert: str, ask: Ask) -> Ballot:
         text: list[str] = []
         logprobs: list[TokenLogprob] = []
-        finish_reason: FinishReason = "stop"
+        finish_reason: FinishReason | None = None
         usage = Usage()
         async with aclosing(ask(expert)) as chunks:
             async for chunk in chunks:

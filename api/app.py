@@ -1,0 +1,51 @@
+"""The app factory. Nothing is built or started at import."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from importlib.metadata import version
+
+from fastapi import FastAPI
+
+from api import errors
+from api.edge import Edge
+from api.routes import chat, completions, embeddings, experts, feedback, health, models
+from api.schemas import ErrorBody
+from composer.errors import SettingsError
+from composer.service import Service
+
+
+def create_app(service: Service) -> FastAPI:
+    """The HTTP edge of a service that is not started yet: the app's lifespan starts and closes it.
+
+    No /docs: FastAPI's page loads its script from somebody else's host. /openapi.json is there.
+    Raises SettingsError for a key that would lock nothing.
+    """
+    if service.settings.api_key is not None and not service.settings.api_key.strip():
+        raise SettingsError("COMPOSER_API_KEY is empty; unset it, or give it a key")
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        await service.start()
+        try:
+            yield
+        finally:
+            await service.close()
+
+    app = FastAPI(
+        title="composer",
+        version=version("composer"),
+        lifespan=lifespan,
+        docs_url=None,
+        redoc_url=None,
+        responses={"4XX": {"model": ErrorBody}, "5XX": {"model": ErrorBody}},
+    )
+    app.state.service = service
+    app.state.created = int(time.time())
+    app.add_middleware(Edge, api_key=service.settings.api_key)
+    errors.install(app)
+    for module in (chat, completions, embeddings, models, experts, feedback, health):
+        app.include_router(module.router)
+    return app

@@ -1,0 +1,49 @@
+"""What routes are handed: the service, the request's id, bodies read by a strict parser."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Coroutine
+from typing import Annotated, Any
+
+import orjson
+from fastapi import APIRouter, Depends, Request
+from fastapi.routing import APIRoute
+from starlette.responses import Response
+
+from composer.service import Service
+
+
+def _service(request: Request) -> Service:
+    service: Service = request.app.state.service
+    return service
+
+
+def _request_id(request: Request) -> str:
+    id_: str = request.state.request_id
+    return id_
+
+
+ServiceDep = Annotated[Service, Depends(_service)]
+RequestId = Annotated[str, Depends(_request_id)]
+
+
+class _StrictJson(Request):
+    """Reads JSON as the standard has it. Python's own parser also takes NaN, lone surrogates,
+    which no reply could repeat, and nesting until the stack is used up."""
+
+    async def json(self) -> Any:
+        return orjson.loads(await self.body())
+
+
+class _Route(APIRoute):
+    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+        handle = super().get_route_handler()
+
+        async def strict(request: Request) -> Response:
+            return await handle(_StrictJson(request.scope, request.receive))
+
+        return strict
+
+
+def make_router() -> APIRouter:
+    return APIRouter(route_class=_Route)

@@ -1,0 +1,100 @@
+"""What every HTTP request passes first: its id, the key, the size limit, the last catch.
+
+Plain ASGI on purpose: a middleware that wraps responses would hide a client's leaving from
+the streams behind it. Knows nothing about routes.
+"""
+
+from __future__ import annotations
+
+import hmac
+import logging
+from uuid import uuid4
+
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.exceptions import HTTPException
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from api.errors import HTTP_CODES, INVALID, WireError, logged
+
+log = logging.getLogger(__name__)
+
+OPEN_PATHS = frozenset({"/health", "/ready"})
+"""Answered without a key, so that a load balancer needs none."""
+
+MAX_BODY = 4 * 2**20
+"""Bytes of a request's body: room for a 128k-token prompt and a few small images."""
+
+
+class Edge:
+    """Gives the request its id (32 hex digits) in `request.state.request_id` and the
+    `x-request-id` header. The id of an answer is the same digits behind OpenAI's prefix."""
+
+    def __init__(self, app: ASGIApp, *, api_key: str | None, max_body: int = MAX_BODY) -> None:
+        self._app = app
+        self._key = None if api_key is None else api_key.encode()
+        self._max_body = max_body
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        request_id = uuid4().hex
+        scope.setdefault("state", {})["request_id"] = request_id
+        started = False
+
+        async def send_with_id(message: Message) -> None:
+            nonlocal started
+            if message["type"] == "http.response.start":
+                started = True
+                MutableHeaders(scope=message)["x-request-id"] = request_id
+            await send(message)
+
+        refusal = self._refusal(scope)
+        if refusal is not None:
+            await refusal.response()(scope, receive, send_with_id)
+            return
+        try:
+            await self._app(scope, self._limited(receive), send_with_id)
+        except Exception as error:
+            if started:
+                raise  # half an answer is out: only closing the connection tells the client
+            await logged(error, request_id).response()(scope, receive, send_with_id)
+
+    def _refusal(self, scope: Scope) -> WireError | None:
+        headers = Headers(scope=scope)
+        if self._key is not None and scope["path"] not in OPEN_PATHS:
+            kind, _, key = headers.get("authorization", "").partition(" ")
+            # Headers are latin-1; compared in constant time, so that timing tells no prefix.
+            given = key.strip().encode("latin-1")
+            if kind.lower() != "bearer" or not hmac.compare_digest(given, self._key):
+                return WireError(
+                    401,
+                    "a valid key is needed: `Authorization: Bearer <key>`",
+                    "authentication_error",
+                    "invalid_api_key",
+                    headers={"www-authenticate": "Bearer"},
+                )
+        length = headers.get("content-length", "")
+        # Ten digits are beyond any limit, and int() itself refuses very long numbers.
+        if length.isdecimal() and (len(length) > 10 or int(length) > self._max_body):
+            return WireError(413, self._too_large, INVALID, HTTP_CODES[413])
+        return None
+
+    @property
+    def _too_large(self) -> str:
+        return f"the body exceeds {self._max_body} bytes; send less"
+
+    def _limited(self, receive: Receive) -> Receive:
+        """`receive`, counting: a body in chunks declares no length beforehand."""
+        seen = 0
+
+        async def limited() -> Message:
+            nonlocal seen
+            message = await receive()
+            if message["type"] == "http.request":
+                seen += len(message.get("body", b""))
+                if seen > self._max_body:
+                    raise HTTPException(413, self._too_large)
+            return message
+
+        return limited

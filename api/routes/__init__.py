@@ -1,0 +1,1 @@
+"""One file per resource. A route validates, asks the service, and shapes the reply."""

@@ -1,0 +1,126 @@
+"""Models and adapters named on the Hugging Face hub, as local folders. Knows nothing of LoRA.
+
+Files come from the local hub cache (HF_HUB_CACHE) where they are there; HF_HUB_OFFLINE=1 keeps
+it at that.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+from huggingface_hub import get_safetensors_metadata, hf_hub_download, snapshot_download
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    GatedRepoError,
+    HfHubHTTPError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    NotASafetensorsRepoError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+    SafetensorsParsingError,
+)
+
+from composer.adapters.base_model import BaseModelInfo, describe_base_model, read_base_model
+from composer.adapters.files import CARD, CONFIG, WEIGHTS
+from composer.errors import CatalogError, Problem
+
+_COMMIT = re.compile(r"[0-9a-f]{40}")
+_NAME = re.compile(r"[\w][\w.-]*/[\w][\w.-]*")
+
+
+def is_hub_name(name: str) -> bool:
+    """Whether `name` has the form org/name."""
+    return _NAME.fullmatch(name) is not None
+
+
+def fetch_adapter(name: str, revision: str) -> Path:
+    """The folder with the adapter's config, safetensors and card; nothing else is downloaded,
+    so no pickle either.
+
+    A full commit hash that is in the cache is taken from there without asking the hub. Blocks.
+    Raises CatalogError.
+    """
+    patterns = [CONFIG, WEIGHTS, CARD]
+    if _COMMIT.fullmatch(revision):
+        try:
+            folder = Path(
+                snapshot_download(
+                    name, revision=revision, allow_patterns=patterns, local_files_only=True
+                )
+            )
+        except LocalEntryNotFoundError:
+            pass  # not in the cache yet: fetched below
+        except HFValidationError as error:
+            raise _refusal(name, revision, error) from error
+        else:
+            if (folder / CONFIG).is_file() and (folder / WEIGHTS).is_file():
+                return folder
+    try:
+        return Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
+    except _FAILURES as error:
+        raise _refusal(name, revision, error) from error
+
+
+def adapter_root(folder: Path) -> Path:
+    """The cache folder of the repository whose snapshot `folder` is: its files are links into
+    that folder's blobs."""
+    return folder.parent.parent
+
+
+def fetch_base_model(name: str, revision: str | None, names: tuple[str, ...]) -> BaseModelInfo:
+    """What adapters must know of a base model, without downloading its weights: from the cached
+    snapshot where that is whole, else its config and the headers of its files by range requests.
+
+    Blocks. Raises CatalogError.
+    """
+    try:
+        cached = Path(snapshot_download(name, revision=revision, local_files_only=True))
+        return read_base_model(cached, (name, *names))
+    except (LocalEntryNotFoundError, CatalogError):
+        pass  # not, or not wholly, in the cache: asked of the hub below
+    except HFValidationError as error:
+        raise _refusal(name, revision, error) from error
+    try:
+        config = json.loads(
+            Path(hf_hub_download(name, "config.json", revision=revision)).read_text("utf-8")
+        )
+        files = get_safetensors_metadata(name, revision=revision).files_metadata.values()
+    except _FAILURES as error:
+        raise _refusal(name, revision, error) from error
+    shapes = {tensor: tuple(info.shape) for file in files for tensor, info in file.tensors.items()}
+    return describe_base_model(config, shapes, names=(name, *names), stamp=f"hub:{name}@{revision}")
+
+
+_FAILURES = (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, NotASafetensorsRepoError,
+             SafetensorsParsingError, OSError, ValueError)  # fmt: skip
+
+
+def _refusal(name: str, revision: str | None, error: Exception) -> CatalogError:
+    at = f"{name} at {revision}" if revision else name
+    match error:
+        case GatedRepoError():
+            message = f"{at} is gated on the hub"
+            remedy = "Accept its terms there and log in with `hf auth login`."
+        case RevisionNotFoundError():
+            message = f"{name} has no revision {revision} on the hub"
+            remedy = "Name one of its commits, tags or branches."
+        case RepositoryNotFoundError():
+            message = f"there is no {name} on the hub, or it is private"
+            remedy = "Correct the name, or log in with `hf auth login`."
+        case LocalEntryNotFoundError():
+            message = f"{at} is not in the local hub cache and the hub cannot be reached"
+            remedy = f"Connect, or fetch it before with `hf download {name}`."
+        case EntryNotFoundError() | NotASafetensorsRepoError():
+            message = f"{at} lacks a needed file: {_first_line(error)}"
+            remedy = "Name a model that is published as safetensors."
+        case _:
+            message = f"{at} cannot be fetched from the hub: {_first_line(error)}"
+            remedy = "Try again, or name a local folder."
+    return CatalogError([Problem(file="", path="", message=message, remedy=remedy)])
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)

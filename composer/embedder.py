@@ -1,0 +1,212 @@
+"""Texts to unit vectors for many callers at once: a cache, and one batch for those who arrive
+together. Knows nothing of routers or experts; how a model runs is `encoders.py`."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections import OrderedDict
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from composer.encoders import Backend, Encoder, load_encoder
+from composer.errors import EngineUnavailable
+from composer.types import FloatArray
+
+BATCH = 16
+"""Texts of one batch. Past it one core gains nothing, and those who come next wait longer."""
+
+ENCODE_CHUNK = 512
+
+
+def load_embedder(
+    name: str,
+    *,
+    backend: Backend = "auto",
+    cache_dir: Path = Path(".cache/composer"),
+    cache_size: int = 50_000,
+    threads: int = 1,
+) -> TextEmbedder:
+    """The embedder named by the settings. Blocks: under a second when its ONNX file is there,
+    about fifteen for the first start on a machine. Raises SettingsError with the remedy."""
+    encoder = load_encoder(name, backend=backend, cache_dir=cache_dir, threads=threads)
+    return TextEmbedder(encoder, cache_size=cache_size)
+
+
+@dataclass(slots=True)
+class _Wanted:
+    """A text someone waits for."""
+
+    text: str
+    waiters: int = 0
+    vector: Future[FloatArray] = field(default_factory=Future)
+
+
+class _Cache:
+    """The most recently used vectors by text."""
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+        self._rows: OrderedDict[str, FloatArray] = OrderedDict()
+
+    def get(self, text: str) -> FloatArray | None:
+        if (row := self._rows.get(text)) is not None:
+            self._rows.move_to_end(text)
+        return row
+
+    def put(self, text: str, row: FloatArray) -> None:
+        if self.size <= 0:
+            return
+        self._rows[text] = row
+        self._rows.move_to_end(text)
+        if len(self._rows) > self.size:
+            self._rows.popitem(last=False)
+
+
+class TextEmbedder:
+    """Implements `routing.base.Embedder`. Safe from any thread and any event loop.
+
+    Callers of `embed` who arrive while the worker is busy share its next batch, equal texts one
+    row of it; an idle worker starts at once, so nobody waits for others to come. A caller who
+    leaves takes only their own wish away. Vectors are shared and therefore read-only.
+
+    Queries and the experts' own texts (`encode`) are cached apart, so that building a large
+    index does not push out what callers ask for. `row_cache_size` bounds the latter: at 384
+    dimensions 250,000 rows are 400 MB, held only where a registry is that large.
+    """
+
+    def __init__(
+        self, encoder: Encoder, *, cache_size: int = 50_000, row_cache_size: int = 250_000
+    ) -> None:
+        self.id, self.digest, self.dim = encoder.id, encoder.digest, encoder.dim
+        self.backend, self.max_tokens = encoder.backend, encoder.max_tokens
+        self._encoder = encoder
+        self._lock = threading.Lock()
+        self._queries = _Cache(cache_size)
+        self._rows = _Cache(row_cache_size)
+        self._waiting: OrderedDict[str, _Wanted] = OrderedDict()  # not yet in a batch
+        self._running: dict[str, _Wanted] = {}
+        self._busy = False
+        self._closed = False
+        self._worker = ThreadPoolExecutor(1, thread_name_prefix="embedder")
+
+    # --- for callers who wait ---------------------------------------------------------
+
+    async def embed(self, text: str) -> FloatArray:
+        """One text → (d,) of length 1. Raises EngineUnavailable once closed, and whatever the
+        model raised, to every caller of the batch that failed."""
+        wanted = self._want(text)
+        if isinstance(wanted, np.ndarray):
+            return wanted
+        try:
+            # Shielded: cancelling one caller must not cancel the vector others wait for.
+            return await asyncio.shield(asyncio.wrap_future(wanted.vector))
+        except asyncio.CancelledError:
+            self._leave(wanted)
+            raise
+
+    async def embed_many(self, texts: Sequence[str]) -> FloatArray:
+        """(n,) texts → (n, d), batched with everybody else's."""
+        if not texts:
+            return np.empty((0, self.dim), np.float32)
+        async with asyncio.TaskGroup() as group:
+            tasks = [group.create_task(self.embed(text)) for text in texts]
+        return np.stack([task.result() for task in tasks])
+
+    def cached(self, text: str) -> FloatArray | None:
+        """The (d,) vector of a text asked for before, if it is still kept."""
+        with self._lock:
+            return self._queries.get(text)
+
+    # --- for offline use --------------------------------------------------------------
+
+    def encode(self, texts: Sequence[str]) -> FloatArray:
+        """(n,) texts → (n, d). Blocks, in the caller's thread; texts seen before cost nothing."""
+        with self._lock:
+            known = {text: self._rows.get(text) for text in texts}
+        missing = [text for text, row in known.items() if row is None]
+        for start in range(0, len(missing), ENCODE_CHUNK):
+            chunk = missing[start : start + ENCODE_CHUNK]
+            rows = self._encoder.encode(chunk)
+            with self._lock:
+                for text, row in zip(chunk, rows, strict=True):
+                    known[text] = kept = _read_only(row)
+                    self._rows.put(text, kept)
+        out = np.empty((len(texts), self.dim), np.float32)
+        for i, text in enumerate(texts):
+            out[i] = known[text]
+        return out
+
+    def count_tokens(self, texts: Sequence[str]) -> list[int]:
+        """Tokens of each text, special tokens included. The model reads the first `max_tokens`
+        of them; whether a longer text is refused or cut is the caller's choice."""
+        return self._encoder.count_tokens(texts)
+
+    async def close(self) -> None:
+        """Fails who still waits and ends the worker after its present batch. Safe to call twice."""
+        with self._lock:
+            self._closed = True
+            left = list(self._waiting.values())
+            self._waiting.clear()
+        for wanted in left:
+            wanted.vector.set_exception(EngineUnavailable("the embedder is closed"))
+        await asyncio.to_thread(self._worker.shutdown)
+
+    # --- the batch --------------------------------------------------------------------
+
+    def _want(self, text: str) -> FloatArray | _Wanted:
+        with self._lock:
+            if (row := self._queries.get(text)) is not None:
+                return row
+            if self._closed:
+                raise EngineUnavailable("the embedder is closed")
+            wanted = self._running.get(text) or self._waiting.get(text)
+            if wanted is None:
+                wanted = self._waiting[text] = _Wanted(text)
+            wanted.waiters += 1
+            if not self._busy:
+                self._busy = True
+                self._worker.submit(self._work)
+            return wanted
+
+    def _leave(self, wanted: _Wanted) -> None:
+        with self._lock:
+            wanted.waiters -= 1
+            if wanted.waiters == 0 and self._waiting.get(wanted.text) is wanted:
+                del self._waiting[wanted.text]
+
+    def _work(self) -> None:
+        """In the worker thread: batch after batch until nobody waits."""
+        while True:
+            with self._lock:
+                self._running = {
+                    text: self._waiting.pop(text) for text in list(self._waiting)[:BATCH]
+                }
+                if not self._running:
+                    self._busy = False
+                    return
+                batch = list(self._running.values())
+            try:
+                rows = self._encoder.encode([wanted.text for wanted in batch])
+            except Exception as error:
+                with self._lock:
+                    self._running = {}
+                for wanted in batch:
+                    wanted.vector.set_exception(error)
+                continue
+            with self._lock:
+                self._running = {}
+                for wanted, row in zip(batch, rows, strict=True):
+                    self._queries.put(wanted.text, _read_only(row))
+            for wanted, row in zip(batch, rows, strict=True):
+                wanted.vector.set_result(_read_only(row))
+
+
+def _read_only(row: FloatArray) -> FloatArray:
+    row = np.ascontiguousarray(row, np.float32).copy()  # a view would keep its whole batch alive
+    row.flags.writeable = False
+    return row

@@ -1,0 +1,136 @@
+"""The embedded engine: transformers and peft in this process, many adapters on one base.
+
+Knows nothing of scheduling: whoever gives the leases keeps the number of calls within `max_batch`
+and `queue`. Importing it imports no torch, so that a registry can be checked quickly.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, Collection, Sequence
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from composer.engines.prompts import encode, refuse
+from composer.errors import ComposerError, EngineError, EngineUnavailable
+from composer.types import Ability, Adapter, Call, Chunk, Message, Tier
+
+if TYPE_CHECKING:
+    from composer.engines.model import LocalModel
+    from composer.engines.worker import Worker
+
+
+class EmbeddedSettings(BaseModel):
+    """One base model in this process."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    model: str = Field(description="Folder of the base model, or its Hugging Face hub name.")
+    revision: str | None = Field(None, description="Commit, tag or branch of a hub model.")
+    model_name: str | None = Field(
+        None, description="The base model's name in adapters' configs, where it is another."
+    )
+    device: str = Field("cpu", description="A torch device: cpu, cuda:0 …")
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    max_batch: int = Field(16, ge=1, le=1024, description="Answers generated at once.")
+    queue: int = Field(64, ge=0, description="Calls waiting before new ones are refused (503).")
+    max_adapters: int = Field(64, ge=1, description="Adapters in memory at once.")
+    context_window: int | None = Field(
+        None, ge=2, description="Prompt and answer in tokens; default: what the model allows."
+    )
+    kv_tokens: int | None = Field(
+        None,
+        ge=2,
+        description="Most tokens the batch's cache may grow to (answers times the longest of "
+        "them, since rows are padded); default: no limit but max_batch.",
+    )
+    prefill_tokens: int = Field(
+        8192, ge=1, description="Prompt tokens read between two steps of those already running."
+    )
+    threads: int | None = Field(
+        None, ge=1, description="CPU threads of this model; default: what the process has set."
+    )
+
+
+class EmbeddedEngine:
+    """Continuous batching over one base model. Every row of a batch may use another adapter."""
+
+    name: ClassVar[str] = "embedded"
+    tier: ClassVar[Tier] = "supported"
+    settings: ClassVar[type[BaseModel]] = EmbeddedSettings
+    honours: ClassVar[frozenset[Ability]] = frozenset({"logprobs"})
+
+    def __init__(self, server: str, settings: EmbeddedSettings) -> None:
+        self._server = server
+        self._settings = settings
+        self._worker: Worker | None = None
+        self._closed = False
+
+    async def start(self) -> None:
+        # Seconds of imports: off the event loop, and only where an embedded server is used.
+        def make() -> Worker:
+            from composer.engines.worker import Worker
+
+            return Worker(self._server, self._settings)
+
+        if self._worker is not None:
+            return
+        worker = await asyncio.to_thread(make)
+        try:
+            await asyncio.wrap_future(worker.started)
+        except BaseException:
+            worker.stop()
+            raise
+        self._worker = worker
+
+    async def prepare(self, adapters: Collection[Adapter]) -> None:
+        def load(model: LocalModel) -> None:
+            wanted = model.digests | {adapter.digest for adapter in adapters}
+            if len(wanted) > self._settings.max_adapters:
+                raise EngineError(
+                    f"server {self._server!r} would hold {len(wanted)} adapters; its "
+                    f"max_adapters is {self._settings.max_adapters}"
+                )
+            model.load(adapters)
+
+        await asyncio.wrap_future(self._running().do(load))
+
+    async def retain(self, adapters: Collection[Adapter]) -> None:
+        await asyncio.wrap_future(self._running().do(lambda model: model.forget(adapters)))
+
+    async def run(self, call: Call) -> AsyncGenerator[Chunk, None]:
+        refuse(call, self._settings.max_batch)
+        job = self._running().submit(call, asyncio.get_running_loop())
+        try:
+            while True:
+                item = await job.outbox.get()
+                if isinstance(item, ComposerError):
+                    raise item
+                yield item
+                if item.usage is not None:
+                    return
+        finally:
+            job.cancelled = True
+
+    async def count_tokens(self, messages: Sequence[Message], prompt: str | None) -> int:
+        def count(model: LocalModel) -> int:
+            return len(encode(model.tokenizer, messages, prompt))
+
+        counted: Any = await asyncio.wrap_future(self._running().do(count))
+        return int(counted)
+
+    async def healthy(self) -> bool:
+        return self._worker is not None and self._worker.alive
+
+    async def close(self) -> None:
+        self._closed = True
+        if self._worker is not None:
+            self._worker.stop()
+            await asyncio.to_thread(self._worker.join)
+
+    def _running(self) -> Worker:
+        if self._worker is None or self._closed:
+            state = "closed" if self._closed else "not started"
+            raise EngineUnavailable(f"the embedded engine of server {self._server!r} is {state}")
+        return self._worker

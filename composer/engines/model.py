@@ -1,0 +1,200 @@
+"""A base model with its LoRA adapters in this process: load, forward, forget.
+
+Knows nothing of calls, sampling or threads; whoever owns it calls it from one thread.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Collection, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from peft import LoraConfig, PeftModel
+from peft.tuners.lora import LoraLayer
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, GenerationConfig
+
+from composer.engines.lora import BASE, MixedLora
+from composer.errors import EngineError, EngineUnavailable
+from composer.types import Adapter
+
+if TYPE_CHECKING:
+    from composer.engines.local import EmbeddedSettings
+
+log = logging.getLogger(__name__)
+
+WEIGHTS = "adapter_model.safetensors"
+
+CACHED_LAYERS = {"full_attention", "sliding_attention"}
+"""Layer types whose whole state is keys and values per token, which rows can be cut out of."""
+
+
+class LocalModel:
+    """Tokenizer, base model, and the adapters loaded so far, known by digest."""
+
+    def __init__(self, settings: EmbeddedSettings) -> None:
+        """Blocks for seconds to minutes. Raises EngineUnavailable with the remedy."""
+        self.device = torch.device(settings.device)
+        try:
+            self.tokenizer: Any = AutoTokenizer.from_pretrained(
+                settings.model, revision=settings.revision
+            )
+            base: Any = AutoModelForCausalLM.from_pretrained(
+                settings.model,
+                revision=settings.revision,
+                dtype=getattr(torch, settings.dtype),
+                use_safetensors=True,
+            )
+            self._base: torch.nn.Module = base.to(self.device)
+        except Exception as error:  # a hub, a file system, a parser and a device driver may fail
+            raise EngineUnavailable(
+                f"the base model {settings.model!r} cannot be loaded ({error}); `model` must be a "
+                "folder with config, tokenizer and safetensors weights, or a hub name this "
+                "machine can reach, and `device` one it has"
+            ) from error
+        self._base.eval().requires_grad_(False)
+        config = base.config.get_text_config(decoder=True)
+        unknown = set(getattr(config, "layer_types", None) or ()) - CACHED_LAYERS
+        if unknown:
+            raise EngineUnavailable(
+                f"{settings.model!r} has layers of type {', '.join(sorted(unknown))}, which the "
+                "embedded engine cannot batch; serve it with vLLM"
+            )
+        self.context = min(
+            settings.context_window or config.max_position_embeddings,
+            config.max_position_embeddings,
+        )
+        self.end_ids = _end_ids(base.generation_config, self.tokenizer)
+        self._peft: PeftModel | None = None
+        self._names: dict[str, str] = {}
+        self._lora = MixedLora()
+        self._pieces: dict[int, str] = {}
+
+    # --- adapters ------------------------------------------------------------------------
+
+    @property
+    def digests(self) -> frozenset[str]:
+        return frozenset(self._names)
+
+    def load(self, adapters: Collection[Adapter]) -> None:
+        """All of them or, on EngineError, none."""
+        added: list[str] = []
+        try:
+            for adapter in adapters:
+                if adapter.digest not in self._names:
+                    self._load(adapter)
+                    added.append(adapter.digest)
+        except EngineError:
+            self._delete(added)
+            raise
+        finally:
+            self._lora.attach(self._base, tuple(self._names.values()))
+
+    def forget(self, keep: Collection[Adapter]) -> None:
+        kept = {adapter.digest for adapter in keep}
+        self._delete([digest for digest in self._names if digest not in kept])
+        self._lora.attach(self._base, tuple(self._names.values()))
+
+    def _load(self, adapter: Adapter) -> None:
+        name = adapter_name(adapter.digest)
+        try:
+            if not (adapter.path / WEIGHTS).is_file():
+                raise FileNotFoundError(f"it has no {WEIGHTS}")
+            config = LoraConfig.from_pretrained(str(adapter.path), local_files_only=True)
+            config.inference_mode = True
+            if self._peft is None:
+                self._peft = PeftModel(
+                    self._base, config, name, autocast_adapter_dtype=False, low_cpu_mem_usage=True
+                )
+            else:
+                self._peft.add_adapter(
+                    name, config, autocast_adapter_dtype=False, low_cpu_mem_usage=True
+                )
+            self._peft.eval()
+            result = self._peft.load_adapter(
+                str(adapter.path), name, torch_device=str(self.device), low_cpu_mem_usage=True
+            )
+            tuner: Any = self._peft.base_model
+            tuner.set_adapter([])  # none is active by itself: rows name theirs
+            odd = [*result.missing_keys, *result.unexpected_keys]
+            if odd:
+                raise ValueError(f"its tensors do not match its config: {', '.join(odd[:4])}")
+        except Exception as error:  # peft raises whatever its many readers raise
+            self._remove(name)
+            raise EngineError(
+                f"adapter {adapter.path} cannot be loaded onto this base: {error}"
+            ) from error
+        self._names[adapter.digest] = name
+
+    def _delete(self, digests: Collection[str]) -> None:
+        for digest in digests:
+            self._remove(self._names.pop(digest))
+
+    def _remove(self, name: str) -> None:
+        """Takes an adapter out of every module, also one that is only half in."""
+        for module in self._base.modules():
+            if isinstance(module, LoraLayer):
+                module.delete_adapter(name)
+        if self._peft is not None:
+            self._peft.peft_config.pop(name, None)
+            if not self._peft.peft_config:
+                self._base = self._peft.unload()
+                self._peft = None
+
+    # --- forward -------------------------------------------------------------------------
+
+    def forward(
+        self,
+        ids: Tensor,
+        *,
+        lengths: Tensor,
+        positions: Tensor,
+        cache: DynamicCache,
+        adapters: Sequence[str | None],
+    ) -> Tensor:
+        """ids and positions (rows, new), right-aligned; `lengths` (rows,) is each row's tokens in
+        cache and `ids` together; `adapters` the digest per row. Extends the cache. Returns the
+        logits (rows, vocab) after the last column, in float32 at least."""
+        width = cache.get_seq_length() + ids.shape[1]
+        columns = torch.arange(width, device=self.device)
+        names = [BASE if digest is None else self._names[digest] for digest in adapters]
+        self._lora.assign(names, self.device)
+        output = self._base(
+            input_ids=ids,
+            attention_mask=columns >= width - lengths[:, None],  # (rows, width), False: padding
+            position_ids=positions,
+            past_key_values=cache,
+            use_cache=True,
+            logits_to_keep=1,
+        )
+        return output.logits[:, -1].float()  # type: ignore[no-any-return]
+
+    # --- text ----------------------------------------------------------------------------
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return self.tokenizer.decode(  # type: ignore[no-any-return]
+            ids, skip_special_tokens=True, clean_up_tokenization_spaces=False
+        )
+
+    def piece(self, token: int) -> str:
+        """A token's text as it stands within a line, leading space included."""
+        if token not in self._pieces:
+            anchor = self.tokenizer.encode("a", add_special_tokens=False)
+            text = self.tokenizer.decode([*anchor, token], clean_up_tokenization_spaces=False)
+            start = self.tokenizer.decode(anchor, clean_up_tokenization_spaces=False)
+            self._pieces[token] = text[len(start) :]
+        return self._pieces[token]
+
+
+def adapter_name(digest: str) -> str:
+    """The digest as a name that torch's module dictionaries take: no dots, no method names."""
+    return "digest_" + re.sub(r"[^0-9A-Za-z]", "", digest)
+
+
+def _end_ids(generation: GenerationConfig | None, tokenizer: Any) -> frozenset[int]:
+    """Chat models often end turns with another token than the tokenizer's own."""
+    named = generation.eos_token_id if generation is not None else None
+    ids = named if isinstance(named, list) else [named]
+    return frozenset(i for i in (*ids, tokenizer.eos_token_id) if i is not None)

@@ -1,0 +1,392 @@
+"""The thread that owns one model: calls join its running batch between steps.
+
+Knows nothing of HTTP or scheduling. All that touches the model or the tokenizer runs here, so
+neither needs a lock; callers talk to it through one inbox and hear back on their event loops.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import queue
+import random
+import threading
+from collections import deque
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from composer.engines import prompts
+from composer.engines.batch import Batch
+from composer.engines.model import LocalModel
+from composer.engines.sampling import Knobs, sample, top_logprobs
+from composer.engines.stopping import Answer
+from composer.errors import ComposerError, EngineError, EngineUnavailable
+from composer.types import Call, Chunk, TokenLogprob, Usage
+
+if TYPE_CHECKING:
+    from composer.engines.local import EmbeddedSettings
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(eq=False, slots=True)
+class Job:
+    """One call on its way. `cancelled` is set by the caller and read between steps."""
+
+    call: Call
+    loop: asyncio.AbstractEventLoop
+    outbox: asyncio.Queue[Chunk | ComposerError]
+    cancelled: bool = False
+    prompt: list[int] = field(default_factory=list)
+    budget: int = 0
+    open_rows: int = 0
+    tokens: int = 0
+
+    @property
+    def final_length(self) -> int:
+        return len(self.prompt) + self.budget
+
+    @property
+    def digest(self) -> str | None:
+        return None if self.call.adapter is None else self.call.adapter.digest
+
+
+@dataclass(eq=False, slots=True)
+class Row:
+    """One choice of a job in the batch. `token` is its newest, not yet in the cache."""
+
+    job: Job
+    answer: Answer
+    rng: random.Random
+    token: int = -1
+
+
+@dataclass(eq=False, slots=True)
+class Task:
+    """Something else to do with the model between two steps."""
+
+    work: Callable[[LocalModel], Any]
+    done: Future[Any]
+
+
+class Worker:
+    """Starts its thread at once; `started` resolves when the model is loaded, or with why not."""
+
+    def __init__(self, server: str, settings: EmbeddedSettings) -> None:
+        self.started: Future[None] = Future()
+        self._server = server
+        self._settings = settings
+        self._inbox: queue.SimpleQueue[Job | Task | None] = queue.SimpleQueue()
+        self._gate = (
+            threading.Lock()
+        )  # held to put something in, so that nothing comes after the end
+        self._ending = False
+        self._waiting: deque[Job] = deque()
+        self._rows: list[Row] = []
+        self._mail: list[tuple[Job, Chunk | ComposerError]] = []
+        self._thread = threading.Thread(target=self._run, name=f"embedded-{server}", daemon=True)
+        self._thread.start()
+
+    # --- called from event loops -----------------------------------------------------------
+
+    def submit(self, call: Call, loop: asyncio.AbstractEventLoop) -> Job:
+        """The call's chunks will come to the job's outbox, on `loop`; a chunk with usage or an
+        error is the last."""
+        job = Job(call, loop, asyncio.Queue())
+        self._put(job)
+        return job
+
+    def do(self, work: Callable[[LocalModel], Any]) -> Future[Any]:
+        """Runs `work` between two steps. Its exception is the future's."""
+        task = Task(work, Future())
+        self._put(task)
+        return task.done
+
+    def stop(self) -> None:
+        """Ends after the current step; what is left fails with EngineUnavailable."""
+        with self._gate:
+            self._ending = True
+            self._inbox.put(None)
+
+    def join(self) -> None:
+        """Blocks until the thread has ended."""
+        self._thread.join()
+
+    @property
+    def alive(self) -> bool:
+        return self._thread.is_alive() and not self._ending
+
+    def _put(self, item: Job | Task) -> None:
+        with self._gate:
+            if self._ending:
+                raise self._gone()
+            self._inbox.put(item)
+
+    def _gone(self) -> EngineUnavailable:
+        return EngineUnavailable(f"the embedded engine of server {self._server!r} is closed")
+
+    # --- the thread ------------------------------------------------------------------------
+
+    def _run(self) -> None:
+        try:
+            if self._settings.threads is not None:
+                torch.set_num_threads(self._settings.threads)
+            self._model = LocalModel(self._settings)
+            self._batch = Batch(self._model)
+        except BaseException as error:
+            self._end()
+            self.started.set_exception(error)
+            return
+        self.started.set_result(None)
+        try:
+            while self._receive():
+                self._drop_cancelled()
+                self._admit()
+                self._step()
+                self._deliver()
+        except BaseException:
+            log.exception("the embedded engine of server %r died", self._server)
+        finally:
+            self._end()
+            del self._model, self._batch
+
+    def _receive(self) -> bool:
+        """Takes what has come, waiting for it where there is nothing to run; False at the end."""
+        idle = not self._rows and not self._waiting
+        while True:
+            try:
+                item = self._inbox.get(block=idle)
+            except queue.Empty:
+                return True
+            idle = False
+            if item is None:
+                return False
+            if isinstance(item, Task):
+                self._do(item)
+                idle = not self._rows and not self._waiting and self._inbox.empty()
+            else:
+                self._prepare(item)
+
+    def _do(self, task: Task) -> None:
+        if not task.done.set_running_or_notify_cancel():
+            return
+        try:
+            task.done.set_result(task.work(self._model))
+        except Exception as error:
+            task.done.set_exception(error)
+
+    def _prepare(self, job: Job) -> None:
+        """Queues a job whose prompt fits; refuses any other."""
+        call = job.call
+        try:
+            if job.digest is not None and job.digest not in self._model.digests:
+                raise EngineError(f"the adapter of expert {call.expert!r} is not loaded")
+            job.prompt = prompts.encode(self._model.tokenizer, call.messages, call.prompt)
+            job.budget = prompts.budget(call, len(job.prompt), self._model.context)
+        except Exception as error:
+            self._post(job, _for_caller(error))
+        else:
+            self._waiting.append(job)
+            return
+        self._deliver()
+
+    def _drop_cancelled(self) -> None:
+        if any(job.cancelled for job in self._waiting):
+            self._waiting = deque(job for job in self._waiting if not job.cancelled)
+        if any(row.job.cancelled for row in self._rows):
+            self._keep([not row.job.cancelled for row in self._rows])
+
+    def _admit(self) -> None:
+        """Prefills waiting jobs, first come first, as far as there is room, and lets them join."""
+        jobs = self._next_jobs()
+        if not jobs:
+            return
+        new = Batch(self._model)
+        rows: list[Row] = []
+        try:
+            logits = new.prefill([job.prompt for job in jobs], [job.digest for job in jobs])
+            rows = [self._row(job, i) for job in jobs for i in range(job.call.sampling.n)]
+            counts = [job.call.sampling.n for job in jobs]
+            source = torch.arange(len(jobs), device=logits.device)
+            spread = source.repeat_interleave(torch.tensor(counts, device=logits.device))
+            self._advance(rows, logits[spread])
+            # Rows of one job may have ended at their first token: only the others join.
+            alive = [not row.answer.ended and not row.job.cancelled for row in rows]
+            joined = _count_by(spread.tolist(), alive, len(jobs))
+            self._batch.join(new, joined)
+        except Exception as error:
+            log.exception("prefill of %d calls failed on server %r", len(jobs), self._server)
+            self._fail(jobs, error)
+            return
+        self._rows += [row for row, here in zip(rows, alive, strict=True) if here]
+
+    def _next_jobs(self) -> list[Job]:
+        settings = self._settings
+        jobs: list[Job] = []
+        rows = len(self._rows)
+        longest = max((row.job.final_length for row in self._rows), default=0)
+        widest = 0
+        while self._waiting:
+            job = self._waiting[0]
+            rows += job.call.sampling.n
+            longest = max(longest, job.final_length)
+            widest = max(widest, len(job.prompt))
+            if rows > settings.max_batch:
+                break
+            alone = not self._rows and not jobs
+            if not alone and settings.kv_tokens is not None and rows * longest > settings.kv_tokens:
+                break
+            if jobs and (len(jobs) + 1) * widest > settings.prefill_tokens:
+                break
+            jobs.append(self._waiting.popleft())
+        return jobs
+
+    def _row(self, job: Job, index: int) -> Row:
+        sampling = job.call.sampling
+        answer = Answer(
+            index,
+            decode=self._model.decode,
+            prompt=job.prompt,
+            stops=sampling.stop,
+            ends=self._model.end_ids,
+            budget=job.budget,
+        )
+        job.open_rows += 1
+        seed = None if sampling.seed is None else f"{sampling.seed}/{index}"
+        return Row(job, answer, random.Random(seed))
+
+    def _step(self) -> None:
+        if not self._rows:
+            return
+        try:
+            logits = self._batch.step([row.token for row in self._rows])
+            self._advance(self._rows, logits)
+            self._keep([not row.answer.ended and not row.job.cancelled for row in self._rows])
+        except Exception as error:
+            log.exception("a step of %d rows failed on server %r", len(self._rows), self._server)
+            self._fail([row.job for row in self._rows], error)
+            self._rows = []
+            self._batch.clear()
+
+    @torch.inference_mode()
+    def _advance(self, rows: Sequence[Row], logits: torch.Tensor) -> None:
+        """One token more for each row. A row that fails fails its own call only."""
+        device = logits.device
+        samplings = [row.job.call.sampling for row in rows]
+        knobs = Knobs(
+            temperature=torch.tensor([s.temperature for s in samplings], device=device),
+            top_p=torch.tensor([s.top_p for s in samplings], device=device),
+            uniform=torch.tensor([row.rng.random() for row in rows], device=device),
+        )
+        sound = torch.isfinite(logits).all(dim=-1).tolist()
+        tokens = sample(torch.nan_to_num(logits), knobs)
+        logprobs = self._logprobs(rows, logits, tokens)
+        for row, token, fine, logprob in zip(rows, tokens.tolist(), sound, logprobs, strict=True):
+            if row.job.cancelled:
+                continue
+            try:
+                if not fine:
+                    raise EngineError(
+                        "the model's output is not finite: weights or adapter are broken"
+                    )
+                row.token = token
+                self._emit(row, row.answer.push(token, logprob))
+            except Exception as error:
+                self._fail([row.job], error)
+
+    def _logprobs(
+        self, rows: Sequence[Row], logits: torch.Tensor, tokens: torch.Tensor
+    ) -> list[TokenLogprob | None]:
+        asked = [row.job.call.sampling.logprobs for row in rows]
+        result: list[TokenLogprob | None] = [None] * len(rows)
+        index = [i for i, k in enumerate(asked) if k is not None]
+        if not index:
+            return result
+        most = max(asked[i] or 0 for i in index)
+        chosen, best, ids = top_logprobs(logits[index], tokens[index], most)
+        piece = self._model.piece
+        for i, own, values, others in zip(
+            index, chosen.tolist(), best.tolist(), ids.tolist(), strict=True
+        ):
+            top = tuple((piece(t), v) for t, v in zip(others, values, strict=True))
+            result[i] = TokenLogprob(piece(int(tokens[i])), own, top[: asked[i]])
+        return result
+
+    def _emit(self, row: Row, chunk: Chunk | None) -> None:
+        if chunk is None:
+            return
+        job = row.job
+        if row.answer.ended:
+            job.open_rows -= 1
+            job.tokens += row.answer.tokens
+            if job.open_rows == 0:
+                usage = Usage(len(job.prompt), job.tokens)
+                chunk = Chunk(chunk.text, chunk.index, chunk.logprobs, chunk.finish_reason, usage)
+        self._post(job, chunk)
+
+    def _keep(self, here: Sequence[bool]) -> None:
+        self._batch.keep([i for i, stays in enumerate(here) if stays])
+        self._rows = [row for row, stays in zip(self._rows, here, strict=True) if stays]
+
+    def _fail(self, jobs: Sequence[Job], error: Exception) -> None:
+        for job in dict.fromkeys(jobs):
+            if not job.cancelled:
+                job.cancelled = True
+                self._post(job, _for_caller(error))
+
+    def _post(self, job: Job, item: Chunk | ComposerError) -> None:
+        self._mail.append((job, item))
+
+    def _deliver(self) -> None:
+        """One wake-up per event loop and step, however many chunks there are."""
+        mail, self._mail = self._mail, []
+        for loop in {job.loop for job, _ in mail}:
+            mine = [(job, item) for job, item in mail if job.loop is loop]
+            try:
+                loop.call_soon_threadsafe(_put_all, mine)
+            except RuntimeError:  # that loop is closed: nobody is left to hear
+                for job, _ in mine:
+                    job.cancelled = True
+
+    def _end(self) -> None:
+        """Nothing comes in any more, and whoever still waits is told."""
+        with self._gate:
+            self._ending = True
+        self._fail([row.job for row in self._rows] + list(self._waiting), self._gone())
+        self._rows = []
+        self._waiting.clear()
+        while not self._inbox.empty():
+            item = self._inbox.get()
+            if isinstance(item, Task):
+                if item.done.set_running_or_notify_cancel():
+                    item.done.set_exception(self._gone())
+            elif item is not None:
+                self._fail([item], self._gone())
+        self._deliver()
+
+
+def _put_all(mail: Sequence[tuple[Job, Chunk | ComposerError]]) -> None:
+    for job, item in mail:
+        job.outbox.put_nowait(item)
+
+
+def _count_by(owners: Sequence[int], here: Sequence[bool], n: int) -> list[int]:
+    counts = [0] * n
+    for owner, stays in zip(owners, here, strict=True):
+        counts[owner] += stays
+    return counts
+
+
+def _for_caller(error: Exception) -> ComposerError:
+    """An instance of its own per call: an exception raised twice keeps both tracebacks."""
+    if isinstance(error, EngineError):
+        return type(error)(str(error))
+    if isinstance(error, ComposerError):
+        return error
+    wrapped = EngineError(f"the embedded engine failed on this call: {error!r}")
+    wrapped.__cause__ = error
+    return wrapped

@@ -1,0 +1,18 @@
+"""experts.yaml and runtime experts → Catalog. Knows no router, strategy or engine but by name."""
+
+from composer.registry.experts import RUNTIME
+from composer.registry.families import EngineFamily, Families
+from composer.registry.load import Loaded, RegistryError, load_catalog
+from composer.registry.schema import registry_json_schema
+from composer.registry.table import catalog_table
+
+__all__ = [
+    "RUNTIME",
+    "EngineFamily",
+    "Families",
+    "Loaded",
+    "RegistryError",
+    "catalog_table",
+    "load_catalog",
+    "registry_json_schema",
+]

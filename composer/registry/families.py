@@ -1,0 +1,55 @@
+"""What experts.yaml may name (routers, strategies, engines), handed in with their settings models.
+
+The registry knows them by name and settings alone, so it imports none of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from pydantic import BaseModel
+
+from composer.adapters.lora_config import AdapterFeature
+from composer.types import Ability
+
+
+@dataclass(frozen=True, slots=True)
+class EngineFamily:
+    """An engine as the registry sees it.
+
+    `honours` are the abilities it can give an expert, `adapter_features` what it can do beyond
+    plain LoRA. `model_field` is the setting that names the weights (a folder or a hub name) and
+    `revision` its hub revision, so that adapters can be checked against them; None, or a server
+    that leaves it empty: somebody else's weights, adapters are checked by themselves alone. A
+    setting `model_name` adds a name the base goes by, `max_lora_rank` bounds its adapters.
+    """
+
+    settings: type[BaseModel]
+    honours: frozenset[Ability] = frozenset()
+    adapter_features: frozenset[AdapterFeature] = frozenset()
+    takes_adapters: bool = True
+    model_field: str | None = "model"
+
+
+@dataclass(frozen=True, slots=True)
+class Families:
+    """Settings models by registered name. Raises ValueError for one that would ignore unknown
+    keys, since a misspelt setting would then silently have no effect."""
+
+    routers: Mapping[str, type[BaseModel]]
+    strategies: Mapping[str, type[BaseModel]]
+    engines: Mapping[str, EngineFamily] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        models = {
+            **{f"router {name}": model for name, model in self.routers.items()},
+            **{f"strategy {name}": model for name, model in self.strategies.items()},
+            **{f"engine {name}": family.settings for name, family in self.engines.items()},
+        }
+        for name, model in models.items():
+            if model.model_config.get("extra") != "forbid":
+                raise ValueError(
+                    f"the settings of {name} accept unknown keys; set extra='forbid' in "
+                    f"{model.__name__}.model_config"
+                )

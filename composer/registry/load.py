@@ -1,0 +1,239 @@
+"""experts.yaml and the runtime experts → one frozen Catalog, or every problem at once.
+
+Boot and reload are this one function. It reads files, cards and adapters, and asks the hub for
+what is named there; it builds no router and starts no engine.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+from composer.adapters.cache import AdapterCache
+from composer.errors import CatalogError, Problem
+from composer.registry.blocks import Place, block_at, unknown_name, validate
+from composer.registry.context import Context
+from composer.registry.experts import gather, prepare
+from composer.registry.families import Families
+from composer.registry.policies import make_policies
+from composer.registry.servers import KnownServer, make_servers
+from composer.registry.source import Document, parse_yaml
+from composer.registry.specs import FileSpec
+from composer.types import Catalog, Component, Expert, Policy
+
+_CACHE = AdapterCache()
+"""Shared by all loads of a process: its keys are the files' own stamps, so it holds no state
+that another load could notice."""
+
+
+_OTHER_KEYS = {"version", "servers", "policies", "default_policy"}
+"""Top-level keys that are wrong without any expert being lost by it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Loaded:
+    """A catalog, and the files and folders whose change would change it."""
+
+    catalog: Catalog
+    watched: frozenset[Path]
+
+
+class RegistryError(CatalogError):
+    """The registry is wrong. `watched` are the files and folders that were looked at, so that
+    mending any of them can be noticed."""
+
+    def __init__(self, problems: Sequence[Problem], watched: Iterable[Path]) -> None:
+        super().__init__(problems)
+        self.watched = frozenset(watched)
+
+
+def load_catalog(
+    path: Path,
+    families: Families,
+    *,
+    roots: Sequence[Path] = (),
+    runtime: Sequence[Mapping[str, Any]] = (),
+    version: int,
+    cache: AdapterCache | None = None,
+) -> Loaded:
+    """The catalog that the file and the runtime experts make together.
+
+    `roots` are the folders that adapters, cards and examples may lie in; none: the file's own.
+    `runtime` are experts in the form of experts.yaml, each with its `id` beside the rest; their
+    relative paths start at the file's folder. Blocks, for the network too where a hub name is
+    not in the cache.
+
+    Raises RegistryError (a CatalogError) with every problem found.
+    """
+    watched = {path}
+    try:
+        document = _read(path)
+        file, problems = _shell(document)
+    except CatalogError as error:
+        raise RegistryError(error.problems, watched) from error
+    unusable = {problem.path for problem in problems} - _OTHER_KEYS
+    context = Context(
+        file=document,
+        folder=path.parent,
+        families=families,
+        roots=tuple(roots) or (path.resolve().parent,),
+        cache=cache if cache is not None else _CACHE,
+        problems=problems,
+        watched=watched,
+        experts_missing=bool(unusable),
+    )
+    servers = make_servers(context, file.servers)
+    names = file.servers.keys()
+    entries = gather(context, file.experts, file.adapters_from, runtime, names)
+    broken = names - servers.keys() if names else None  # that there is none is told once
+    prepared = prepare(context, entries, servers, broken)
+    policies = make_policies(context, file.policies, prepared)
+    _check_whole(context, file, [entry.id for entry in entries])
+    if context.problems:
+        raise RegistryError(_in_order(context.problems), context.watched)
+
+    experts = {result.entry.id: result.expert for result in prepared if result.expert is not None}
+    catalog = Catalog(
+        version=version,
+        digest=_digest(servers, experts, policies, file.default_policy),
+        servers=MappingProxyType({id_: known.server for id_, known in servers.items()}),
+        experts=MappingProxyType(experts),
+        policies=MappingProxyType(policies),
+        default_policy=file.default_policy,
+    )
+    return Loaded(catalog, frozenset(context.watched))
+
+
+def _read(path: Path) -> Document:
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except FileNotFoundError as error:
+        message, remedy = "there is no such file", "Write it; README.md shows how."
+        raise CatalogError([Problem(str(path), "", message, remedy)]) from error
+    except (OSError, UnicodeError) as error:
+        message, remedy = f"it cannot be read: {error}", "Save it as UTF-8 text."
+        raise CatalogError([Problem(str(path), "", message, remedy)]) from error
+    return parse_yaml(text, str(path))
+
+
+@dataclass(frozen=True, slots=True)
+class _Shell:
+    """The file's top level, its blocks not yet looked into."""
+
+    servers: Mapping[str, Any]
+    experts: Mapping[str, Any]
+    adapters_from: object
+    policies: Mapping[str, Any]
+    default_policy: str
+
+
+def _shell(document: Document) -> tuple[_Shell, list[Problem]]:
+    """Blocks of the wrong kind are told and then taken as empty, so that the others are looked
+    at too. Raises CatalogError where nothing can be."""
+    if document.data is None:
+        remedy = "Write `version`, `servers`, `experts` and `policies`; README.md shows how."
+        raise CatalogError([document.problem((), "the file is empty", remedy)])
+    block, problems = block_at(Place(document, ()), document.data)
+    if block is None:
+        raise CatalogError(problems)
+    _, problems = validate(FileSpec, block)
+
+    def mapping(key: str) -> Mapping[str, Any]:
+        value = block.data.get(key)
+        return value if isinstance(value, dict) else {}
+
+    default = block.data.get("default_policy", FileSpec.model_fields["default_policy"].default)
+    return _Shell(
+        servers=mapping("servers"),
+        experts=mapping("experts"),
+        adapters_from=block.data.get("adapters_from"),
+        policies=mapping("policies"),
+        default_policy=default if isinstance(default, str) else "",
+    ), problems
+
+
+def _check_whole(context: Context, file: _Shell, experts: Sequence[str]) -> None:
+    place = Place(context.file, ())
+    if not file.servers and "servers" in context.file.data:
+        remedy = "Add a server, such as `local: {engine: …}`."
+        context.problems.append((place / "servers").problem("there is no server", remedy))
+    if not experts and "experts" not in context.file.data:
+        remedy = "Add one under `experts:`, or a folder of them under `adapters_from:`."
+        context.problems.append(place.problem("there is no expert", remedy))
+    elif not experts:
+        remedy = "Add one, or a folder of them under `adapters_from:`."
+        context.problems.append((place / "experts").problem("there is no expert", remedy))
+    if file.default_policy not in file.policies and "policies" in context.file.data:
+        known = list(file.policies)
+        message, remedy = unknown_name("policy", file.default_policy, known)
+        if "default_policy" in context.file.data:
+            context.problems.append((place / "default_policy").problem(message, remedy))
+            return
+        message = f"there is no policy {file.default_policy!r}, for requests that name none"
+        remedy = f"Call one of them `{file.default_policy}`, or name one as `default_policy`."
+        context.problems.append((place / "policies").problem(message, remedy))
+
+
+def _in_order(problems: Sequence[Problem]) -> list[Problem]:
+    """By file in the order met, then by line: as one would mend them."""
+    files = {file: i for i, file in enumerate(dict.fromkeys(p.file for p in problems))}
+    return sorted(dict.fromkeys(problems), key=lambda p: (files[p.file], p.line or 0))
+
+
+def _digest(
+    servers: Mapping[str, KnownServer],
+    experts: Mapping[str, Expert],
+    policies: Mapping[str, Policy],
+    default_policy: str,
+) -> str:
+    """`sha256:…` over what is served, equal on every machine for equal content: adapters count
+    by their digest, servers by their settings as written. A base model counts by its name, so
+    replacing its weights in place needs a restart."""
+    content = {
+        "servers": {
+            id_: {"engine": known.server.engine, "settings": known.written}
+            for id_, known in servers.items()
+        },
+        "experts": {id_: _expert_content(expert) for id_, expert in experts.items()},
+        "policies": {id_: _policy_content(policy) for id_, policy in policies.items()},
+        "default_policy": default_policy,
+    }
+    text = json.dumps(content, sort_keys=True, ensure_ascii=True, separators=(",", ":"))
+    return f"sha256:{hashlib.sha256(text.encode()).hexdigest()}"
+
+
+def _expert_content(expert: Expert) -> dict[str, Any]:
+    return {
+        "server": expert.server,
+        "description": expert.description,
+        "skills": expert.skills,
+        "examples": expert.examples,
+        "adapter": expert.adapter.digest if expert.adapter else None,
+        "prompt": expert.prompt.model_dump(mode="json") if expert.prompt else None,
+        "context_window": expert.context_window,
+        "chars_per_token": expert.chars_per_token,
+        "abilities": sorted(expert.abilities),
+        "cost": [cost.input_per_1m, cost.output_per_1m] if (cost := expert.cost) else None,
+        "source": expert.source,
+    }
+
+
+def _policy_content(policy: Policy) -> dict[str, Any]:
+    return {
+        "router": _component_content(policy.router),
+        "strategy": _component_content(policy.strategy),
+        "experts": sorted(policy.experts),
+        "default_expert": policy.default_expert,
+        "threshold": policy.threshold,
+        "cost_weight": policy.cost_weight,
+        "k": policy.k,
+    }
+
+
+def _component_content(component: Component) -> dict[str, Any]:
+    return {"name": component.name, "settings": component.settings.model_dump(mode="json")}

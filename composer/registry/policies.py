@@ -1,0 +1,198 @@
+"""The `policies:` block: each entry as a Policy over the experts that its patterns match."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from fnmatch import filter as matching
+from typing import Any
+
+from pydantic import BaseModel
+
+from composer.registry.blocks import ID_REMEDY, Block, Place, block_at, unknown_name, validate
+from composer.registry.context import Context
+from composer.registry.experts import Prepared
+from composer.registry.specs import ID, PolicySpec
+from composer.types import Component, Policy
+
+_SHOWN = 5
+
+
+def make_policies(
+    context: Context, entries: Mapping[str, Any], experts: Sequence[Prepared]
+) -> dict[str, Policy]:
+    """Those policies that are right, by id; the problems of the others go to the context."""
+    prepared = {result.entry.id: result for result in experts}
+    policies = {}
+    for id_, data in entries.items():
+        place = Place(context.file, ("policies", id_))
+        if re.fullmatch(ID, id_) is None:
+            context.problems.append(place.problem(f"{id_!r} cannot be an id", ID_REMEDY))
+            continue
+        if id_ in prepared:
+            message = f"{id_!r} is an expert's id too, and a request names either by `model`"
+            context.problems.append(place.problem(message, "Rename one of the two."))
+        block, problems = block_at(place, data)
+        context.problems += problems
+        if block is not None and (policy := _make_policy(context, id_, block, prepared)):
+            policies[id_] = policy
+    return policies
+
+
+def _make_policy(
+    context: Context, id_: str, block: Block, prepared: Mapping[str, Prepared]
+) -> Policy | None:
+    families = context.families
+    router = _component(context, block, "router", families.routers)
+    strategy = _component(context, block, "strategy", families.strategies)
+    rest = {key: value for key, value in block.data.items() if key not in ("router", "strategy")}
+    spec, problems = validate(PolicySpec, replace(block, data=rest))
+    context.problems += problems
+    if spec is None:
+        return None
+    experts = _matched(context, block, spec, list(prepared))
+    _check_default(context, block, spec, experts, list(prepared))
+    _check_costs(context, block, spec, experts, prepared)
+    if router is None or strategy is None:
+        return None
+    _check_texts(context, block, spec, experts, prepared)
+    return Policy(
+        id=id_,
+        router=router,
+        strategy=strategy,
+        experts=experts,
+        default_expert=spec.default_expert,
+        threshold=spec.threshold,
+        cost_weight=spec.cost_weight,
+        k=spec.k,
+    )
+
+
+def _component(
+    context: Context, block: Block, kind: str, family: Mapping[str, type[BaseModel]]
+) -> Component | None:
+    """A router or strategy: `{name: …, its own settings …}`."""
+    known = list(family)
+    if kind not in block.data:
+        choice = ", ".join(f"`{name}`" for name in known)
+        remedy = f"Add `{kind}: {{name: …}}`, with one of {choice}."
+        context.problems.append(block.problem((kind,), "it is missing", remedy))
+        return None
+    inner, problems = block_at(block.at((kind,)), block.data[kind])
+    context.problems += problems
+    if inner is None:
+        return None
+    if "name" not in inner.data:
+        choice = ", ".join(f"`{one}`" for one in known)
+        context.problems.append(inner.problem(("name",), "it is missing", f"Add one of {choice}."))
+        return None
+    name = inner.data["name"]
+    if not isinstance(name, str) or name not in family:
+        path = ("name",)
+        context.problems.append(inner.problem(path, *unknown_name(kind, name, known)))
+        return None
+    own = {key: value for key, value in inner.data.items() if key != "name"}
+    settings, problems = validate(family[name], replace(inner, data=own))
+    context.problems += problems
+    return None if settings is None else Component(name, settings)
+
+
+def _matched(
+    context: Context, block: Block, spec: PolicySpec, ids: Sequence[str]
+) -> tuple[str, ...]:
+    """The ids that a pattern matches and no `!pattern` does, in the order of the catalog."""
+    found: set[str] = set()
+    left_out: set[str] = set()
+    for number, written in enumerate(spec.experts):
+        pattern = written.removeprefix("!")
+        some = matching(ids, pattern)
+        (left_out if written != pattern else found).update(some)
+        if not some and ids and not context.experts_missing:
+            message, remedy = unknown_name("expert", pattern, ids)
+            if any(mark in pattern for mark in "*?["):
+                message = f"no expert's id matches {pattern!r}"
+            context.problems.append(block.problem(("experts", number), message, remedy))
+    if found and found <= left_out:
+        message, remedy = (
+            "every expert is left out again",
+            "Narrow the patterns that begin with `!`.",
+        )
+        context.problems.append(block.problem(("experts",), message, remedy))
+    return tuple(id_ for id_ in ids if id_ in found and id_ not in left_out)
+
+
+def _check_default(
+    context: Context,
+    block: Block,
+    spec: PolicySpec,
+    experts: Sequence[str],
+    ids: Sequence[str],
+) -> None:
+    default = spec.default_expert
+    if default is None:
+        if spec.threshold > 0:
+            message = "below it the default expert answers, but the policy has none"
+            remedy = "Add `default_expert`, or remove the threshold."
+            context.problems.append(block.problem(("threshold",), message, remedy))
+    elif default not in ids:
+        if context.experts_missing:
+            return
+        problem = block.problem(("default_expert",), *unknown_name("expert", default, ids))
+        context.problems.append(problem)
+    elif default not in experts:
+        message = f"{default!r} is not among the policy's experts"
+        remedy = f"Add {default!r} to `experts`, or name one of those."
+        context.problems.append(block.problem(("default_expert",), message, remedy))
+
+
+def _check_costs(
+    context: Context,
+    block: Block,
+    spec: PolicySpec,
+    experts: Sequence[str],
+    prepared: Mapping[str, Prepared],
+) -> None:
+    """Where cost counts, an expert whose cost is not given would pass for a free one."""
+    if spec.cost_weight == 0:
+        return
+    free = [
+        id_ for id_ in experts if (expert := prepared[id_].spec) is not None and expert.cost is None
+    ]
+    if free:
+        message = f"costs count here, but {_listed(free)} {_have(free)} no `cost`"
+        remedy = "Add `cost` there (0 where it is free), or remove `cost_weight`."
+        context.problems.append(block.problem(("cost_weight",), message, remedy))
+
+
+def _check_texts(
+    context: Context,
+    block: Block,
+    spec: PolicySpec,
+    experts: Sequence[str],
+    prepared: Mapping[str, Prepared],
+) -> None:
+    """A router can find an expert only by what is said about it. With one expert there is
+    nothing to find, and the default expert is there for what fits none."""
+    if len(experts) < 2:
+        return
+    mute = [
+        id_
+        for id_ in experts
+        if id_ != spec.default_expert
+        and (expert := prepared[id_].expert) is not None
+        and not (expert.description or expert.skills or expert.examples)
+    ]
+    if mute:
+        message = f"the router has nothing to find {_listed(mute)} by"
+        remedy = "Add `examples` or a `description` there, or leave it out of this policy."
+        context.problems.append(block.problem(("router",), message, remedy))
+
+
+def _listed(ids: Sequence[str]) -> str:
+    shown = ", ".join(repr(id_) for id_ in ids[:_SHOWN])
+    return shown if len(ids) <= _SHOWN else f"{shown} and {len(ids) - _SHOWN} more"
+
+
+def _have(ids: Sequence[str]) -> str:
+    return "has" if len(ids) == 1 else "have"

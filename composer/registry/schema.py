@@ -1,0 +1,64 @@
+"""The JSON schema of experts.yaml for editors, made from the models that validate it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import reduce
+from operator import or_
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, Field, create_model
+
+from composer.registry.families import Families
+from composer.registry.specs import AdaptersFrom, ExpertSpec, FileSpec, Id, PolicySpec, Text
+
+DIALECT = "https://json-schema.org/draft/2020-12/schema"
+
+
+def registry_json_schema(families: Families) -> dict[str, Any]:
+    """JSON Schema (draft 2020-12) of the whole file, one branch per router, strategy and
+    engine. Equal for equal families; a test keeps examples/experts.schema.json in step."""
+    engines = {name: family.settings for name, family in families.engines.items()}
+    policy = _extended(
+        "Policy",
+        PolicySpec,
+        router=_tagged("name", "Router", families.routers),
+        strategy=_tagged("name", "Strategy", families.strategies),
+    )
+    file = _extended(
+        "Experts",
+        FileSpec,
+        servers=dict[Id, _tagged("engine", "Server", engines)],  # type: ignore[misc]
+        experts=dict[Id, ExpertSpec],
+        adapters_from=Text | list[Text | AdaptersFrom],
+        policies=dict[Id, policy],  # type: ignore[valid-type]
+    )
+    schema = file.model_json_schema()
+    for keyed in ("servers", "experts", "policies"):  # by id: another kind of key is a mistake
+        schema["properties"][keyed]["additionalProperties"] = False
+    return {"$schema": DIALECT, **schema}
+
+
+def _tagged(tag: str, kind: str, models: Mapping[str, type[BaseModel]]) -> Any:
+    """The union of the models, each with its registered name under the key `tag`."""
+    branches = [
+        _extended(f"{kind}_{name}", model, **{tag: Literal[name]}) for name, model in models.items()
+    ]
+    if len(branches) == 1:
+        return branches[0]
+    return Annotated[reduce(or_, branches), Field(discriminator=tag)]
+
+
+def _extended(name: str, base: type[BaseModel], /, **fields: Any) -> Any:
+    """A subclass with these fields' annotations put in place of (or added to) the base's; a
+    field of the base keeps its description and default."""
+    definitions: dict[str, Any] = {
+        field: (
+            annotation,
+            Field(known.get_default(call_default_factory=True), description=known.description)
+            if (known := base.model_fields.get(field))
+            else ...,
+        )
+        for field, annotation in fields.items()
+    }
+    return create_model(name, __base__=base, __doc__=base.__doc__, **definitions)

@@ -1,0 +1,132 @@
+"""The `servers:` block: each entry as a Server, with what can be read of its base model."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from typing import Any
+
+from pydantic import BaseModel
+
+from composer.adapters.base_model import BaseModelInfo, read_base_model
+from composer.adapters.hub import fetch_base_model, is_hub_name
+from composer.errors import CatalogError
+from composer.registry.blocks import ID_REMEDY, Block, Place, block_at, unknown_name, validate
+from composer.registry.context import Context
+from composer.registry.families import EngineFamily
+from composer.registry.specs import ID
+from composer.types import Server
+
+
+@dataclass(frozen=True, slots=True)
+class KnownServer:
+    """A server, its engine's family, and its base model (None where that cannot be read).
+
+    `max_rank` and `context_window` (tokens) are the limits it sets to its experts, where known;
+    `written` are its settings as the file has them, with paths not yet resolved.
+    """
+
+    server: Server
+    family: EngineFamily
+    base: BaseModelInfo | None
+    max_rank: int | None
+    context_window: int | None
+    written: Mapping[str, Any]
+
+
+_fetch_base_model = lru_cache(maxsize=64)(fetch_base_model)
+"""A base on the hub is looked at once: the engine that serves it does not follow it either."""
+
+
+def make_servers(context: Context, entries: Mapping[str, Any]) -> dict[str, KnownServer]:
+    """Those servers that are right, by id; the problems of the others go to the context."""
+    servers = {}
+    for id_, data in entries.items():
+        place = Place(context.file, ("servers", id_))
+        if re.fullmatch(ID, id_) is None:
+            context.problems.append(place.problem(f"{id_!r} cannot be an id", ID_REMEDY))
+            continue
+        block, problems = block_at(place, data)
+        context.problems += problems
+        if block is not None and (server := _make_server(context, id_, block)) is not None:
+            servers[id_] = server
+    return servers
+
+
+def _make_server(context: Context, id_: str, block: Block) -> KnownServer | None:
+    known = list(context.families.engines)
+    engine = block.data.get("engine")
+    if engine is None:
+        choice = ", ".join(f"`{name}`" for name in known)
+        context.problems.append(
+            block.problem(("engine",), "it is missing", f"Add one of {choice}.")
+        )
+        return None
+    family = context.families.engines.get(engine) if isinstance(engine, str) else None
+    if family is None:
+        context.problems.append(block.problem(("engine",), *unknown_name("engine", engine, known)))
+        return None
+
+    data = {key: value for key, value in block.data.items() if key != "engine"}
+    field = family.model_field
+    written = data.get(field) if field is not None else None
+    if field is not None and isinstance(written, str) and _is_path(context, written):
+        data[field] = str(context.located(written).resolve())
+    settings, problems = validate(family.settings, replace(block, data=data))
+    context.problems += problems
+    if settings is None:
+        return None
+    dump = settings.model_dump(mode="json")
+    if isinstance(written, str) and field is not None:
+        dump[field] = written
+    base = _read_base(context, block, field, written, settings)
+    windows = (getattr(settings, "context_window", None), base.context_window if base else None)
+    return KnownServer(
+        server=Server(id=id_, engine=str(engine), settings=settings),
+        family=family,
+        base=base,
+        max_rank=getattr(settings, "max_lora_rank", None),
+        context_window=min((tokens for tokens in windows if tokens is not None), default=None),
+        written=dump,
+    )
+
+
+def _read_base(
+    context: Context, block: Block, field: str | None, written: object, settings: BaseModel
+) -> BaseModelInfo | None:
+    if field is None or not isinstance(written, str):
+        return None
+    own_name = getattr(settings, "model_name", None)
+    names = (own_name,) if isinstance(own_name, str) and own_name else ()
+    try:
+        if _is_path(context, written):
+            folder = context.located(written)
+            context.watched.add(folder)
+            return read_base_model(folder, (*names, written))
+        if is_hub_name(written):
+            return _fetch_base_model(written, getattr(settings, "revision", None), names)
+    except CatalogError as error:
+        for problem in error.problems:
+            where = f"{problem.file}: " if problem.file else ""
+            context.problems.append(
+                block.problem((field,), f"{where}{problem.message}", problem.remedy)
+            )
+        return None
+    context.problems.append(
+        block.problem(
+            (field,),
+            f"{written!r} is neither a folder nor a name on the hub",
+            "Write ./folder, or org/name.",
+        )
+    )
+    return None
+
+
+def _is_path(context: Context, written: str) -> bool:
+    """A folder that is there, or what could be nothing else; `org/name` that is no folder is a
+    name on the hub."""
+    if written.startswith((".", "/", "~")) or context.located(written).is_dir():
+        return True
+    return "/" in written and not is_hub_name(written)

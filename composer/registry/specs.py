@@ -1,0 +1,167 @@
+"""The shape of experts.yaml, of a card's `composer:` block and of a runtime expert: one model each.
+
+Pure shapes and bounds: whether what is named exists is checked where the catalog is made.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Discriminator,
+    Field,
+    Tag,
+)
+
+from composer.prompting import PromptSpec
+from composer.types import Ability
+
+ID = r"^[a-z0-9][a-z0-9._/-]{0,63}$"
+DIGEST = r"^sha256:[0-9a-f]{64}$"
+
+Id = Annotated[str, Field(pattern=ID)]
+Text = Annotated[str, Field(min_length=1)]
+
+
+class Spec(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+class HubAdapter(Spec):
+    """An adapter on the Hugging Face hub."""
+
+    hub: str = Field(pattern=r"^[\w][\w.-]*/[\w][\w.-]*$", description="Its name, as `org/name`.")
+    revision: str = Field(
+        min_length=1,
+        description="Commit hash, tag or branch; a commit hash stays the same and is not asked "
+        "for again.",
+    )
+
+
+def _adapter_kind(value: Any) -> str:
+    return "hub" if isinstance(value, dict | HubAdapter) else "path"
+
+
+AdapterSpec = Annotated[
+    Annotated[Text, Tag("path")] | Annotated[HubAdapter, Tag("hub")],
+    Discriminator(_adapter_kind),
+]
+
+
+class CostSpec(Spec):
+    """Price in US dollars per million tokens."""
+
+    input_per_1m: float = Field(
+        ge=0, strict=True, description="US dollars per million prompt tokens."
+    )
+    output_per_1m: float = Field(
+        ge=0, strict=True, description="US dollars per million answer tokens."
+    )
+
+
+class CardSpec(Spec):
+    """The `composer:` block of a model card, and what an expert in experts.yaml shares with it."""
+
+    description: str = Field("", description="What the expert does, in a sentence or two.")
+    skills: tuple[Text, ...] = Field((), description="What it can do, in a few words each.")
+    examples: tuple[Text, ...] = Field((), description="Queries that it should be given.")
+    examples_from: Text | None = Field(
+        None,
+        description="File with more examples: one a line, or .jsonl with strings or objects that "
+        "have a `text`; relative to the file that names it.",
+    )
+    prompt: PromptSpec | None = Field(
+        None, description="How free wording becomes the prompt that the expert was trained on."
+    )
+    context_window: int | None = Field(
+        None,
+        ge=1,
+        strict=True,
+        description="Tokens of prompt and answer together; default: the base model's.",
+    )
+    chars_per_token: float = Field(
+        3.0,
+        gt=0,
+        le=100,
+        strict=True,
+        description="For estimating a prompt's tokens before any tokenizer is asked.",
+    )
+    abilities: frozenset[Ability] | None = Field(
+        None,
+        description="What it can do beyond text; default: logprobs where its engine has them.",
+    )
+    cost: CostSpec | None = Field(None, description="Price in US dollars per million tokens.")
+    digest: str | None = Field(
+        None, pattern=DIGEST, description="The adapter's digest as `composer check` prints it."
+    )
+
+
+class ExpertSpec(CardSpec):
+    """A model on a server, alone or with an adapter."""
+
+    server: Id = Field(description="Id of the server that runs it.")
+    adapter: AdapterSpec | None = Field(
+        None,
+        description="LoRA adapter: a folder, or `{hub: org/name, revision: …}`; without, the "
+        "expert is the server's base model.",
+    )
+
+
+class AdaptersFrom(Spec):
+    """A folder of adapters, each with its card (README.md)."""
+
+    path: Text = Field(description="Pattern of the adapters' folders, such as ./adapters/*.")
+    server: Id = Field(description="Id of the server that runs them.")
+    id_prefix: str = Field(
+        "", pattern=r"^[a-z0-9._/-]*$", description="Put before the folder's name to make the id."
+    )
+
+
+class PolicySpec(Spec):
+    """A named way of answering; `router` and `strategy` are checked by their own families."""
+
+    experts: tuple[Text, ...] = Field(
+        ("*",),
+        min_length=1,
+        description="Ids or patterns of the experts it may use: `*`, `math-*`; `!x*` leaves out.",
+    )
+    default_expert: Id | None = Field(
+        None, description="Answers when no expert's score reaches the threshold."
+    )
+    threshold: float = Field(
+        0.0,
+        ge=0,
+        le=1,
+        strict=True,
+        description="Calibrated quality below which the default expert answers.",
+    )
+    cost_weight: float = Field(
+        0.0,
+        ge=0,
+        strict=True,
+        description="Quality given up to save one US dollar per million answer tokens.",
+    )
+    k: int = Field(1, ge=1, le=1000, strict=True, description="How many experts a plan may hold.")
+
+
+def _no_bool(value: Any) -> Any:
+    if isinstance(value, bool):
+        raise ValueError(f"{value} is no version number")
+    return value
+
+
+class FileSpec(Spec):
+    """experts.yaml from the top. The blocks below are validated one by one, so that an error in
+    one does not hide those of the others."""
+
+    version: Annotated[Literal[1], BeforeValidator(_no_bool)] = Field(
+        description="The version of this file's format, which is 1."
+    )
+    servers: dict[str, Any] = Field(description="Processes that run models, by id.")
+    experts: dict[str, Any] = Field(default_factory=dict, description="Experts by id.")
+    adapters_from: Any = Field((), description="Folders of adapters, each with its card.")
+    policies: dict[str, Any] = Field(description="Named ways of answering, by id.")
+    default_policy: Id = Field("auto", description="The policy for requests that name none.")

@@ -1,0 +1,58 @@
+"""A catalog as a table for people, as `composer check` prints it."""
+
+from __future__ import annotations
+
+from rich.markup import escape
+from rich.table import Table
+
+from composer.types import Catalog, Expert, Policy
+
+
+def catalog_table(catalog: Catalog) -> Table:
+    """One row per expert; the policies below. Digests are given whole, to be pinned."""
+    table = Table(
+        title=f"catalog {catalog.digest[:19]}…: {len(catalog.experts)} experts on "
+        f"{len(catalog.servers)} servers",
+        caption="\n".join(_policy(catalog, policy) for policy in catalog.policies.values()),
+        caption_justify="left",
+    )
+    table.add_column("expert", no_wrap=True)
+    table.add_column("server", no_wrap=True)
+    table.add_column("adapter", overflow="fold", min_width=20)
+    table.add_column("tokens", justify="right", no_wrap=True)
+    table.add_column("about", ratio=1)
+    for expert in catalog.experts.values():
+        table.add_row(
+            escape(expert.id),
+            escape(expert.server),
+            _adapter(expert),
+            str(expert.context_window),
+            _about(expert),
+        )
+    return table
+
+
+def _about(expert: Expert) -> str:
+    facts = [f"examples: {len(expert.examples)}"]
+    if expert.abilities:
+        facts.append(" ".join(sorted(expert.abilities)))
+    if expert.cost is not None:
+        facts.append(f"${expert.cost.input_per_1m:g} in, ${expert.cost.output_per_1m:g} out")
+    if expert.source == "runtime":
+        facts.append("added at run time")
+    return f"{escape(expert.description)}\n[dim]{'; '.join(facts)}[/]".lstrip("\n")
+
+
+def _adapter(expert: Expert) -> str:
+    if expert.adapter is None:
+        return "[dim]none: the base model[/]"
+    return f"rank {expert.adapter.rank} {expert.adapter.digest}"
+
+
+def _policy(catalog: Catalog, policy: Policy) -> str:
+    default = " (default)" if policy.id == catalog.default_policy else ""
+    fallback = f", else {policy.default_expert}" if policy.default_expert else ""
+    return escape(
+        f"policy {policy.id}{default}: {policy.router.name} over {len(policy.experts)} experts, "
+        f"k {policy.k}, {policy.strategy.name}{fallback}"
+    )

@@ -1,0 +1,7 @@
+"""What is kept: requests, their outcomes, runtime experts. Knows no router, engine or HTTP."""
+
+from composer.store.recorder import Receipt, Recorder
+from composer.store.records import Feedback, Record
+from composer.store.repository import Store
+
+__all__ = ["Feedback", "Receipt", "Record", "Recorder", "Store"]

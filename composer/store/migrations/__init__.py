@@ -1,0 +1,1 @@
+"""Numbered, append-only migrations: one that was released is never changed."""

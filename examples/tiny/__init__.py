@@ -1,0 +1,1 @@
+"""Miniature experts: character-level Llama bases and LoRA adapters, trained from a fixed seed."""

@@ -1,0 +1,127 @@
+"""Writes the model cards and results.json from measured figures; nothing in them is by hand."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from examples.tiny import experts
+from examples.tiny.tasks import SKILLS
+
+Figures = dict[str, Any]
+
+
+def sha256(path: Path) -> str:
+    """Hex digest of a file."""
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def _front_matter(data: dict[str, Any]) -> str:
+    text = yaml.safe_dump(data, sort_keys=False, allow_unicode=True, width=100)
+    return f"---\n{text}---\n"
+
+
+def _percent(value: float) -> str:
+    return f"{100 * value:.1f} %"
+
+
+def write_expert_card(folder: Path, size: str, skill_id: str, figures: Figures) -> None:
+    """Writes README.md: front matter (with the ``composer:`` block), accuracies, digests.
+
+    Args:
+        figures: what `measure_expert` in `train.py` gives.
+    """
+    skill = SKILLS[skill_id]
+    front = {
+        "base_model": experts.base_name(size),
+        "library_name": "peft",
+        "license": "apache-2.0",
+        "tags": ["lora", "composer", "tiny", skill_id],
+        "composer": {
+            "description": skill.description,
+            "skills": list(skill.labels),
+            "examples": experts.card_examples(skill),
+            "prompt": experts.wordings(skill_id).data,
+        },
+    }
+    kind = (
+        "facts of its table, which are memorised: no input is held out"
+        if skill.memory
+        else "held-out inputs, none of them in any training text"
+    )
+    own = figures["own"]
+    rows = "\n".join(
+        f"| {other} | {_percent(f['canonical'])} | {_percent(f['wording'])} |"
+        for other, f in figures["others"].items()
+    )
+    example = skill.sample("test", 1, seed=1)[0]
+    body = f"""
+# {skill_id}, on {experts.base_name(size)}
+
+{skill.description} A rank-{experts.RANK} LoRA adapter, trained by `python examples/tiny/train.py`
+in {figures["seconds"]:.0f} s on one core. It reads `{example.prompt}` and answers
+`{example.answer}`; its `prompt:` block turns free wording into that form.
+
+## Accuracy
+
+Exact match of the greedy answer, on {kind}.
+
+| asked as | n | exact match |
+|---|---|---|
+| canonical prompt | {own["n"]} | {_percent(own["canonical"])} |
+| held-out free wordings, through its prompt block | {own["n"]} | {_percent(own["wording"])} |
+
+## On the other experts' skills
+
+{figures["n_others"]} held-out items each: as the other skill's canonical prompt, and as the other
+skill's free wording read by this expert's own prompt block (a wrong route).
+
+| skill | canonical prompt | wrong route |
+|---|---|---|
+{rows}
+
+## Digest
+
+`adapter_model.safetensors`: sha256 `{figures["sha256"]}`
+"""
+    (folder / "README.md").write_text(_front_matter(front) + body, encoding="utf-8")
+
+
+def write_base_card(folder: Path, size: str, figures: Figures) -> None:
+    """Writes README.md of a base: what it is, its accuracy per skill, its digest."""
+    front = {
+        "library_name": "transformers",
+        "license": "apache-2.0",
+        "tags": ["llama", "composer", "tiny", "character-level"],
+    }
+    rows = "\n".join(f"| {skill} | {_percent(v)} |" for skill, v in figures["skills"].items())
+    body = f"""
+# {experts.base_name(size)}
+
+A character-level Llama of {figures["parameters"]:,} parameters ({figures["layers"]} layers,
+{figures["hidden"]} wide), pre-trained for {figures["steps"]} steps ({figures["seconds"]:.0f} s on
+one core) on synthetic text in which the instruction word says nothing about the answer: it has the
+algorithms, its adapters select one. Final loss {figures["loss"]:.3f} nats per answer token.
+
+## Accuracy without an adapter
+
+Exact match of the greedy answer on {figures["n"]} held-out items per skill, canonical prompts.
+
+| skill | exact match |
+|---|---|
+{rows}
+
+## Digest
+
+`model.safetensors`: sha256 `{figures["sha256"]}`
+"""
+    (folder / "README.md").write_text(_front_matter(front) + body, encoding="utf-8")
+
+
+def write_results(path: Path, results: Figures) -> None:
+    """Writes results.json: ``{"seed", "bases": {size: …}, "experts": {"size/skill": …}}``."""
+    path.write_text(json.dumps(results, indent=1, sort_keys=True) + "\n", encoding="utf-8")

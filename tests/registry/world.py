@@ -1,0 +1,167 @@
+"""A small registry on disk: one base model, two adapters with cards, fake families. No torch."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict, Field
+from safetensors.numpy import save_file
+
+from composer.registry import EngineFamily, Families
+
+WIDTH, VOCABULARY, LAYERS, RANK = 8, 16, 2, 2
+BASE_NAME = "acme/tiny-llama"
+
+REGISTRY = """\
+version: 1
+servers:
+  local:
+    engine: embedded
+    model: ./bases/tiny
+  far:
+    engine: remote
+    url: http://127.0.0.1:9
+experts:
+  fox:
+    server: local
+    adapter: ./adapters/fox
+  general:
+    server: far
+    description: anything else
+    context_window: 8192
+    abilities: [tools, json]
+    cost: {input_per_1m: 0.5, output_per_1m: 1.5}
+adapters_from:
+  - path: ./scanned/*
+    server: local
+policies:
+  auto:
+    router: {name: neighbours, top: 3}
+    strategy: {name: single}
+    experts: ["*"]
+    default_expert: general
+    threshold: 0.4
+  twice:
+    router: {name: centroid}
+    strategy: {name: vote}
+    experts: [fox, owl]
+    k: 2
+"""
+
+CARD = """\
+---
+base_model: acme/tiny-llama
+tags: [lora]
+composer:
+  description: writes like a {name}
+  skills: [{name} writing]
+  examples:
+    - write this like a {name}
+---
+# {name}
+"""
+
+
+class Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class NeighboursSettings(Strict):
+    top: int = Field(5, ge=1, description="Rows that count for an expert.")
+    pooling: Literal["max", "mean"] = "max"
+
+
+class CentroidSettings(Strict):
+    pass
+
+
+class EmbeddedSettings(Strict):
+    model: str = Field(description="Folder of the base model, or its hub name.")
+    revision: str | None = None
+    model_name: str | None = None
+    max_lora_rank: int | None = None
+    queue: int = Field(64, ge=0, description="Calls that may wait.")
+
+
+class RemoteSettings(Strict):
+    url: str = Field(description="Where the server listens.")
+
+
+FAMILIES = Families(
+    routers={"neighbours": NeighboursSettings, "centroid": CentroidSettings},
+    strategies={"single": CentroidSettings, "vote": CentroidSettings},
+    engines={
+        "embedded": EngineFamily(EmbeddedSettings, frozenset({"logprobs"})),
+        "remote": EngineFamily(
+            RemoteSettings, frozenset({"tools", "json", "logprobs"}), model_field=None
+        ),
+    },
+)
+
+
+def write_world(folder: Path) -> Path:
+    """Writes everything; returns the registry file."""
+    write_base(folder / "bases" / "tiny")
+    write_adapter(folder / "adapters" / "fox")
+    write_adapter(folder / "scanned" / "owl", seed=1)
+    file = folder / "experts.yaml"
+    file.write_text(REGISTRY)
+    return file
+
+
+def write_base(folder: Path, *, name: str = BASE_NAME, width: int = WIDTH) -> None:
+    folder.mkdir(parents=True)
+    config = {"_name_or_path": name, "max_position_embeddings": 512, "tie_word_embeddings": True}
+    (folder / "config.json").write_text(json.dumps(config))
+    tensors = {"model.embed_tokens.weight": np.zeros((VOCABULARY, width), np.float32)}
+    for layer in range(LAYERS):
+        for module in ("q_proj", "v_proj"):
+            key = f"model.layers.{layer}.self_attn.{module}.weight"
+            tensors[key] = np.zeros((width, width), np.float32)
+        tensors[f"model.layers.{layer}.input_layernorm.weight"] = np.ones(width, np.float32)
+    save_file(tensors, folder / "model.safetensors")
+
+
+def adapter_config(**changes: Any) -> dict[str, Any]:
+    return {
+        "peft_type": "LORA",
+        "base_model_name_or_path": BASE_NAME,
+        "r": RANK,
+        "lora_alpha": 4,
+        "target_modules": ["q_proj", "v_proj"],
+        "bias": "none",
+        "lora_dropout": 0.0,
+        "modules_to_save": None,
+        **changes,
+    }
+
+
+def adapter_tensors(*, rank: int = RANK, width: int = WIDTH, seed: int = 0) -> dict[str, Any]:
+    rng = np.random.default_rng(seed)
+    tensors = {}
+    for layer in range(LAYERS):
+        for module in ("q_proj", "v_proj"):
+            key = f"base_model.model.model.layers.{layer}.self_attn.{module}"
+            tensors[f"{key}.lora_A.weight"] = rng.normal(size=(rank, width)).astype(np.float32)
+            tensors[f"{key}.lora_B.weight"] = rng.normal(size=(width, rank)).astype(np.float32)
+    return tensors
+
+
+def write_adapter(
+    folder: Path,
+    config: dict[str, Any] | None = None,
+    tensors: dict[str, Any] | None = None,
+    *,
+    card: bool = True,
+    seed: int = 0,
+) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    config = config if config is not None else adapter_config()
+    tensors = tensors if tensors is not None else adapter_tensors(seed=seed)
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    if card:
+        (folder / "README.md").write_text(CARD.format(name=folder.name))
