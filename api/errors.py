@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -132,7 +133,11 @@ def wire_error(error: Exception) -> WireError:
     more: dict[str, Any] = {}
     if isinstance(error, CatalogError):
         more["problems"] = [
-            {"path": problem.path, "message": problem.message, "remedy": problem.remedy}
+            {
+                "path": problem.path,
+                "message": without_paths(problem.message),
+                "remedy": without_paths(problem.remedy),
+            }
             for problem in error.problems
         ]
     return WireError(
@@ -151,16 +156,28 @@ def _in_words(error: ComposerError) -> str:
     if not isinstance(error, CatalogError):
         return str(error)
     return "\n".join(
-        f"{problem.path + ': ' if problem.path else ''}{problem.message}. {problem.remedy}"
+        f"{problem.path + ': ' if problem.path else ''}"
+        f"{without_paths(problem.message)}. {without_paths(problem.remedy)}"
         for problem in error.problems
     )
 
 
+_ABSOLUTE = re.compile(r"(?<![\w./…])/[^\s,;:()'\"`]+")
+
+
+def without_paths(text: str) -> str:
+    """The text without absolute paths: resolved, they tell a caller how this machine is laid
+    out and where its links lead. What the caller wrote wrongly is named by the problem's path."""
+    return _ABSOLUTE.sub("…", text)
+
+
 def logged(error: Exception, request_id: str) -> WireError:
-    """`wire_error`, and the cause in the log where the caller is not told it."""
+    """`wire_error`, and the cause in the log where the caller is not told (all of) it."""
     wire = wire_error(error)
     if not isinstance(error, ComposerError) or _row(error).message is not None:
         log.error("request %s: %s", request_id, error, exc_info=error)
+    elif isinstance(error, CatalogError):
+        log.warning("request %s is refused: %s", request_id, error)
     return wire
 
 

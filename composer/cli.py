@@ -44,9 +44,9 @@ def serve(
     from composer.build import load, make_service
     from composer.telemetry import configure_logging
 
-    configure_logging(log_level)
     settings = _settings(experts=experts, host=host, port=port)
     try:
+        configure_logging(log_level)
         load(settings)  # a wrong registry ends here, before anything heavy is loaded
         service = make_service(settings)
     except ComposerError as error:

@@ -7,7 +7,6 @@ let the old drain. Whatever fails on the way leaves the current generation as it
 from __future__ import annotations
 
 import asyncio
-import dataclasses
 import logging
 from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -262,9 +261,7 @@ class Service:
             },
             "servers": servers,
             "requests": {"running": self.generations.holds},
-            "scheduler": {
-                server: dataclasses.asdict(load) for server, load in self.scheduler.stats().items()
-            },
+            "scheduler": self.scheduler.stats(),
             "recorder": recorder,
         }
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Literal
 
 from pydantic import Field
 from pydantic_settings import BaseSettings, SettingsConfigDict
@@ -38,7 +39,7 @@ class Settings(BaseSettings):
         "all-MiniLM-L6-v2",
         description="A sentence-transformers name or path; the default is bundled.",
     )
-    embedder_backend: str = Field("auto", pattern="^(auto|onnx|torch)$")
+    embedder_backend: Literal["auto", "onnx", "torch"] = "auto"
     embedding_cache: int = Field(50_000, ge=0, description="Query embeddings kept in memory.")
     torch_threads: int = Field(1, ge=1, description="Threads of each model process.")
     drain_timeout_s: float = Field(

@@ -1,4 +1,4 @@
-"""Where an adapter's files may lie, and when they changed. Knows nothing of their content."""
+"""An adapter's files: which there must be, and where they may lie. Does not open them."""
 
 from __future__ import annotations
 
@@ -30,16 +30,6 @@ def outside(path: Path, roots: Sequence[Path]) -> Problem | None:
         message=f"{where} the allowed folders ({', '.join(map(str, roots)) or 'none'})",
         remedy="Move it into an allowed folder, or add its folder to COMPOSER_ADAPTER_ROOTS.",
     )
-
-
-def stamp(folder: Path) -> tuple[tuple[str, int, int, int], ...]:
-    """(name, modification time in ns, size in bytes, inode) of config and weights: equal stamps,
-    equal content, save for a rewrite within the clock's grain. Raises OSError."""
-    found = []
-    for name in (CONFIG, WEIGHTS):
-        stat = (folder / name).stat()
-        found.append((name, stat.st_mtime_ns, stat.st_size, stat.st_ino))
-    return tuple(found)
 
 
 def file_problems(folder: Path, roots: Sequence[Path]) -> list[Problem]:

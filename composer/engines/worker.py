@@ -214,7 +214,7 @@ class Worker:
             source = torch.arange(len(jobs), device=logits.device)
             spread = source.repeat_interleave(torch.tensor(counts, device=logits.device))
             self._advance(rows, logits[spread])
-            # Rows of one job may have ended at their first token: only the others join.
+            # Rows that ended or failed at their first token never join.
             alive = [not row.answer.ended and not row.job.cancelled for row in rows]
             joined = _count_by(spread.tolist(), alive, len(jobs))
             self._batch.join(new, joined)
@@ -265,7 +265,7 @@ class Worker:
         try:
             logits = self._batch.step([row.token for row in self._rows])
             self._advance(self._rows, logits)
-            self._keep([not row.answer.ended and not row.job.cancelled for row in self._rows])
+            self._keep([not row.answer.ended for row in self._rows])
         except Exception as error:
             log.exception("a step of %d rows failed on server %r", len(self._rows), self._server)
             self._fail([row.job for row in self._rows], error)

@@ -1,7 +1,7 @@
 """experts.yaml and runtime experts → Catalog. Knows no router, strategy or engine but by name."""
 
-from composer.registry.experts import RUNTIME
 from composer.registry.families import EngineFamily, Families
+from composer.registry.gather import RUNTIME
 from composer.registry.load import Loaded, RegistryError, load_catalog
 from composer.registry.schema import registry_json_schema
 from composer.registry.table import catalog_table

@@ -6,6 +6,7 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
+from composer.adapters.cache import FileCache
 from composer.adapters.files import CARD, outside
 from composer.errors import CatalogError, Problem
 from composer.registry.source import Document, parse_yaml
@@ -14,17 +15,30 @@ MAX_BYTES = 16_000_000
 """Of a card or a file of examples: more is a mistake."""
 
 
-def read_card(folder: Path, roots: Sequence[Path]) -> Document | None:
+def read_card(folder: Path, roots: Sequence[Path], cache: FileCache) -> Document | None:
     """The YAML front matter of the folder's README.md, or None where it has none.
 
-    Raises CatalogError.
+    Its lines are looked up only when one is asked for, by reading it again: a problem is rare,
+    and ten thousand cards' lines would fill more memory than all else. Raises CatalogError.
     """
     file = folder / CARD
     if not file.is_file():
         return None
-    lines = _read_text(file, roots).splitlines(keepends=True)
+    refusal = outside(file, roots)
+    if refusal is not None:
+        raise CatalogError([refusal])
+    data = cache.get([file], "card", lambda: _parse_card(file).data)
+    return (
+        Document(str(file), data, lambda: _parse_card(file).find_lines())
+        if data is not None
+        else None
+    )
+
+
+def _parse_card(file: Path) -> Document:
+    lines = _read_text(file).splitlines(keepends=True)
     if not lines or lines[0].strip() != "---":
-        return None
+        return Document(str(file), None)
     ends = (number for number, line in enumerate(lines) if number and line.strip() == "---")
     end = next(ends, None)
     if end is None:
@@ -38,8 +52,13 @@ def read_card(folder: Path, roots: Sequence[Path]) -> Document | None:
 def read_examples(file: Path, roots: Sequence[Path]) -> tuple[str, ...]:
     """Example queries: one a line, or of a .jsonl file each line's string or its `text`. Empty
     lines are skipped. Raises CatalogError."""
+    refusal = outside(file, roots)
+    if refusal is not None:
+        raise CatalogError([refusal])
+    if not file.is_file():
+        raise _refusal(file, None, "there is no such file", "Correct the path.")
     examples = []
-    for number, line in enumerate(_read_text(file, roots).splitlines(), start=1):
+    for number, line in enumerate(_read_text(file).splitlines(), start=1):
         if not line.strip():
             continue
         examples.append(
@@ -87,12 +106,7 @@ def _json_example(file: Path, number: int, line: str) -> str:
     return text.strip()
 
 
-def _read_text(file: Path, roots: Sequence[Path]) -> str:
-    refusal = outside(file, roots)
-    if refusal is not None:
-        raise CatalogError([refusal])
-    if not file.is_file():
-        raise _refusal(file, None, "there is no such file", "Correct the path.")
+def _read_text(file: Path) -> str:
     try:
         if file.stat().st_size > MAX_BYTES:
             raise _refusal(file, None, f"it is larger than {MAX_BYTES:,} bytes", "Shorten it.")

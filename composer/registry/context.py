@@ -6,7 +6,7 @@ import os
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from composer.adapters.cache import AdapterCache
+from composer.adapters.cache import FileCache
 from composer.errors import Problem
 from composer.registry.families import Families
 from composer.registry.source import Document
@@ -22,7 +22,7 @@ class Context:
     folder: Path
     families: Families
     roots: tuple[Path, ...]
-    cache: AdapterCache
+    cache: FileCache
     problems: list[Problem] = field(default_factory=list)
     watched: set[Path] = field(default_factory=set)
     experts_missing: bool = False

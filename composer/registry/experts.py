@@ -1,47 +1,32 @@
-"""Experts from experts.yaml, from scanned folders and from run time: gathered, validated, verified.
+"""Named experts become Experts: cards read, fields validated, adapters verified.
 
-All three become blocks first and then take the same path.
+One path for those of the file, of scanned folders and of run time.
 """
 
 from __future__ import annotations
 
 import os
-import re
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
 
+from composer.adapters.cache import verify_cached
 from composer.adapters.files import CARD, CONFIG
 from composer.adapters.hub import adapter_root, fetch_adapter, is_hub_name
 from composer.errors import CatalogError, Problem
-from composer.registry.blocks import ID_REMEDY, Block, Place, block_at, unknown_name, validate
-from composer.registry.cards import read_card, read_examples, scan
+from composer.registry.blocks import Block, Place, block_at, unknown_name, validate
+from composer.registry.cards import read_card, read_examples
 from composer.registry.context import Context
+from composer.registry.gather import RUNTIME, Entry
 from composer.registry.servers import KnownServer
-from composer.registry.source import Document
-from composer.registry.specs import ID, AdaptersFrom, CardSpec, ExpertSpec
+from composer.registry.specs import CardSpec, ExpertSpec
 from composer.types import Ability, Adapter, Cost, Expert
-
-RUNTIME = "runtime"
-"""Where problems of experts added at run time are said to stand, in place of a file."""
 
 _THREADS = min(4, os.cpu_count() or 1)
 
 _FREE: frozenset[Ability] = frozenset({"logprobs"})
 """Abilities that come with the engine, whatever the model: an expert has them without saying so."""
-
-
-@dataclass(frozen=True, slots=True)
-class Entry:
-    """An expert as written, before anything it names was looked at. `folder` is that of its
-    adapter where it was found by scanning."""
-
-    id: str
-    block: Block
-    source: Literal["file", "runtime"]
-    folder: Path | None = None
 
 
 @dataclass(slots=True)
@@ -53,152 +38,6 @@ class Prepared:
     spec: ExpertSpec | None = None
     problems: list[Problem] = field(default_factory=list)
     watched: set[Path] = field(default_factory=set)
-
-
-# --- gathering -------------------------------------------------------------------------
-
-
-def gather(
-    context: Context,
-    experts: Mapping[str, Any],
-    adapters_from: object,
-    runtime: Sequence[Mapping[str, Any]],
-    servers: Iterable[str],
-) -> list[Entry]:
-    """Every expert that is named, in the order of the file, the scanned folders, run time.
-    An id named twice is a problem, and counts once."""
-    told = len(context.problems)
-    entries = [
-        *_from_file(context, experts),
-        *_from_folders(context, adapters_from, list(servers)),
-        *_from_runtime(context, runtime),
-    ]
-    context.experts_missing |= len(context.problems) > told
-    by_id: dict[str, Entry] = {}
-    for entry in entries:
-        first = by_id.get(entry.id)
-        if re.fullmatch(ID, entry.id) is None:
-            problem = entry.block.problem((), f"{entry.id!r} cannot be an id", ID_REMEDY)
-            context.problems.append(problem)
-            context.experts_missing = True
-        elif first is None:
-            by_id[entry.id] = entry
-        else:
-            context.problems.append(_twice(entry, first))
-    return list(by_id.values())
-
-
-def _twice(entry: Entry, first: Entry) -> Problem:
-    home = first.block.home
-    line = home.document.line(home.path)
-    where = home.document.file if line is None else f"{home.document.file}:{line}"
-    if entry.source == first.source == "runtime":
-        return entry.block.problem((), f"expert {entry.id!r} is added twice", "Choose another id.")
-    if entry.source == "runtime":
-        return entry.block.problem(
-            (),
-            f"expert {entry.id!r} stands in {where} too",
-            "Remove one of the two: an id is either in the file or added at run time.",
-        )
-    return entry.block.problem(
-        (),
-        f"expert {entry.id!r} is defined already, at {where}",
-        "Rename one of the two; for scanned folders, by `id_prefix`.",
-    )
-
-
-def _from_file(context: Context, experts: Mapping[str, Any]) -> list[Entry]:
-    entries = []
-    for id_, data in experts.items():
-        block, problems = block_at(Place(context.file, ("experts", id_)), data)
-        context.problems += problems
-        if block is not None:
-            entries.append(Entry(id_, block, "file"))
-    return entries
-
-
-def _from_runtime(context: Context, runtime: Sequence[Mapping[str, Any]]) -> list[Entry]:
-    specs: dict[str, Any] = {}
-    entries = []
-    document = Document(RUNTIME, {"experts": specs})
-    for spec in runtime:
-        id_ = spec.get("id")
-        if not isinstance(id_, str):
-            context.problems.append(
-                Place(document, ("experts",)).problem(
-                    "an expert has no `id`" if id_ is None else f"the id {id_!r} is no text",
-                    f"Add `id`. {ID_REMEDY}",
-                )
-            )
-            continue
-        data = {key: value for key, value in spec.items() if key != "id"}
-        specs.setdefault(id_, data)
-        entries.append(Entry(id_, Block(data, Place(document, ("experts", id_)), {}), "runtime"))
-    return entries
-
-
-def _from_folders(context: Context, written: object, servers: Sequence[str]) -> list[Entry]:
-    place = Place(context.file, ("adapters_from",))
-    if isinstance(written, str):
-        return _scanned(context, place, written, servers)
-    if not isinstance(written, list):
-        if written is not None:
-            remedy = "Write `adapters_from: ./adapters/*`, or a list of {path: …, server: …}."
-            context.problems.append(place.problem("it should be a pattern or a list", remedy))
-        return []
-    return [
-        entry
-        for number, item in enumerate(written)
-        for entry in _scanned(context, place / number, item, servers)
-    ]
-
-
-def _scanned(context: Context, place: Place, item: object, servers: Sequence[str]) -> list[Entry]:
-    path_place, server_place = place / "path", place / "server"
-    if isinstance(item, str):
-        if len(servers) != 1:
-            remedy = "Write {path: …, server: …}."
-            message = f"it does not say on which of {len(servers)} servers its adapters run"
-            context.problems.append(place.problem(message, remedy))
-            return []
-        item = {"path": item, "server": servers[0]}
-        path_place = server_place = place
-    block, problems = block_at(place, item)
-    context.problems += problems
-    if block is None:
-        return []
-    spec, problems = validate(AdaptersFrom, block)
-    context.problems += problems
-    if spec is None:
-        return []
-    try:
-        folders, searched = scan(context.folder, context.expanded(spec.path))
-    except (OSError, RuntimeError, ValueError) as error:
-        context.problems.append(
-            path_place.problem(f"this pattern cannot be searched: {error}", "Correct it.")
-        )
-        return []
-    context.watched |= searched
-    if not folders:
-        message = f"no folder matches {spec.path}"
-        remedy = "Correct the pattern; it is relative to the folder of this file."
-        context.problems.append(path_place.problem(message, remedy))
-    return [
-        Entry(
-            spec.id_prefix + folder.name,
-            Block(
-                {"server": spec.server, "adapter": str(folder)},
-                home=path_place,
-                places={"server": server_place, "adapter": path_place},
-            ),
-            "file",
-            folder,
-        )
-        for folder in folders
-    ]
-
-
-# --- validating and verifying ------------------------------------------------------------
 
 
 def prepare(
@@ -233,7 +72,7 @@ def _prepare(
         return result
     try:
         if folder is not None:
-            block = _with_card(entry, folder, roots, result)
+            block = _with_card(context, entry, folder, roots, result)
     except CatalogError as error:
         result.problems += error.problems
         return result
@@ -297,10 +136,12 @@ def _adapter_folder(
     return None, context.roots
 
 
-def _with_card(entry: Entry, folder: Path, roots: Sequence[Path], result: Prepared) -> Block:
+def _with_card(
+    context: Context, entry: Entry, folder: Path, roots: Sequence[Path], result: Prepared
+) -> Block:
     """The block with what it does not say itself taken from the adapter's card."""
     block = entry.block
-    card = read_card(folder, roots)
+    card = read_card(folder, roots, context.cache)
     inner = card.data.get("composer") if card is not None and card.data is not None else None
     if card is None or inner is None:
         if entry.folder is not None and (folder / CONFIG).exists():
@@ -333,7 +174,9 @@ def _examples(context: Context, block: Block, result: Prepared) -> tuple[str, ..
     if not isinstance(written, str) or not written:
         return ()
     place = block.at(("examples_from",))
-    start = context.folder if place.document.lines is None else Path(place.document.file).parent
+    start = context.folder
+    if place.document.file != RUNTIME:  # a card's files lie beside the card
+        start = Path(place.document.file).parent
     file = context.located(written, start)
     result.watched.add(file)
     try:
@@ -375,7 +218,8 @@ def _verified(
         result.problems.append(block.problem(("adapter",), message, remedy))
         return None
     try:
-        return context.cache.verify(
+        return verify_cached(
+            context.cache,
             folder,
             server.base,
             roots=roots,

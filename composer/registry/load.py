@@ -14,19 +14,20 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from composer.adapters.cache import AdapterCache
+from composer.adapters.cache import FileCache
 from composer.errors import CatalogError, Problem
 from composer.registry.blocks import Place, block_at, unknown_name, validate
 from composer.registry.context import Context
-from composer.registry.experts import gather, prepare
+from composer.registry.experts import prepare
 from composer.registry.families import Families
+from composer.registry.gather import gather
 from composer.registry.policies import make_policies
 from composer.registry.servers import KnownServer, make_servers
 from composer.registry.source import Document, parse_yaml
 from composer.registry.specs import FileSpec
 from composer.types import Catalog, Component, Expert, Policy
 
-_CACHE = AdapterCache()
+_CACHE = FileCache()
 """Shared by all loads of a process: its keys are the files' own stamps, so it holds no state
 that another load could notice."""
 
@@ -59,7 +60,7 @@ def load_catalog(
     roots: Sequence[Path] = (),
     runtime: Sequence[Mapping[str, Any]] = (),
     version: int,
-    cache: AdapterCache | None = None,
+    cache: FileCache | None = None,
 ) -> Loaded:
     """The catalog that the file and the runtime experts make together.
 

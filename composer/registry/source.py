@@ -9,7 +9,7 @@ and without recursion, so that no nesting can exhaust the C stack.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
@@ -46,24 +46,25 @@ _DIGITS_FIRST = frozenset("0123456789+-.")
 
 
 @dataclass(slots=True)
-class _Lines:
+class Lines:
     """Where a value stands (1-based), and where its children do."""
 
     line: int
-    children: dict[str | int, _Lines] | None = None
+    children: dict[str | int, Lines] | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Document:
-    """Plain data and where it came from. `lines` is None for data that was never a file."""
+    """Plain data and where it came from. `find_lines` is asked only when a line is wanted, and
+    gives None for data that was never a file."""
 
     file: str
     data: Any
-    lines: _Lines | None = field(default=None, repr=False)
+    find_lines: Callable[[], Lines | None] = field(default=lambda: None, repr=False, compare=False)
 
     def line(self, path: Sequence[str | int]) -> int | None:
         """The line of the value at `path`, or of the nearest enclosing one that is there."""
-        at = self.lines
+        at = self.find_lines()
         if at is None:
             return None
         for step in path:
@@ -110,7 +111,7 @@ def parse_yaml(text: str, file: str, *, first_line: int = 1) -> Document:
             f"this is not YAML: {' '.join(str(error).split())}",
             "Save the file as UTF-8 text without control characters.",
         )
-    return Document(file, reader.value, reader.lines)
+    return Document(file, reader.value, lambda: reader.lines)
 
 
 @dataclass(slots=True)
@@ -118,7 +119,7 @@ class _Frame:
     """A mapping or sequence being read. `key` is the mapping's key that waits for its value."""
 
     value: dict[str, Any] | list[Any]
-    lines: _Lines
+    lines: Lines
     anchor: str | None
     key: str | None = None
     size: int = 1
@@ -130,10 +131,10 @@ class _Reader:
     def __init__(self, file: str, first_line: int) -> None:
         self.file = file
         self.value: Any = None
-        self.lines: _Lines | None = None
+        self.lines: Lines | None = None
         self._first_line = first_line
         self._stack: list[_Frame] = []
-        self._anchors: dict[str, tuple[Any, _Lines, int]] = {}
+        self._anchors: dict[str, tuple[Any, Lines, int]] = {}
         self._documents = 0
         self._size = 0
 
@@ -171,7 +172,7 @@ class _Reader:
         if event.tag is not None:
             self._refuse_tag(line, event.tag)
         value = _plain(event.value) if event.implicit[0] else event.value
-        lines = _Lines(self._line_of_value(frame, line))
+        lines = Lines(self._line_of_value(frame, line))
         if event.anchor is not None:
             self._anchors[event.anchor] = (value, lines, 1)
         self._attach(value, lines, 1)
@@ -187,7 +188,7 @@ class _Reader:
             )
         frame.key = key
         assert frame.lines.children is not None
-        frame.lines.children[key] = _Lines(line + self._first_line)
+        frame.lines.children[key] = Lines(line + self._first_line)
 
     def _open(self, event: MappingStartEvent | SequenceStartEvent) -> None:
         line = event.start_mark.line
@@ -199,9 +200,7 @@ class _Reader:
         if len(self._stack) >= MAX_DEPTH:
             self.refuse(line, f"nested deeper than {MAX_DEPTH} levels", "Flatten it.")
         value: dict[str, Any] | list[Any] = {} if isinstance(event, MappingStartEvent) else []
-        self._stack.append(
-            _Frame(value, _Lines(self._line_of_value(frame, line), {}), event.anchor)
-        )
+        self._stack.append(_Frame(value, Lines(self._line_of_value(frame, line), {}), event.anchor))
 
     def _alias(self, event: AliasEvent) -> None:
         line = event.start_mark.line
@@ -221,9 +220,9 @@ class _Reader:
                 "merge keys (<<) are not part of YAML 1.2",
                 "Write the keys out, or alias a whole value.",
             )
-        self._attach(value, _Lines(self._line_of_value(frame, line), lines.children), size)
+        self._attach(value, Lines(self._line_of_value(frame, line), lines.children), size)
 
-    def _attach(self, value: Any, lines: _Lines, size: int) -> None:
+    def _attach(self, value: Any, lines: Lines, size: int) -> None:
         if not self._stack:
             self.value, self.lines = value, lines
             return

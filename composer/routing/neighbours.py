@@ -171,7 +171,9 @@ class NeighboursRouter:
         w = _metric(rows, owner, settings)
         prepared, shown = _prepare(apply_metric(rows, w), texts.start, settings)
         index = build_index(prepared, settings.index, settings.seed)
-        calibration = Calibration.fit(_held_out(rows, owner, texts, settings))
+        calibration = Calibration.fit(
+            _held_out(rows, owner, texts, settings), unseen_share=settings.unseen_share
+        )
         return cls(experts, texts, w, index, shown, calibration, embedder)
 
     async def score(self, query: Query, eligible: BoolArray) -> Scores:
@@ -287,5 +289,5 @@ def _held_out(
         right = np.zeros((len(queries), n_experts), np.bool_)
         query, row = np.nonzero(same_text[queries][:, None] == same_text[None, :])
         right[query, owner[row]] = True
-        found.append(evidence(similarity, right, unseen_share=settings.unseen_share))
+        found.append(evidence(similarity, right))
     return found

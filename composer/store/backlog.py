@@ -16,7 +16,7 @@ from pathlib import Path
 from time import monotonic
 from typing import Any, TypeVar
 
-from composer.errors import Conflict, UnknownResponse
+from composer.errors import ComposerError, Conflict, UnknownResponse
 from composer.store.failures import RecordRefused
 from composer.store.journal import Damaged, Journal
 from composer.store.records import Entry, Feedback, Record, decode, encode
@@ -137,47 +137,56 @@ class Backlog:
             if self._reading is None:
                 return False
         path, lines = self._reading
-        records = self._leading_records(lines)
-        if records:
-            self.replayed += await self.write(records)
-        elif lines:
-            await self._replay_one(lines[0])
-        for _ in range(max(len(records), 1) if lines else 0):
+        batch = list(islice(lines, self._batch_size))
+        records: list[Record] = []
+        feedback: list[Feedback] = []
+        unreadable: list[tuple[bytes, ValueError]] = []
+        for line in batch:
+            payload = line.raw if isinstance(line, Damaged) else line
+            try:
+                if isinstance(line, Damaged):
+                    raise ValueError("the line's checksum does not hold")
+                entry = decode(payload)
+            except ValueError as error:
+                unreadable.append((payload, error))
+                continue
+            if isinstance(entry, Record):
+                records.append(entry)
+            else:
+                feedback.append(entry)
+        # Records first: feedback never stands before its record in the journal.
+        self.replayed += await self.write(records)
+        await self._write_feedback(feedback)
+        for payload, error in unreadable:
+            await self.reject(payload, error)
+        for _ in batch:
             lines.popleft()
         if not lines:
             self.bytes = await self._on_disk(self._forget, path)
             self._reading = None
         return True
 
-    def _leading_records(self, lines: deque[bytes | Damaged]) -> list[Record]:
-        records: list[Record] = []
-        for line in islice(lines, self._batch_size):
-            try:
-                entry = _entry(line)
-            except ValueError:
-                break  # its turn comes alone, and then it is set aside
-            if not isinstance(entry, Record):
-                break
-            records.append(entry)
-        return records
-
-    async def _replay_one(self, line: bytes | Damaged) -> None:
-        """A line that is feedback, or nothing that can be read."""
-        payload = line.raw if isinstance(line, Damaged) else line
+    async def _write_feedback(self, items: Sequence[Feedback]) -> None:
+        """All of it into the database; what it refuses is set aside, or tried again later."""
         try:
-            entry = _entry(line)
-            assert isinstance(entry, Feedback)
-            await self._store.add_feedback(entry)
-            self.replayed += 1
-        except UnknownResponse as error:
-            if datetime.now(UTC) - entry.created >= self._unknown_grace:
-                await self.reject(payload, error)
+            await self._store.add_feedback(*items)
+            self.replayed += len(items)
+            return
+        except (UnknownResponse, Conflict, RecordRefused) as error:
+            if len(items) == 1:
+                await self._refused(items[0], error)
                 return
-            # Another process may hold the record in its own journal. To the end of ours.
-            await self._on_disk(self._journal.append, [payload])
-            self._seal_at = monotonic() + RETRY_S
-        except (ValueError, Conflict, RecordRefused) as error:
-            await self.reject(payload, error)
+        for item in items:
+            await self._write_feedback([item])
+
+    async def _refused(self, item: Feedback, error: ComposerError) -> None:
+        age = datetime.now(UTC) - item.created
+        if not isinstance(error, UnknownResponse) or age >= self._unknown_grace:
+            await self.reject(item, error)
+            return
+        # Another process may hold the record in its own journal. To the end of ours.
+        await self._on_disk(self._journal.append, [encode(item)])
+        self._seal_at = monotonic() + RETRY_S
 
     # --- on the disk's thread ------------------------------------------------------------
 
@@ -195,9 +204,3 @@ class Backlog:
     async def _on_disk(self, work: Callable[..., T], *arguments: Any) -> T:
         """On the one thread that touches the journal, so that its calls come one by one."""
         return await asyncio.get_running_loop().run_in_executor(self._disk, work, *arguments)
-
-
-def _entry(line: bytes | Damaged) -> Entry:
-    if isinstance(line, Damaged):
-        raise ValueError("the line's checksum does not hold")
-    return decode(line)

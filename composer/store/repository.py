@@ -134,35 +134,19 @@ class Store:
 
     # --- feedback ------------------------------------------------------------------------
 
-    async def add_feedback(self, item: Feedback) -> None:
-        """Committed when it returns. The same feedback sent again is left as it is.
+    async def add_feedback(self, *items: Feedback) -> None:
+        """All or none, committed when it returns. What was sent before is left as it is.
 
         Raises UnknownResponse when no such response was recorded, and Conflict when the response
         has a feedback of the same id with another score, comment or labels.
         """
 
         async def run(connection: AsyncConnection) -> None:
-            known = sa.select(requests.c.id).where(requests.c.id == item.response_id)
-            if (await connection.execute(known)).one_or_none() is None:
-                raise UnknownResponse(f"there is no response {item.response_id!r}")
-            insert = _insert(connection, feedback).on_conflict_do_nothing(
-                index_elements=["response_id", "id"]
-            )
-            added = await connection.execute(insert.values(feedback_row(item)))
-            if added.rowcount == 0:
-                query = sa.select(feedback).where(
-                    feedback.c.response_id == item.response_id, feedback.c.id == item.id
-                )
-                there = feedback_row(feedback_of((await connection.execute(query)).one()._asdict()))
-                sent = feedback_row(item)
-                if any(there[name] != sent[name] for name in ("score", "comment", "labels")):
-                    raise Conflict(
-                        f"response {item.response_id!r} already has a feedback {item.id!r} that "
-                        "says otherwise; send another id",
-                        param="id",
-                    )
+            for item in items:
+                await _add_feedback(connection, item)
 
-        await self._run(run, "writing feedback", writes=True)
+        if items:
+            await self._run(run, "writing feedback", writes=True)
 
     async def feedback_for(self, response_id: str) -> list[Feedback]:
         """A response's feedbacks, oldest first."""
@@ -261,6 +245,28 @@ async def _transaction(
 ) -> T:
     async with engine.execution_options(**{WRITES: writes}).begin() as connection:
         return await work(connection)
+
+
+async def _add_feedback(connection: AsyncConnection, item: Feedback) -> None:
+    known = sa.select(requests.c.id).where(requests.c.id == item.response_id)
+    if (await connection.execute(known)).one_or_none() is None:
+        raise UnknownResponse(f"there is no response {item.response_id!r}")
+    row = feedback_row(item)
+    insert = _insert(connection, feedback).on_conflict_do_nothing(
+        index_elements=["response_id", "id"]
+    )
+    if (await connection.execute(insert.values(row))).rowcount:
+        return
+    there = sa.select(feedback).where(
+        feedback.c.response_id == item.response_id, feedback.c.id == item.id
+    )
+    old = feedback_row(feedback_of((await connection.execute(there)).one()._asdict()))
+    if any(old[name] != row[name] for name in ("score", "comment", "labels")):
+        raise Conflict(
+            f"response {item.response_id!r} already has a feedback {item.id!r} that says "
+            "otherwise; send another id",
+            param="id",
+        )
 
 
 async def _dispose(engine: AsyncEngine, timeout_s: float) -> None:

@@ -35,9 +35,13 @@ from examples.tiny import cards, experts, modeling, pretraining, training
 from examples.tiny.tasks import SKILLS
 
 SEED = 0
-BASE_STEPS = {"large": 2600, "small": 2600}
+BASE_STEPS = {"large": 2600, "small": 2000}
 SECOND_STAGE_STEPS, SECOND_STAGE_COPYING = 250, 3.0
-EXPERT_STEPS = 300
+EXPERT_STEPS = dict.fromkeys(SKILLS, 300) | {
+    "add": 600,
+    "capital": 700,
+    "count-letter": 1200,
+}
 N_OWN, N_OTHERS = 200, 50
 
 Report = Callable[[str, int, int, str], None]  # task, steps done, steps in all, note
@@ -156,14 +160,13 @@ def run_track(
             seconds = keep_experts[skill_id]["seconds"]
         else:
             model, tokenizer = experts.load_base(size, root)
+            steps, name = EXPERT_STEPS[skill_id], f"{size} {skill_id}"
             started = time.monotonic()
 
-            def on_step(step: int, loss: float, name: str = f"{size} {skill_id}") -> None:
-                report(name, step + 1, EXPERT_STEPS, f"loss {loss:.3f}")
+            def on_step(step: int, loss: float, name: str = name, steps: int = steps) -> None:
+                report(name, step + 1, steps, f"loss {loss:.3f}")
 
-            trained = experts.train_expert(
-                model, tokenizer, SKILLS[skill_id], EXPERT_STEPS, SEED, on_step
-            )
+            trained = experts.train_expert(model, tokenizer, SKILLS[skill_id], steps, SEED, on_step)
             seconds = time.monotonic() - started
             experts.save_expert(trained, size, folder)
         figures = measure_expert(size, skill_id, root, report) | {"seconds": seconds}

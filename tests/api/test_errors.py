@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from api.errors import TABLE, WireError, logged, wire_error
+from api.errors import TABLE, WireError, logged, wire_error, without_paths
 from composer import errors
 from composer.errors import ComposerError, Problem
 
@@ -84,12 +84,28 @@ def test_retry_after_is_rounded_up_to_whole_seconds() -> None:
     assert wire_error(errors.EngineError("x")).headers == {}
 
 
-def test_problems_are_listed_without_the_operators_file() -> None:
-    wire = wire_error(example(errors.CatalogError))
+def test_problems_are_listed_without_the_operators_file(caplog: pytest.LogCaptureFixture) -> None:
+    wire = logged(example(errors.CatalogError), "abc")
+    assert SECRET in caplog.text
     assert wire.body["error"]["problems"] == [
         {"path": "experts.x", "message": "it is wrong", "remedy": "Mend it."}
     ]
     assert wire.message == "experts.x: it is wrong. Mend it."
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("/srv/a/../b: it leads to /etc/x, not in (/srv)", "…: it leads to …, not in (…)"),
+        ("`/srv/a b`", "`… b`"),
+        ("'/srv/x.safetensors' is cut short", "'…' is cut short"),
+        ("./adapters/x and adapters/y stay", "./adapters/x and adapters/y stay"),
+        ("team/sort, 8/16 and a / b stay", "team/sort, 8/16 and a / b stay"),
+        ("https://example.org/x stays", "https://example.org/x stays"),
+    ],
+)
+def test_absolute_paths_are_not_told(text: str, told: str) -> None:
+    assert without_paths(text) == told
 
 
 @pytest.mark.parametrize(

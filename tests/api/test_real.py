@@ -128,6 +128,30 @@ def test_feedback_is_durable_right_after_the_answer(ai: openai.OpenAI, url: str)
     assert response.status_code == 404
 
 
+def test_an_adapter_is_added_answers_and_is_taken_away(ai: openai.OpenAI, url: str) -> None:
+    folder = "./examples/tiny/experts/large/uppercase"
+    spec = {"id": "again", "server": "tiny-large", "adapter": folder}
+    added = httpx.post(f"{url}/v1/experts", json=spec, timeout=60)
+    assert added.status_code == 201, added.text
+    answer = ai.chat.completions.create(model="again", messages=FOX, temperature=0)  # type: ignore[call-overload]
+    assert answer.choices[0].message.content == "FOX"
+    assert httpx.delete(f"{url}/v1/experts/again", timeout=60).status_code == 200
+    with pytest.raises(openai.NotFoundError):
+        ai.chat.completions.create(model="again", messages=FOX)  # type: ignore[call-overload]
+
+
+@pytest.mark.parametrize("adapter", ["../../etc", "/etc/passwd", "/nowhere", "./nowhere"])
+def test_a_wrong_adapter_tells_no_paths(url: str, adapter: str) -> None:
+    spec = {"id": "wrong", "server": "tiny-large", "adapter": adapter}
+    response = httpx.post(f"{url}/v1/experts", json=spec, timeout=60)
+    assert response.status_code == 400
+    [problem] = response.json()["error"]["problems"]
+    assert problem["path"] == "experts.wrong.adapter"
+    assert str(ROOT) not in response.text
+    assert "/etc" not in response.text
+    assert httpx.get(f"{url}/v1/experts/wrong").status_code == 404
+
+
 def test_leaving_early_leaves_nothing_running(ai: openai.OpenAI, url: str) -> None:
     stream = ai.chat.completions.create(model="auto", messages=FOX, stream=True)  # type: ignore[call-overload]
     next(iter(stream))

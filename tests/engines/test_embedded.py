@@ -279,21 +279,26 @@ async def test_a_cancelled_call_never_starts(base: Path) -> None:
 async def test_limits_delay_but_lose_nothing(base: Path, limit: dict[str, int]) -> None:
     engine = EmbeddedEngine("tiny", EmbeddedSettings(model=str(base), **limit))  # type: ignore[arg-type]
     await engine.start()
-    widest = 0
-    step = engine._worker._batch.step  # type: ignore[union-attr]
+    sizes: list[int] = []
+    batch, model = engine._worker._batch, engine._worker._model  # type: ignore[union-attr]
+    step, forward = batch.step, model.forward
 
-    def watched(tokens: list[int]) -> torch.Tensor:
-        nonlocal widest
+    def watched_step(tokens: list[int]) -> torch.Tensor:
         logits = step(tokens)
-        batch = engine._worker._batch  # type: ignore[union-attr]
-        widest = max(widest, len(tokens) * batch.width if "kv_tokens" in limit else len(tokens))
+        if "prefill_tokens" not in limit:
+            sizes.append(len(tokens) * (batch.width if "kv_tokens" in limit else 1))
         return logits
 
-    engine._worker._batch.step = watched  # type: ignore[union-attr,method-assign]
+    def watched_forward(ids: torch.Tensor, **rest: object) -> torch.Tensor:
+        if "prefill_tokens" in limit and len(ids) > 1 and ids.shape[1] > 1:
+            sizes.append(ids.numel())
+        return forward(ids, **rest)  # type: ignore[arg-type]
+
+    batch.step, model.forward = watched_step, watched_forward  # type: ignore[assignment,method-assign]
     calls = [make_call(p, max_tokens=12) for p in PROMPTS[:4] * 3]
     answers = await asyncio.gather(*(text(engine, call) for call in calls))
     assert answers == [await text(engine, call) for call in calls]
-    assert widest <= next(iter(limit.values())) or "prefill_tokens" in limit
+    assert max(sizes) <= next(iter(limit.values()))
     await engine.close()
 
 

@@ -17,7 +17,7 @@ from safetensors.numpy import save_file
 
 from composer.adapters import cache as cache_module
 from composer.adapters.base_model import BaseModelInfo, read_base_model
-from composer.adapters.cache import AdapterCache
+from composer.adapters.cache import FileCache, verify_cached
 from composer.adapters.tensors import RawTensor, read_tensors
 from composer.adapters.verify import verify_adapter
 from composer.errors import AdapterError, CatalogError
@@ -260,12 +260,12 @@ def test_an_unchanged_adapter_is_read_once(
     folder: Path, base: BaseModelInfo, read: list[Path]
 ) -> None:
     age(folder)
-    cache = AdapterCache()
-    first = cache.verify(folder, base, roots=[folder.parent])
-    assert cache.verify(folder, base, roots=[folder.parent]) is first
+    cache = FileCache()
+    first = verify_cached(cache, folder, base, roots=[folder.parent])
+    assert verify_cached(cache, folder, base, roots=[folder.parent]) is first
     assert len(read) == 1
     write_adapter(folder, seed=3)
-    assert cache.verify(folder, base, roots=[folder.parent]).digest != first.digest
+    assert verify_cached(cache, folder, base, roots=[folder.parent]).digest != first.digest
     assert len(read) == 2
 
 
@@ -273,23 +273,23 @@ def test_another_base_limit_or_pin_is_another_question(
     folder: Path, tmp_path: Path, base: BaseModelInfo
 ) -> None:
     age(folder)
-    cache = AdapterCache()
-    cache.verify(folder, base, roots=[folder.parent])
+    cache = FileCache()
+    verify_cached(cache, folder, base, roots=[folder.parent])
     write_base(tmp_path / "other", name="acme/other", width=2 * WIDTH)
     with pytest.raises(AdapterError, match="it was trained on"):
-        cache.verify(folder, read_base_model(tmp_path / "other"), roots=[folder.parent])
+        verify_cached(cache, folder, read_base_model(tmp_path / "other"), roots=[folder.parent])
     with pytest.raises(AdapterError, match="exceeds the server's 1"):
-        cache.verify(folder, base, roots=[folder.parent], max_rank=1)
+        verify_cached(cache, folder, base, roots=[folder.parent], max_rank=1)
     with pytest.raises(AdapterError, match="not the pinned"):
-        cache.verify(folder, base, roots=[folder.parent], digest="sha256:" + "0" * 64)
+        verify_cached(cache, folder, base, roots=[folder.parent], digest="sha256:" + "0" * 64)
 
 
 def test_where_a_known_adapter_lies_is_asked_each_time(folder: Path, base: BaseModelInfo) -> None:
     age(folder)
-    cache = AdapterCache()
-    cache.verify(folder, base, roots=[folder.parent])
+    cache = FileCache()
+    verify_cached(cache, folder, base, roots=[folder.parent])
     with pytest.raises(AdapterError, match="outside the allowed folders"):
-        cache.verify(folder, base, roots=[folder.parent / "elsewhere"])
+        verify_cached(cache, folder, base, roots=[folder.parent / "elsewhere"])
 
 
 def test_a_file_just_written_is_not_remembered(
@@ -297,19 +297,19 @@ def test_a_file_just_written_is_not_remembered(
 ) -> None:
     """It may be written once more within the clock's grain, and would look unchanged."""
     age(folder, -10)  # as new as can be, whatever the machine's pace
-    cache = AdapterCache()
-    cache.verify(folder, base, roots=[folder.parent])
-    cache.verify(folder, base, roots=[folder.parent])
+    cache = FileCache()
+    verify_cached(cache, folder, base, roots=[folder.parent])
+    verify_cached(cache, folder, base, roots=[folder.parent])
     assert len(read) == 2
 
 
 def test_the_cache_forgets_the_oldest(
     tmp_path: Path, base: BaseModelInfo, read: list[Path]
 ) -> None:
-    cache = AdapterCache(size=2)
+    cache = FileCache(size=2)
     for name in ("a", "b", "c", "a"):
         if not (tmp_path / name).exists():
             write_adapter(tmp_path / name)
             age(tmp_path / name)
-        cache.verify(tmp_path / name, base, roots=[tmp_path])
+        verify_cached(cache, tmp_path / name, base, roots=[tmp_path])
     assert [folder.name for folder in read] == ["a", "b", "c", "a"]

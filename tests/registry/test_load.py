@@ -227,6 +227,16 @@ def test_a_name_in_both_places_is_an_error(load: Load, registry: Path) -> None:
     )
 
 
+def test_a_runtime_experts_card_counts_from_its_own_folder(load: Load, registry: Path) -> None:
+    folder = registry.parent / "adapters" / "fox"
+    (folder / "more.txt").write_text("bark\n")
+    (folder / "README.md").write_text("---\ncomposer:\n  examples_from: more.txt\n---\n")
+    assert load(runtime=[RABBIT]).catalog.experts["rabbit"].examples == ("bark",)
+    (registry.parent / "own.txt").write_text("hop\n")
+    own = {**RABBIT, "examples_from": "own.txt"}
+    assert load(runtime=[own]).catalog.experts["rabbit"].examples == ("hop",)
+
+
 @pytest.mark.parametrize(
     ("spec", "says"),
     [

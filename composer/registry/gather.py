@@ -1,0 +1,173 @@
+"""Every expert that is named, wherever: experts.yaml, scanned folders, run time. Looks into none.
+
+All become blocks of the same form, so that what follows is one path.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from composer.errors import Problem
+from composer.registry.blocks import ID_REMEDY, Block, Place, block_at, validate
+from composer.registry.cards import scan
+from composer.registry.context import Context
+from composer.registry.source import Document
+from composer.registry.specs import ID, AdaptersFrom
+
+RUNTIME = "runtime"
+"""Where problems of experts added at run time are said to stand, in place of a file."""
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """An expert as written, before anything it names was looked at. `folder` is that of its
+    adapter where it was found by scanning."""
+
+    id: str
+    block: Block
+    source: Literal["file", "runtime"]
+    folder: Path | None = None
+
+
+def gather(
+    context: Context,
+    experts: Mapping[str, Any],
+    adapters_from: object,
+    runtime: Sequence[Mapping[str, Any]],
+    servers: Iterable[str],
+) -> list[Entry]:
+    """Every expert that is named, in the order of the file, the scanned folders, run time.
+    An id named twice is a problem, and counts once."""
+    told = len(context.problems)
+    entries = [
+        *_from_file(context, experts),
+        *_from_folders(context, adapters_from, list(servers)),
+        *_from_runtime(context, runtime),
+    ]
+    context.experts_missing |= len(context.problems) > told
+    by_id: dict[str, Entry] = {}
+    for entry in entries:
+        first = by_id.get(entry.id)
+        if re.fullmatch(ID, entry.id) is None:
+            problem = entry.block.problem((), f"{entry.id!r} cannot be an id", ID_REMEDY)
+            context.problems.append(problem)
+            context.experts_missing = True
+        elif first is None:
+            by_id[entry.id] = entry
+        else:
+            context.problems.append(_twice(entry, first))
+    return list(by_id.values())
+
+
+def _twice(entry: Entry, first: Entry) -> Problem:
+    home = first.block.home
+    line = home.document.line(home.path)
+    where = home.document.file if line is None else f"{home.document.file}:{line}"
+    if entry.source == first.source == "runtime":
+        return entry.block.problem((), f"expert {entry.id!r} is added twice", "Choose another id.")
+    if entry.source == "runtime":
+        return entry.block.problem(
+            (),
+            f"expert {entry.id!r} stands in {where} too",
+            "Remove one of the two: an id is either in the file or added at run time.",
+        )
+    return entry.block.problem(
+        (),
+        f"expert {entry.id!r} is defined already, at {where}",
+        "Rename one of the two; for scanned folders, by `id_prefix`.",
+    )
+
+
+def _from_file(context: Context, experts: Mapping[str, Any]) -> list[Entry]:
+    entries = []
+    for id_, data in experts.items():
+        block, problems = block_at(Place(context.file, ("experts", id_)), data)
+        context.problems += problems
+        if block is not None:
+            entries.append(Entry(id_, block, "file"))
+    return entries
+
+
+def _from_runtime(context: Context, runtime: Sequence[Mapping[str, Any]]) -> list[Entry]:
+    specs: dict[str, Any] = {}
+    entries = []
+    document = Document(RUNTIME, {"experts": specs})
+    for spec in runtime:
+        id_ = spec.get("id")
+        if not isinstance(id_, str):
+            context.problems.append(
+                Place(document, ("experts",)).problem(
+                    "an expert has no `id`" if id_ is None else f"the id {id_!r} is no text",
+                    f"Add `id`. {ID_REMEDY}",
+                )
+            )
+            continue
+        data = {key: value for key, value in spec.items() if key != "id"}
+        specs.setdefault(id_, data)
+        entries.append(Entry(id_, Block(data, Place(document, ("experts", id_)), {}), "runtime"))
+    return entries
+
+
+def _from_folders(context: Context, written: object, servers: Sequence[str]) -> list[Entry]:
+    place = Place(context.file, ("adapters_from",))
+    if isinstance(written, str):
+        return _scanned(context, place, written, servers)
+    if not isinstance(written, list):
+        if written is not None:
+            remedy = "Write `adapters_from: ./adapters/*`, or a list of {path: …, server: …}."
+            context.problems.append(place.problem("it should be a pattern or a list", remedy))
+        return []
+    return [
+        entry
+        for number, item in enumerate(written)
+        for entry in _scanned(context, place / number, item, servers)
+    ]
+
+
+def _scanned(context: Context, place: Place, item: object, servers: Sequence[str]) -> list[Entry]:
+    path_place, server_place = place / "path", place / "server"
+    if isinstance(item, str):
+        if len(servers) != 1:
+            remedy = "Write {path: …, server: …}."
+            message = f"it does not say on which of {len(servers)} servers its adapters run"
+            context.problems.append(place.problem(message, remedy))
+            return []
+        item = {"path": item, "server": servers[0]}
+        path_place = server_place = place
+    block, problems = block_at(place, item)
+    context.problems += problems
+    if block is None:
+        return []
+    spec, problems = validate(AdaptersFrom, block)
+    context.problems += problems
+    if spec is None:
+        return []
+    try:
+        folders, searched = scan(context.folder, context.expanded(spec.path))
+    except (OSError, RuntimeError, ValueError) as error:
+        context.problems.append(
+            path_place.problem(f"this pattern cannot be searched: {error}", "Correct it.")
+        )
+        return []
+    context.watched |= searched
+    if not folders:
+        message = f"no folder matches {spec.path}"
+        remedy = "Correct the pattern; it is relative to the folder of this file."
+        context.problems.append(path_place.problem(message, remedy))
+    return [
+        Entry(
+            spec.id_prefix + folder.name,
+            Block(
+                {"server": spec.server, "adapter": str(folder)},
+                home=path_place,
+                places={"server": server_place, "adapter": path_place},
+            ),
+            "file",
+            folder,
+        )
+        for folder in folders
+    ]

@@ -1,0 +1,87 @@
+"""The command line, as a person uses it: exit statuses, tables, JSON."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from composer.cli import app
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(autouse=True)
+def _from_the_checkout(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setenv("COLUMNS", "200")
+
+
+def run(*args: str) -> tuple[int, str, str]:
+    result = CliRunner().invoke(app, list(args))
+    return result.exit_code, result.stdout, result.stderr
+
+
+def test_check_prints_the_catalog() -> None:
+    status, out, err = run("check")
+    assert status == 0, err
+    assert "uppercase" in out
+    assert "policy auto (default)" in out
+
+
+def test_check_prints_every_error_at_once_and_exits_with_2(tmp_path: Path) -> None:
+    file = tmp_path / "experts.yaml"
+    file.write_text(
+        "version: 1\n"
+        "servers:\n"
+        "  s: {engine: embeded}\n"
+        "experts:\n"
+        "  e: {server: s, adaptor: ./x}\n"
+        "policies:\n"
+        "  auto: {router: {name: neighbors}, strategy: {name: single}}\n"
+    )
+    status, out, err = run("check", str(file))
+    assert status == 2
+    assert out == ""
+    for line, wrong, meant in ((3, "embeded", "embedded"), (5, "adaptor", "adapter"), (7, "neighbors", "neighbours")):
+        [found] = [said for said in err.splitlines() if said.startswith(f"{file}:{line}:")]
+        assert wrong in found
+        assert meant in found
+    assert err.splitlines()[-1].startswith("3 problem(s)")
+
+
+def test_check_of_no_file_says_so(tmp_path: Path) -> None:
+    status, _, err = run("check", str(tmp_path / "none.yaml"))
+    assert status == 2
+    assert "there is no such file" in err
+
+
+def test_experts_lists_ids() -> None:
+    status, out, _ = run("experts")
+    assert status == 0
+    assert "uppercase\ttiny-large\t" in out
+
+
+def test_route_as_json_gives_scores_plan_and_time() -> None:
+    status, out, err = run("route", "please write fox in capital letters", "--json")
+    assert status == 0, err
+    decision = json.loads(out)
+    assert decision["plan"]["choices"] == [{"expert": "uppercase", "weight": 1.0}]
+    assert decision["plan"]["strategy"] == "single"
+    assert max(decision["scores"], key=decision["scores"].get) == "uppercase"
+    assert decision["decision_ms"] > 0
+
+
+def test_route_with_an_unknown_policy_names_it() -> None:
+    status, _, err = run("route", "hello", "--policy", "nobody")
+    assert status == 1
+    assert "'nobody'" in err
+
+
+def test_the_schema_that_editors_use_is_in_step() -> None:
+    status, out, _ = run("schema")
+    assert status == 0
+    committed = (ROOT / "examples" / "experts.schema.json").read_text()
+    assert json.loads(out) == json.loads(committed), "run `make schema`"
