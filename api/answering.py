@@ -142,7 +142,7 @@ class Answering(Response):
 
 def _each(answer: Answer) -> aclosing[AsyncGenerator[Chunk, None]]:
     """The answer's chunks, ended at the exit also when they were left half-way."""
-    return aclosing(cast("AsyncGenerator[Chunk, None]", aiter(answer)))
+    return aclosing(aiter(answer))
 
 
 def _headers(answer: Answer) -> dict[str, str]:

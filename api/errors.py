@@ -162,7 +162,7 @@ def _in_words(error: ComposerError) -> str:
     )
 
 
-_ABSOLUTE = re.compile(r"(?<![\w./…])/[^\s,;:()'\"`]+")
+_ABSOLUTE = re.compile(r"(?<![\w./…])/(?!/)[^\s,;:()'\"`]+")
 
 
 def without_paths(text: str) -> str:

@@ -8,13 +8,13 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import logging
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field
 from time import perf_counter
 from typing import Literal
 
-from composer.errors import ComposerError, UnknownModel, Unsupported
+from composer.errors import ComposerError, EngineError, UnknownModel, Unsupported
 from composer.generations import Generation, Generations, Hold, Way
 from composer.prompting import render
 from composer.routing.base import Query
@@ -96,11 +96,16 @@ class Pipeline:
             try:
                 entry["queue_ms"] = round(lease.queue_s * 1000, 3)
                 timings.queue_ms += lease.queue_s * 1000
+                unfinished = set(range(call.sampling.n))
                 async with aclosing(generation.engines[call.server].run(call)) as chunks:
                     async for chunk in chunks:
+                        if chunk.finish_reason is not None:
+                            unfinished.discard(chunk.index)
                         if chunk.usage is not None:
                             outcome.spend(catalog.experts[expert], chunk.usage)
                         yield chunk if chunk.expert else dataclasses.replace(chunk, expert=expert)
+                if unfinished:
+                    raise EngineError(f"server {call.server!r} broke off without a finish reason")
             finally:
                 self._scheduler.release(lease)
                 entry["run_ms"] = round(_ms_since(begun), 3)
@@ -182,7 +187,7 @@ class Answer:
         self._ended = ended
         self._closed = False
 
-    async def __aiter__(self) -> AsyncIterator[Chunk]:
+    async def __aiter__(self) -> AsyncGenerator[Chunk, None]:
         outcome = self.outcome
         try:
             async for chunk in self._chunks:
@@ -265,7 +270,7 @@ def call_of(
         adapter=expert.adapter,
         messages=chat if prompt is None else (),
         prompt=prompt,
-        sampling=sampling,
+        sampling=sampling.with_defaults(expert.sampling),
         context_window=expert.context_window,
         extra=request.extra,
     )

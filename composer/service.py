@@ -155,7 +155,7 @@ class Service:
                 raise UnknownModel(f"there is no expert {id_!r}", param="id")
             if expert.source == "file":
                 raise Conflict(
-                    f"expert {id_!r} stands in {self.settings.experts}; take it out there",
+                    f"expert {id_!r} stands in {self.settings.experts.name}; take it out there",
                     param="id",
                 )
             rows = [row for row in await self.store.list_experts() if row["id"] != id_]

@@ -7,7 +7,7 @@ Two groups: what is served (Expert, Server, Policy, Catalog) and what is asked
 from __future__ import annotations
 
 from collections.abc import AsyncGenerator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Literal, NotRequired, Protocol, TypedDict
@@ -73,6 +73,15 @@ class Server:
 
 
 @dataclass(frozen=True, slots=True)
+class SamplingDefaults:
+    """An expert's own values for what a request leaves open; None: none of its own."""
+
+    max_tokens: int | None = None
+    temperature: float | None = None
+    top_p: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class Expert:
     """Something that can answer: the server's base model, alone or with one adapter.
 
@@ -87,6 +96,7 @@ class Expert:
     examples: tuple[str, ...] = ()
     adapter: Adapter | None = None
     prompt: PromptSpec | None = None
+    sampling: SamplingDefaults = SamplingDefaults()
     context_window: int = 4096
     chars_per_token: float = 3.0
     abilities: frozenset[Ability] = frozenset()
@@ -149,16 +159,28 @@ class Message(TypedDict):
 
 @dataclass(frozen=True, slots=True)
 class Sampling:
-    """How tokens are drawn. `max_tokens` None means: up to the context window.
-    `logprobs` is None for none, else how many alternatives a token to give (0..20)."""
+    """How tokens are drawn. `max_tokens` None means: up to the context window; `temperature`
+    and `top_p` None: the expert's default, else 1. `logprobs` is None for none, else how many
+    alternatives a token to give (0..20)."""
 
     max_tokens: int | None = None
-    temperature: float = 1.0
-    top_p: float = 1.0
+    temperature: float | None = None
+    top_p: float | None = None
     seed: int | None = None
     stop: tuple[str, ...] = ()
     logprobs: int | None = None
     n: int = 1
+
+    def with_defaults(self, defaults: SamplingDefaults) -> Sampling:
+        """What is open here filled in from `defaults`."""
+        return replace(
+            self,
+            **{
+                default.name: getattr(defaults, default.name)
+                for default in fields(defaults)
+                if getattr(self, default.name) is None
+            },
+        )
 
 
 @dataclass(frozen=True, slots=True)

@@ -46,6 +46,7 @@ def registry(*skills: str) -> str:
                 "tiny": {
                     "engine": "embedded",
                     "model": str(TINY / "bases" / "large"),
+                    "model_name": "composer/tiny-large",
                     "queue": 2 * IN_FLIGHT,
                 }
             },

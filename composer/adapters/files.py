@@ -18,10 +18,11 @@ PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt")
 def outside(path: Path, roots: Sequence[Path]) -> Problem | None:
     """A problem where `path` lies outside every root, else None.
 
-    Both sides are resolved first, so neither `..` nor a symlink gets out.
+    The path is resolved first, so neither `..` nor a symlink gets out; the roots must be
+    resolved already.
     """
     real = path.resolve()
-    if any(real.is_relative_to(root.resolve()) for root in roots):
+    if any(real.is_relative_to(root) for root in roots):
         return None
     where = f"it leads to {real}, outside" if real != path.absolute() else "it lies outside"
     return Problem(
@@ -47,7 +48,8 @@ def file_problems(folder: Path, roots: Sequence[Path]) -> list[Problem]:
                 remedy=f"Name the folder that holds {CONFIG} and {WEIGHTS}.",
             )
         ]
-    checked = (outside(folder / name, roots) for name in (CONFIG, WEIGHTS))
+    links = (folder / name for name in (CONFIG, WEIGHTS) if (folder / name).is_symlink())
+    checked = (outside(link, roots) for link in links)
     problems = [refusal for refusal in checked if refusal is not None]
     if problems:
         return problems

@@ -278,8 +278,8 @@ class Worker:
         device = logits.device
         samplings = [row.job.call.sampling for row in rows]
         knobs = Knobs(
-            temperature=torch.tensor([s.temperature for s in samplings], device=device),
-            top_p=torch.tensor([s.top_p for s in samplings], device=device),
+            temperature=torch.tensor([_or_one(s.temperature) for s in samplings], device=device),
+            top_p=torch.tensor([_or_one(s.top_p) for s in samplings], device=device),
             uniform=torch.tensor([row.rng.random() for row in rows], device=device),
         )
         sound = torch.isfinite(logits).all(dim=-1).tolist()
@@ -390,3 +390,7 @@ def _for_caller(error: Exception) -> ComposerError:
     wrapped = EngineError(f"the embedded engine failed on this call: {error!r}")
     wrapped.__cause__ = error
     return wrapped
+
+
+def _or_one(knob: float | None) -> float:
+    return 1.0 if knob is None else knob

@@ -28,11 +28,9 @@ def read_card(folder: Path, roots: Sequence[Path], cache: FileCache) -> Document
     if refusal is not None:
         raise CatalogError([refusal])
     data = cache.get([file], "card", lambda: _parse_card(file).data)
-    return (
-        Document(str(file), data, lambda: _parse_card(file).find_lines())
-        if data is not None
-        else None
-    )
+    if data is None:
+        return None
+    return Document(str(file), data, lambda: _parse_card(file).find_lines())
 
 
 def _parse_card(file: Path) -> Document:

@@ -21,7 +21,7 @@ from composer.registry.context import Context
 from composer.registry.gather import RUNTIME, Entry
 from composer.registry.servers import KnownServer
 from composer.registry.specs import CardSpec, ExpertSpec
-from composer.types import Ability, Adapter, Cost, Expert
+from composer.types import Ability, Adapter, Cost, Expert, SamplingDefaults
 
 _THREADS = min(4, os.cpu_count() or 1)
 
@@ -109,6 +109,7 @@ def _prepare(
             examples=spec.examples + examples,
             adapter=adapter,
             prompt=spec.prompt,
+            sampling=SamplingDefaults(**spec.sampling.model_dump()),
             context_window=window,
             chars_per_token=spec.chars_per_token,
             abilities=abilities,
@@ -132,7 +133,7 @@ def _adapter_folder(
         name, revision = written.get("hub"), written.get("revision")
         if isinstance(name, str) and isinstance(revision, str) and is_hub_name(name) and revision:
             folder = fetch_adapter(name, revision)
-            return folder, (adapter_root(folder),)
+            return folder, (adapter_root(folder).resolve(),)
     return None, context.roots
 
 

@@ -6,7 +6,7 @@ All become blocks of the same form, so that what follows is one path.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -154,7 +154,7 @@ def _scanned(context: Context, place: Place, item: object, servers: Sequence[str
         )
         return []
     context.watched |= searched
-    if not folders:
+    if not folders and not _still_empty(searched):
         message = f"no folder matches {spec.path}"
         remedy = "Correct the pattern; it is relative to the folder of this file."
         context.problems.append(path_place.problem(message, remedy))
@@ -171,3 +171,11 @@ def _scanned(context: Context, place: Place, item: object, servers: Sequence[str
         )
         for folder in folders
     ]
+
+
+def _still_empty(searched: Collection[Path]) -> bool:
+    """Whether the folders that were searched are there and hold no folder yet: that is how a
+    pile of adapters begins. A pattern that misses what is there is a mistake."""
+    return bool(searched) and not any(
+        child.is_dir() for folder in searched for child in folder.iterdir()
+    )

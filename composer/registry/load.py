@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -82,7 +82,7 @@ def load_catalog(
         file=document,
         folder=path.parent,
         families=families,
-        roots=tuple(roots) or (path.resolve().parent,),
+        roots=tuple(root.resolve() for root in roots) or (path.resolve().parent,),
         cache=cache if cache is not None else _CACHE,
         problems=problems,
         watched=watched,
@@ -216,6 +216,7 @@ def _expert_content(expert: Expert) -> dict[str, Any]:
         "examples": expert.examples,
         "adapter": expert.adapter.digest if expert.adapter else None,
         "prompt": expert.prompt.model_dump(mode="json") if expert.prompt else None,
+        "sampling": asdict(expert.sampling),
         "context_window": expert.context_window,
         "chars_per_token": expert.chars_per_token,
         "abilities": sorted(expert.abilities),

@@ -62,6 +62,16 @@ class CostSpec(Spec):
     )
 
 
+class SamplingSpec(Spec):
+    """What holds where a request leaves it open."""
+
+    max_tokens: int | None = Field(None, ge=1, strict=True, description="Longest answer.")
+    temperature: float | None = Field(
+        None, ge=0, le=2, strict=True, description="0 always takes the likeliest token."
+    )
+    top_p: float | None = Field(None, gt=0, le=1, strict=True, description="Nucleus of the draw.")
+
+
 class CardSpec(Spec):
     """The `composer:` block of a model card, and what an expert in experts.yaml shares with it."""
 
@@ -75,6 +85,9 @@ class CardSpec(Spec):
     )
     prompt: PromptSpec | None = Field(
         None, description="How free wording becomes the prompt that the expert was trained on."
+    )
+    sampling: SamplingSpec = Field(
+        SamplingSpec(), description="The expert's own defaults where a request names none."
     )
     context_window: int | None = Field(
         None,

@@ -39,8 +39,8 @@ class Prior:
     sd: tuple[float, float]
 
 
-SEEN = Prior(mean=(-7.0, 15.0), sd=(3.0, 6.0))
-RIGHT = Prior(mean=(0.0, 16.0), sd=(1.0, 8.0))
+SEEN = Prior(mean=(-11.0, 23.0), sd=(4.0, 8.0))
+RIGHT = Prior(mean=(-0.2, 28.0), sd=(1.0, 10.0))
 
 
 @dataclass(frozen=True, slots=True)

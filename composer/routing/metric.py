@@ -16,9 +16,6 @@ from composer.types import FloatArray
 
 IntArray = npt.NDArray[np.int64]
 
-NEIGHBOURS = 5
-"""Nearest rows of other experts that a row is told apart from."""
-
 MAX_ROWS = 20_000
 MAX_ANCHORS = 3_000
 """Rows the scatters are estimated from: they are means, so a sample serves, and a build with
@@ -29,7 +26,7 @@ def fit_metric(rows: FloatArray, owner: IntArray, *, strength: float, seed: int)
     """(n, d) unit rows and (n,) the expert each belongs to → W (d, d), symmetric.
 
     Nonparametric discriminant analysis (Fukunaga & Mantock 1983): S_w is the scatter of rows
-    about their expert's mean, S_b that between a row and its nearest rows of other experts, and
+    about their expert's mean, S_b that between a row and the nearest row of any other expert, and
     the discriminant metric is P = S_w⁻¹ S_b S_w⁻¹. Both scatters are shrunk towards the identity
     by Ledoit & Wolf (2004).
 
@@ -74,14 +71,15 @@ def apply_metric(rows: FloatArray, w: FloatArray) -> FloatArray:
 
 
 def _differences(rows: FloatArray, owner: IntArray, rng: np.random.Generator) -> FloatArray:
-    """(a·k, d): of up to MAX_ANCHORS rows, the differences to the nearest rows of other experts."""
+    """(a, d): of up to MAX_ANCHORS rows, the difference to the nearest row of another expert."""
     anchors = rng.permutation(len(rows))[:MAX_ANCHORS]
-    similarity = rows[anchors] @ rows.T  # (a, n)
-    others = owner[anchors, None] != owner[None, :]
-    similarity[~others] = -2.0
-    k = int(min(NEIGHBOURS, others.sum(axis=1).min()))
-    nearest = np.argpartition(-similarity, k - 1, axis=1)[:, :k]  # (a, k)
-    return (rows[anchors, None, :] - rows[nearest]).reshape(-1, rows.shape[1])
+    nearest = np.empty(len(anchors), np.int64)
+    for first in range(0, len(anchors), 256):  # a block of similarities stays in the cache
+        block = anchors[first : first + 256]
+        similarity = rows[block] @ rows.T  # (b, n)
+        np.putmask(similarity, owner[block, None] == owner[None, :], -2.0)
+        nearest[first : first + 256] = similarity.argmax(axis=1)
+    return np.asarray(rows[anchors] - rows[nearest], np.float32)
 
 
 def _shrunk_scatter(x: FloatArray) -> npt.NDArray[np.float64]:

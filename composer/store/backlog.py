@@ -157,8 +157,8 @@ class Backlog:
         # Records first: feedback never stands before its record in the journal.
         self.replayed += await self.write(records)
         await self._write_feedback(feedback)
-        for payload, error in unreadable:
-            await self.reject(payload, error)
+        for payload, reason in unreadable:
+            await self.reject(payload, reason)
         for _ in batch:
             lines.popleft()
         if not lines:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from pathlib import Path
+from textwrap import indent
 from typing import Any
 
 import yaml
@@ -20,20 +21,23 @@ def sha256(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
-def _front_matter(data: dict[str, Any]) -> str:
-    text = yaml.safe_dump(data, sort_keys=False, allow_unicode=True, width=100)
-    return f"---\n{text}---\n"
+def _front_matter(data: dict[str, Any], composer: str = "") -> str:
+    return f"---\n{_yaml(data)}{composer}---\n"
+
+
+def _yaml(data: dict[str, Any]) -> str:
+    return yaml.safe_dump(data, sort_keys=False, allow_unicode=True, width=100)
 
 
 def _percent(value: float) -> str:
     return f"{100 * value:.1f} %"
 
 
-def write_expert_card(folder: Path, size: str, skill_id: str, figures: Figures) -> None:
-    """Writes README.md: front matter (with the ``composer:`` block), accuracies, digests.
+def expert_card(size: str, skill_id: str, figures: Figures) -> str:
+    """The README.md of an expert: front matter (with `composer:`), accuracies, digest.
 
     Args:
-        figures: what `measure_expert` in `train.py` gives.
+        figures: what `measure_expert` in `train.py` gives, and the seconds of training.
     """
     skill = SKILLS[skill_id]
     front = {
@@ -41,13 +45,15 @@ def write_expert_card(folder: Path, size: str, skill_id: str, figures: Figures) 
         "library_name": "peft",
         "license": "apache-2.0",
         "tags": ["lora", "composer", "tiny", skill_id],
-        "composer": {
-            "description": skill.description,
-            "skills": list(skill.labels),
-            "examples": experts.card_examples(skill),
-            "prompt": experts.wordings(skill_id).data,
-        },
     }
+    block = {
+        "description": skill.description,
+        "skills": list(skill.labels),
+        "sampling": {"temperature": 0.0, "max_tokens": 64},
+        "examples": experts.card_examples(skill),
+    }
+    # The prompt block goes in as it was written, with its comments.
+    composer = "composer:\n" + indent(_yaml(block) + experts.wordings(skill_id).source, "  ")
     kind = (
         "facts of its table, which are memorised: no input is held out"
         if skill.memory
@@ -88,11 +94,11 @@ skill's free wording read by this expert's own prompt block (a wrong route).
 
 `adapter_model.safetensors`: sha256 `{figures["sha256"]}`
 """
-    (folder / "README.md").write_text(_front_matter(front) + body, encoding="utf-8")
+    return _front_matter(front, composer) + body
 
 
-def write_base_card(folder: Path, size: str, figures: Figures) -> None:
-    """Writes README.md of a base: what it is, its accuracy per skill, its digest."""
+def base_card(size: str, figures: Figures) -> str:
+    """The README.md of a base: what it is, its accuracy per skill, its digest."""
     front = {
         "library_name": "transformers",
         "license": "apache-2.0",
@@ -119,9 +125,20 @@ Exact match of the greedy answer on {figures["n"]} held-out items per skill, can
 
 `model.safetensors`: sha256 `{figures["sha256"]}`
 """
-    (folder / "README.md").write_text(_front_matter(front) + body, encoding="utf-8")
+    return _front_matter(front) + body
 
 
 def write_results(path: Path, results: Figures) -> None:
     """Writes results.json: ``{"seed", "bases": {size: …}, "experts": {"size/skill": …}}``."""
     path.write_text(json.dumps(results, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def write_all(root: Path, results: Figures) -> None:
+    """Writes every card that ``results`` has figures for."""
+    for size, figures in results["bases"].items():
+        card = experts.base_folder(size, root) / "README.md"
+        card.write_text(base_card(size, figures), encoding="utf-8")
+    for name, figures in results["experts"].items():
+        size, _, skill_id = name.partition("/")
+        card = experts.expert_folder(size, skill_id, root) / "README.md"
+        card.write_text(expert_card(size, skill_id, figures), encoding="utf-8")

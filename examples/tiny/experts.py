@@ -36,13 +36,14 @@ class Wordings:
     """What people write for a skill, and how its experts read it (``wordings/<skill>.yaml``).
 
     Attributes:
-        prompt: the expert's prompt block, as data and checked.
+        prompt: the expert's prompt block, checked.
+        source: the same block as it is written, from ``prompt:`` to its end.
         shown: templates that become the examples of the card.
         held_out: templates that are on no card; the extractor is judged on them.
     """
 
-    data: dict[str, object]
     prompt: PromptSpec
+    source: str
     shown: tuple[str, ...]
     held_out: tuple[str, ...]
 
@@ -53,8 +54,8 @@ def wordings(skill: str) -> Wordings:
     text = (HERE / "wordings" / f"{skill}.yaml").read_text(encoding="utf-8")
     data = yaml.safe_load(text)
     return Wordings(
-        data["prompt"],
         PromptSpec.model_validate(data["prompt"]),
+        text[text.index("prompt:\n") : text.index("wordings:\n")],
         tuple(data["wordings"]),
         tuple(data["held_out"]),
     )

@@ -2,6 +2,7 @@
 
     python examples/tiny/train.py                  everything, two processes, one thread each
     python examples/tiny/train.py --keep-bases     only the experts, on the bases as they are
+    python examples/tiny/train.py --cards          only the cards, from results.json
 
 A fixed seed gives the same text and the same starting weights; the trained weights are the same
 bit for bit on the same processor and versions only.
@@ -148,11 +149,12 @@ def run_track(
     os.nice(5)
 
     def report(task: str, done: int, total: int, note: str) -> None:
-        events.put((task, done, total, note))
+        if done % 20 == 0 or done == total or total < 20:  # each event crosses processes
+            events.put((task, done, total, note))
 
     base = dict(keep_base or train_base(size, root, report))
     base |= measure_base(size, root, report)
-    cards.write_base_card(experts.base_folder(size, root), size, base)
+    cards.write_all(root, {"bases": {size: base}, "experts": {}})
     results: dict[str, Any] = {}
     for skill_id in skills:
         folder = experts.expert_folder(size, skill_id, root)
@@ -170,7 +172,7 @@ def run_track(
             seconds = time.monotonic() - started
             experts.save_expert(trained, size, folder)
         figures = measure_expert(size, skill_id, root, report) | {"seconds": seconds}
-        cards.write_expert_card(folder, size, skill_id, figures)
+        cards.write_all(root, {"bases": {}, "experts": {f"{size}/{skill_id}": figures}})
         results[skill_id] = figures
     return {"base": base, "experts": results}
 
@@ -198,9 +200,13 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", choices=list(SKILLS), help="these experts alone")
     parser.add_argument("--sizes", nargs="+", choices=list(BASE_STEPS), default=list(BASE_STEPS))
     parser.add_argument("--keep-bases", action="store_true", help="train the experts only")
-    parser.add_argument("--keep-experts", action="store_true", help="measure and write cards only")
+    parser.add_argument("--keep-experts", action="store_true", help="measure them again only")
+    parser.add_argument("--cards", action="store_true", help="write cards from results.json only")
     args = parser.parse_args()
     root: Path = args.out
+    if args.cards:
+        cards.write_all(root, json.loads((root / "results.json").read_text(encoding="utf-8")))
+        return
     bases, kept = _kept(root, args.keep_bases or args.keep_experts, args.keep_experts)
 
     results_path = root / "results.json"

@@ -108,6 +108,19 @@ def test_a_prefix_keeps_scanned_ids_apart(load: Load, edit: Edit) -> None:
     assert list(load().catalog.experts) == ["fox", "general", "owl", "second/owl"]
 
 
+def test_a_folder_that_holds_no_adapter_yet(load: Load, registry: Path, edit: Edit) -> None:
+    (registry.parent / "later").mkdir()
+    edit("./scanned/*", "./later/*")
+    edit("experts: [fox, owl]", "experts: [fox]")
+    loaded = load()
+    assert list(loaded.catalog.experts) == ["fox", "general"]
+    assert registry.parent / "later" in loaded.watched
+    (registry.parent / "later" / "fox").mkdir()
+    edit("./later/*", "./later/o*")
+    with pytest.raises(CatalogError, match=r"no folder matches \./later/o\*"):
+        load()
+
+
 @pytest.mark.parametrize(
     ("name", "content"),
     [
@@ -425,3 +438,15 @@ def check(load: Load) -> None:
         problems = error.problems
         assert str(error)  # noqa: PT017  (either outcome is right)
     assert all(problem.file and problem.message and problem.remedy for problem in problems)
+
+
+@pytest.mark.slow
+def test_ten_thousand_experts(registry: Path, load: Load) -> None:
+    """Shows that it works at that size; how long it takes is for a benchmark."""
+    entry = "  e{0}:\n    server: far\n    context_window: 4096\n    examples:\n{1}"
+    rows = "".join(f"      - please do it the way of {row}\n" for row in range(20))
+    head, _, tail = REGISTRY.partition("experts:\n")
+    many = "".join(entry.format(number, rows) for number in range(10_000))
+    registry.write_text(f"{head}experts:\n{many}{tail}")
+    catalog = load().catalog
+    assert len(catalog.policies["auto"].experts) == 10_003

@@ -15,6 +15,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 
 from composer.errors import Conflict, StoreError, UnknownResponse
 from composer.store import Feedback, Record, Recorder, Store
+from composer.store.backlog import Backlog
 from composer.store.failures import DatabaseAway
 from composer.store.journal import Journal
 from composer.store.records import decode, encode
@@ -303,6 +304,31 @@ async def test_close_without_database_and_disk_says_what_is_lost(
     await until(lambda: recorder.stats()["database_up"] is False)
     with pytest.raises(StoreError, match=r"1 records are lost at the stop: .*No space"):
         await recorder.close()
+
+
+async def test_what_nobody_foresaw_is_logged_and_survived(
+    make: Make,
+    switched: SwitchedStore,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    write = Backlog.write
+    stumbles = 1
+
+    async def broken(self: Backlog, records: Sequence[Record]) -> int:
+        nonlocal stumbles
+        if records and stumbles:
+            stumbles -= 1
+            raise AttributeError("a bug")
+        return await write(self, records)
+
+    monkeypatch.setattr(Backlog, "write", broken)
+    recorder = await make()
+    recorder.put(make_record("a"))
+    await recorder.flush()
+    await until(lambda: recorder.stats()["journal_bytes"] == 0)
+    assert await ids(switched) == ["a"]
+    assert "the recorder stumbled and goes on" in caplog.text
 
 
 # --- what nobody can store ---------------------------------------------------------------
