@@ -45,7 +45,11 @@ def test_check_prints_every_error_at_once_and_exits_with_2(tmp_path: Path) -> No
     status, out, err = run("check", str(file))
     assert status == 2
     assert out == ""
-    for line, wrong, meant in ((3, "embeded", "embedded"), (5, "adaptor", "adapter"), (7, "neighbors", "neighbours")):
+    for line, wrong, meant in (
+        (3, "embeded", "embedded"),
+        (5, "adaptor", "adapter"),
+        (7, "neighbors", "neighbours"),
+    ):
         [found] = [said for said in err.splitlines() if said.startswith(f"{file}:{line}:")]
         assert wrong in found
         assert meant in found

@@ -13,47 +13,13 @@ from typing import Any
 
 import httpx
 import pytest
-import yaml
 
-from api.app import create_app
-from composer.build import make_service
-from composer.settings import Settings
+from tests.tiny import ASKED, chat, registry, serving
 
-ROOT = Path(__file__).resolve().parent.parent
-TINY = ROOT / "examples" / "tiny"
 IN_FLIGHT = 200
+QUEUE = 2 * IN_FLIGHT
 NOTICED_S = 2.0
 """A change of the file is to take effect within this; asserted with room for a busy machine."""
-
-ASKED = {
-    "uppercase": ("please write fox in capital letters", "FOX"),
-    "reverse": ("spell fox backwards", "xof"),
-    "sort-digits": ("sort the digits 3142 in ascending order", "1234"),
-    "plural": ("what is the plural of fox", "foxes"),
-}
-
-
-def registry(*skills: str) -> str:
-    def expert(skill: str) -> dict[str, Any]:
-        folder = TINY / "experts" / "large" / skill
-        card = next(yaml.safe_load_all((folder / "README.md").read_text()))
-        return {"server": "tiny", "adapter": str(folder), **card["composer"]}
-
-    return yaml.safe_dump(
-        {
-            "version": 1,
-            "servers": {
-                "tiny": {
-                    "engine": "embedded",
-                    "model": str(TINY / "bases" / "large"),
-                    "model_name": "composer/tiny-large",
-                    "queue": 2 * IN_FLIGHT,
-                }
-            },
-            "experts": {skill: expert(skill) for skill in skills},
-            "policies": {"auto": {"router": {"name": "neighbours"}, "strategy": {"name": "single"}}},
-        }
-    )
 
 
 @dataclass
@@ -66,13 +32,7 @@ class Load:
 
     async def ask(self, text: str, model: str = "auto") -> httpx.Response:
         began = monotonic()
-        body = {
-            "model": model,
-            "messages": [{"role": "user", "content": text}],
-            "temperature": 0,
-            "max_tokens": 24,
-        }
-        response = await self.client.post("/v1/chat/completions", json=body)
+        response = await self.client.post("/v1/chat/completions", json=chat(text, model))
         self.answers.append((began, text, response))
         return response
 
@@ -83,25 +43,9 @@ class Load:
 
 @pytest.fixture
 async def client(tmp_path: Path) -> AsyncIterator[httpx.AsyncClient]:
-    file = tmp_path / "experts.yaml"
-    file.write_text(registry("uppercase", "reverse", "sort-digits"))
-    settings = Settings(
-        experts=file,
-        adapter_roots=(TINY,),
-        database_url=f"sqlite+aiosqlite:///{tmp_path}/composer.db",
-        journal=tmp_path / "journal",
-        cache_dir=ROOT / ".cache" / "composer",
-    )
-    service = await asyncio.to_thread(make_service, settings)
-    await service.start()
-    transport = httpx.ASGITransport(create_app(service))
-    try:
-        async with httpx.AsyncClient(
-            transport=transport, base_url="http://composer", timeout=120
-        ) as client:
-            yield client
-    finally:
-        await service.close()
+    text = registry("uppercase", "reverse", "sort-digits", queue=QUEUE)
+    async with serving(tmp_path, text) as (client, _):
+        yield client
 
 
 async def until(client: httpx.AsyncClient, holds: Callable[[dict[str, Any]], bool]) -> float:
@@ -126,7 +70,7 @@ async def test_two_hundred_in_flight_never_notice_a_reload(
         await until(client, lambda h: h["requests"]["running"] >= IN_FLIGHT)
 
         # An expert is added: it answers, while those in flight go on.
-        file.write_text(registry("uppercase", "reverse", "sort-digits", "plural"))
+        file.write_text(registry("uppercase", "reverse", "sort-digits", "plural", queue=QUEUE))
         added_s = await until(client, lambda h: h["catalog"]["experts"] == 4)
         plural = (await load.ask(ASKED["plural"][0])).json()
         assert plural["composer"]["expert"] == "plural"
@@ -134,11 +78,13 @@ async def test_two_hundred_in_flight_never_notice_a_reload(
 
         # One is removed, by the atomic rename that editors do: nothing starts on it any more.
         fresh = tmp_path / "experts.yaml.new"
-        fresh.write_text(registry("uppercase", "sort-digits", "plural"))
+        fresh.write_text(registry("uppercase", "sort-digits", "plural", queue=QUEUE))
         os.replace(fresh, file)
         removed_s = await until(client, lambda h: h["catalog"]["experts"] == 3)
         removed_at = monotonic()
-        assert (await client.post("/v1/chat/completions", json=_named("reverse"))).status_code == 404
+        assert (
+            await client.post("/v1/chat/completions", json=chat("fox", "reverse"))
+        ).status_code == 404
 
         # A broken file keeps what was there, and says so.
         file.write_text("version: 1\nservers: {tiny: {engine: embeded}}\n")
@@ -150,9 +96,9 @@ async def test_two_hundred_in_flight_never_notice_a_reload(
         assert (await load.ask(ASKED["uppercase"][0])).status_code == 200
 
         # Mended.
-        file.write_text(registry("uppercase", "reverse", "sort-digits", "plural"))
+        mending_at = monotonic()
+        file.write_text(registry("uppercase", "reverse", "sort-digits", "plural", queue=QUEUE))
         await until(client, lambda h: h["catalog"]["reload"]["ok"] and h["catalog"]["experts"] == 4)
-        mended_at = monotonic()
     finally:
         load.stop = True
         await asyncio.gather(*workers)
@@ -163,13 +109,9 @@ async def test_two_hundred_in_flight_never_notice_a_reload(
     for began, text, response in load.answers:
         body = response.json()
         skill = next(s for s, (asked, _) in ASKED.items() if asked == text)
-        if removed_at < began < mended_at:
+        if removed_at < began < mending_at:
             assert body["composer"]["expert"] != "reverse"
         elif body["composer"]["expert"] == skill:
             assert body["choices"][0]["message"]["content"] == ASKED[skill][1]
     # Generous: the promise is two seconds, on a machine that does nothing else.
     assert max(added_s, removed_s) < 5 * NOTICED_S
-
-
-def _named(expert: str) -> dict[str, Any]:
-    return {"model": expert, "messages": [{"role": "user", "content": "fox"}]}

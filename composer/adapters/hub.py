@@ -10,6 +10,7 @@ import json
 import re
 from pathlib import Path
 
+import httpx
 from huggingface_hub import get_safetensors_metadata, hf_hub_download, snapshot_download
 from huggingface_hub.errors import (
     EntryNotFoundError,
@@ -94,8 +95,17 @@ def fetch_base_model(name: str, revision: str | None, names: tuple[str, ...]) ->
     return describe_base_model(config, shapes, names=(name, *names), stamp=f"hub:{name}@{revision}")
 
 
-_FAILURES = (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, NotASafetensorsRepoError,
-             SafetensorsParsingError, OSError, ValueError)  # fmt: skip
+_FAILURES = (
+    HfHubHTTPError,
+    HFValidationError,
+    NotASafetensorsRepoError,
+    SafetensorsParsingError,
+    httpx.HTTPError,
+    LookupError,  # an answer that is not the hub's, such as a proxy's login page
+    OSError,
+    ValueError,
+)
+"""What the hub's client raises; LocalEntryNotFoundError is among the OSErrors."""
 
 
 def _refusal(name: str, revision: str | None, error: Exception) -> CatalogError:
@@ -105,14 +115,15 @@ def _refusal(name: str, revision: str | None, error: Exception) -> CatalogError:
             message = f"{at} is gated on the hub"
             remedy = "Accept its terms there and log in with `hf auth login`."
         case RevisionNotFoundError():
-            message = f"{name} has no revision {revision} on the hub"
+            message = f"{name} has no revision {revision or 'main'} on the hub"
             remedy = "Name one of its commits, tags or branches."
         case RepositoryNotFoundError():
             message = f"there is no {name} on the hub, or it is private"
             remedy = "Correct the name, or log in with `hf auth login`."
         case LocalEntryNotFoundError():
             message = f"{at} is not in the local hub cache and the hub cannot be reached"
-            remedy = f"Connect, or fetch it before with `hf download {name}`."
+            pin = f" --revision {revision}" if revision else ""
+            remedy = f"Connect, or fetch it before with `hf download {name}{pin}`."
         case EntryNotFoundError() | NotASafetensorsRepoError():
             message = f"{at} lacks a needed file: {_first_line(error)}"
             remedy = "Name a model that is published as safetensors."

@@ -47,10 +47,10 @@ def verify_adapter(
 ) -> Adapter:
     """The adapter in `folder`, once nothing speaks against serving it on `base`.
 
-    `base` None: somebody else's server, so name and shapes cannot be compared. `roots` are
-    the folders (resolved ones) it and its files may lie in, symlinks followed. `max_rank` and `features` are
-    the engine's limits. `digest` is the one the registry pins. The returned adapter's
-    `alpha / rank` is the scaling applied, also for rank-stabilised LoRA.
+    `base` None: somebody else's server, so name and shapes cannot be compared. `roots` are the
+    folders, resolved, that it and its files may lie in, symlinks followed. `max_rank` and
+    `features` are the engine's limits. `digest` is the one the registry pins. The returned
+    adapter's `alpha / rank` is the scaling applied, also for rank-stabilised LoRA.
 
     Raises AdapterError holding every problem found.
     """

@@ -30,7 +30,9 @@ class MixedLora:
     its base layer; what the adapters add comes from the hooks here.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, dtype: torch.dtype) -> None:
+        """`dtype` is the base's: adapters are often saved in another."""
+        self._dtype = dtype
         self._names: Sequence[str] = ()
         self._slots = torch.zeros(0, dtype=torch.long)
         self._only: int | None = 0
@@ -72,6 +74,7 @@ class MixedLora:
         rank = max(a.shape[0] for a, _ in pairs.values())
         like, d_out = next((a, b.shape[0]) for a, b in pairs.values())
         slots = len(self._slot_of)
+        like = like.data.to(self._dtype)
         down = like.new_zeros(slots, rank, like.shape[1])  # (slots, r, d_in)
         up = like.new_zeros(slots, d_out, rank)  # (slots, d_out, r)
         scale = like.new_zeros(slots)

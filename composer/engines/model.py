@@ -69,7 +69,7 @@ class LocalModel:
         self.end_ids = _end_ids(base.generation_config, self.tokenizer)
         self._peft: PeftModel | None = None
         self._names: dict[str, str] = {}
-        self._lora = MixedLora()
+        self._lora = MixedLora(getattr(torch, settings.dtype))
         self._pieces: dict[int, str] = {}
 
     # --- adapters ------------------------------------------------------------------------

@@ -156,18 +156,16 @@ class Worker:
 
     def _receive(self) -> bool:
         """Takes what has come, waiting for it where there is nothing to run; False at the end."""
-        idle = not self._rows and not self._waiting
         while True:
+            idle = not (self._rows or self._waiting or self._mail)
             try:
                 item = self._inbox.get(block=idle)
             except queue.Empty:
                 return True
-            idle = False
             if item is None:
                 return False
             if isinstance(item, Task):
                 self._do(item)
-                idle = not self._rows and not self._waiting and self._inbox.empty()
             else:
                 self._prepare(item)
 
@@ -191,8 +189,6 @@ class Worker:
             self._post(job, _for_caller(error))
         else:
             self._waiting.append(job)
-            return
-        self._deliver()
 
     def _drop_cancelled(self) -> None:
         if any(job.cancelled for job in self._waiting):

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
 import yaml  # type: ignore[import-untyped]
+from yaml.cyaml import CParser  # type: ignore[import-untyped]
 from yaml.events import (  # type: ignore[import-untyped]
     AliasEvent,
     DocumentStartEvent,
@@ -95,7 +96,7 @@ def parse_yaml(text: str, file: str, *, first_line: int = 1) -> Document:
     on which `text` begins. Raises CatalogError with one problem."""
     reader = _Reader(file, first_line)
     try:
-        for event in yaml.parse(text, Loader=yaml.cyaml.CParser):
+        for event in yaml.parse(text, Loader=CParser):
             reader.take(event)
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark

@@ -48,8 +48,8 @@ class NeighboursSettings(BaseModel):
         description="An expert's similarity: of its nearest row (max), the mean of its m nearest "
         "(top_m), of the mean of all (centroid), or top_m of rows pulled to their centroid.",
     )
-    m: int = Field(3, ge=1, description="Rows that top_m and blend average.")
-    pull: float = Field(0.5, ge=0, le=1, description="The centroid's share in blend.")
+    m: int = Field(2, ge=1, description="Rows that top_m and blend average.")
+    pull: float = Field(0.35, ge=0, le=1, description="The centroid's share in blend.")
     metric: Literal["discriminant", "cosine"] = Field(
         "discriminant",
         description="Plain cosine, or one that weighs directions by what tells experts apart.",

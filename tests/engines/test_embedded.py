@@ -371,6 +371,20 @@ async def test_a_load_that_fails_adds_nothing_and_breaks_nothing(
     )
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+async def test_adapters_take_the_bases_precision(
+    base: Path, adapters: tuple[Adapter, ...], dtype: str
+) -> None:
+    settings = EmbeddedSettings(model=str(base), dtype=dtype)  # type: ignore[arg-type]
+    engine = EmbeddedEngine("tiny", settings)
+    await engine.start()
+    await engine.prepare(adapters)
+    calls = [make_call("2+2=", adapter, max_tokens=1) for adapter in (None, *adapters)]
+    together = await asyncio.gather(*(text(engine, call) for call in calls))
+    assert together == [reference(base, call.adapter, "2+2=", 1) for call in calls]
+    await engine.close()
+
+
 async def test_too_many_adapters_are_refused(base: Path, adapters: tuple[Adapter, ...]) -> None:
     engine = EmbeddedEngine("tiny", EmbeddedSettings(model=str(base), max_adapters=2))
     await engine.start()

@@ -206,7 +206,7 @@ BROKEN: dict[str, Broken] = {
     "adapter_on_hub_not_cached": Broken(
         edits=[("./adapters/fox", "{hub: acme/fox-lora, revision: v1}")],
         says=[
-            "TMP/experts.yaml:12: experts.fox.adapter: acme/fox-lora at v1 is not in the local hub cache and the hub cannot be reached. Connect, or fetch it before with `hf download acme/fox-lora`.",
+            "TMP/experts.yaml:12: experts.fox.adapter: acme/fox-lora at v1 is not in the local hub cache and the hub cannot be reached. Connect, or fetch it before with `hf download acme/fox-lora --revision v1`.",
         ],
     ),
     "digest_malformed": Broken(

@@ -6,8 +6,15 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+import httpx
 import pytest
 from huggingface_hub import constants
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HfHubHTTPError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
 
 from composer.adapters.hub import adapter_root, fetch_adapter, fetch_base_model
 from composer.errors import CatalogError
@@ -89,7 +96,41 @@ def test_an_adapter_that_is_not_in_the_cache(
     assert problem.message == (
         "acme/fox-lora at v1 is not in the local hub cache and the hub cannot be reached"
     )
-    assert problem.remedy == "Connect, or fetch it before with `hf download acme/fox-lora`."
+    assert problem.remedy == "Connect, or fetch it before with `hf download acme/fox-lora --revision v1`."
+
+
+@pytest.mark.parametrize(
+    ("kind", "says"),
+    [
+        (GatedRepoError, "is gated on the hub. Accept its terms there"),
+        (
+            RepositoryNotFoundError,
+            "there is no acme/fox-lora on the hub, or it is private. Correct",
+        ),
+        (RevisionNotFoundError, "acme/fox-lora has no revision v1 on the hub. Name one of its"),
+        (HfHubHTTPError, "cannot be fetched from the hub: told so. Try again"),
+    ],
+)
+def test_what_the_hub_refuses_is_told_in_words(
+    kind: type[HfHubHTTPError], says: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def download(*_: object, **__: object) -> str:
+        response = httpx.Response(404, request=httpx.Request("GET", "http://hub.invalid"))
+        raise kind("told so", response=response)
+
+    monkeypatch.setattr("composer.adapters.hub.snapshot_download", download)
+    with pytest.raises(CatalogError) as refused:
+        fetch_adapter("acme/fox-lora", "v1")
+    assert says in str(refused.value)
+
+
+def test_no_network_error_escapes(monkeypatch: pytest.MonkeyPatch) -> None:
+    def download(*_: object, **__: object) -> str:
+        raise httpx.ConnectError("no route")
+
+    monkeypatch.setattr("composer.adapters.hub.snapshot_download", download)
+    with pytest.raises(CatalogError, match="cannot be fetched from the hub: no route"):
+        fetch_adapter("acme/fox-lora", "v1")
 
 
 def test_only_safe_files_are_asked_for(hub: Path, monkeypatch: pytest.MonkeyPatch) -> None:
