@@ -28,7 +28,7 @@ $(VENV)/.ready: pyproject.toml constraints.txt
 	else \
 	  echo "torch: from pip's own index ($(TORCH_INDEX) is not reachable)"; $(BIN)/pip install -q $(TORCH); \
 	fi
-	$(BIN)/pip install -q -c constraints.txt -e '.[dev]'
+	$(BIN)/pip install -q -c constraints.txt -e '.[dev]' --config-settings editable_mode=compat
 	@touch $@
 
 serve: env       ## the service on PORT (8000)

@@ -39,7 +39,7 @@ from composer.types import Expert, FloatArray
 
 MAX_EXAMPLES = 100
 OUT_OF_SCOPE = "oos"
-QUICK_ROWS = 25
+QUICK_ROWS = 15
 
 Ints = npt.NDArray[np.int64]
 Bools = npt.NDArray[np.bool_]

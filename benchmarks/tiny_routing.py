@@ -1,6 +1,6 @@
 """Routing and answering of the tiny experts on wordings that nobody trained on.
 
-    python benchmarks/tiny_routing.py [--json FILE] [--quick]
+    .venv/bin/python benchmarks/tiny_routing.py [--json FILE] [--quick]
 
 Every wording of tests/data/unseen_wordings.yaml is filled with held-out inputs and sent through
 the whole service (filter, router, chooser, scheduler, embedded engine) at temperature 0. Beside
@@ -50,14 +50,14 @@ class Question:
     wording: int
 
 
-def questions(skills: Sequence[str], inputs: int) -> list[Question]:
-    """Every unseen wording of every skill with `inputs` held-out inputs each."""
+def questions(skills: Sequence[str], inputs: int, most: int | None) -> list[Question]:
+    """The unseen wordings of every skill (at most `most`), with `inputs` held-out inputs each."""
     wordings = yaml.safe_load(WORDINGS.read_text(encoding="utf-8"))
     made: list[Question] = []
     number = 0
     for skill in skills:
         items = SKILLS[skill].sample("test", inputs * len(wordings[skill]), seed=20)
-        for i, wording in enumerate(wordings[skill]):
+        for i, wording in enumerate(wordings[skill][:most]):
             for j in range(inputs):
                 # A fact table has fewer items than this asks for: they come round again.
                 item = items[(i * inputs + j) % len(items)]
@@ -112,7 +112,7 @@ async def examples_alone(service: Service, asked: Sequence[Question]) -> list[st
     return chosen
 
 
-async def measure(inputs: int) -> list[dict[str, object]]:
+async def measure(inputs: int, most: int | None) -> list[dict[str, object]]:
     with tempfile.TemporaryDirectory() as folder:
         settings = Settings(
             experts=ROOT / "experts.yaml",
@@ -122,16 +122,16 @@ async def measure(inputs: int) -> list[dict[str, object]]:
         service = await asyncio.to_thread(make_service, settings)
         await service.start()
         try:
-            return await _table(service, inputs)
+            return await _table(service, inputs, most)
         finally:
             await service.close()
 
 
-async def _table(service: Service, inputs: int) -> list[dict[str, object]]:
+async def _table(service: Service, inputs: int, most: int | None) -> list[dict[str, object]]:
     catalog = service.generations.current.catalog
     policy = catalog.policies[catalog.default_policy]
     experts = [e for e in policy.experts if e in SKILLS]
-    asked = questions(experts, inputs)
+    asked = questions(experts, inputs, most)
     skill = np.array([q.skill for q in asked])
     right = [q.answer for q in asked]
     wording = np.array([q.wording for q in asked])
@@ -197,7 +197,7 @@ def main() -> None:
     add_arguments(parser)
     args = parser.parse_args()
     began = perf_counter()
-    table = asyncio.run(measure(inputs=1 if args.quick else 4))
+    table = asyncio.run(measure(*((1, 5) if args.quick else (4, None))))
     show(table, args, title="Tiny experts on unseen wordings, held-out inputs")
     print(f"{perf_counter() - began:.0f} s")
 

@@ -34,9 +34,7 @@ def sample(logits: Tensor, knobs: Knobs) -> Tensor:
         if not bool(rows.any()):
             continue
         scaled = logits[rows].double()
-        scaled = (
-            scaled - scaled.max(dim=-1, keepdim=True).values
-        )  # no overflow at small temperatures
+        scaled -= scaled.max(dim=-1, keepdim=True).values  # else small temperatures overflow
         probs = torch.softmax(scaled / knobs.temperature[rows, None], dim=-1)
         tokens[rows] = draw(probs, knobs.top_p[rows, None], knobs.uniform[rows, None])
     return tokens

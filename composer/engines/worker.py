@@ -81,9 +81,7 @@ class Worker:
         self._server = server
         self._settings = settings
         self._inbox: queue.SimpleQueue[Job | Task | None] = queue.SimpleQueue()
-        self._gate = (
-            threading.Lock()
-        )  # held to put something in, so that nothing comes after the end
+        self._gate = threading.Lock()  # nothing is put in after `_ending`
         self._ending = False
         self._waiting: deque[Job] = deque()
         self._rows: list[Row] = []
@@ -194,7 +192,10 @@ class Worker:
         if any(job.cancelled for job in self._waiting):
             self._waiting = deque(job for job in self._waiting if not job.cancelled)
         if any(row.job.cancelled for row in self._rows):
-            self._keep([not row.job.cancelled for row in self._rows])
+            try:
+                self._keep([not row.job.cancelled for row in self._rows])
+            except Exception as error:
+                self._lose_batch(error)
 
     def _admit(self) -> None:
         """Prefills waiting jobs, first come first, as far as there is room, and lets them join."""
@@ -263,10 +264,14 @@ class Worker:
             self._advance(self._rows, logits)
             self._keep([not row.answer.ended for row in self._rows])
         except Exception as error:
-            log.exception("a step of %d rows failed on server %r", len(self._rows), self._server)
-            self._fail([row.job for row in self._rows], error)
-            self._rows = []
-            self._batch.clear()
+            self._lose_batch(error)
+
+    def _lose_batch(self, error: Exception) -> None:
+        """A cache that is half changed serves nobody: its calls fail, the next begin afresh."""
+        log.error("%d rows failed on server %r", len(self._rows), self._server, exc_info=error)
+        self._fail([row.job for row in self._rows], error)
+        self._rows = []
+        self._batch.clear()
 
     @torch.inference_mode()
     def _advance(self, rows: Sequence[Row], logits: torch.Tensor) -> None:

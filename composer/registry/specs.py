@@ -55,10 +55,10 @@ class CostSpec(Spec):
     """Price in US dollars per million tokens."""
 
     input_per_1m: float = Field(
-        ge=0, strict=True, description="US dollars per million prompt tokens."
+        ge=0, le=1e9, strict=True, description="US dollars per million prompt tokens."
     )
     output_per_1m: float = Field(
-        ge=0, strict=True, description="US dollars per million answer tokens."
+        ge=0, le=1e9, strict=True, description="US dollars per million answer tokens."
     )
 
 
@@ -92,6 +92,7 @@ class CardSpec(Spec):
     context_window: int | None = Field(
         None,
         ge=1,
+        le=1_000_000_000,
         strict=True,
         description="Tokens of prompt and answer together; default: the base model's.",
     )
@@ -154,6 +155,7 @@ class PolicySpec(Spec):
     cost_weight: float = Field(
         0.0,
         ge=0,
+        le=1e6,
         strict=True,
         description="Quality given up to save one US dollar per million answer tokens.",
     )

@@ -65,6 +65,11 @@ class Index(Protocol):
         that only those columns will be read, and that no other expert's rows push theirs out."""
         ...
 
+    def search(self, queries: FloatArray, k: int) -> tuple[FloatArray, IntArray]:
+        """(q, d) → the k rows nearest to each, best first: similarities and row numbers (q, k).
+        Number −1 where an IVF index found fewer."""
+        ...
+
     def nearest(self, query: FloatArray, experts: Sequence[int]) -> list[Nearest | None]:
         """(d,) → the closest row of each expert named; None where it has none (or, by an IVF
         index, where none was found)."""
@@ -96,12 +101,20 @@ class FlatIndex:
         step = max(1, BLOCK // max(1, len(self._rows)))
         for first in range(0, len(queries), step):
             block = slice(first, first + step)
-            products = queries[block] @ self._rows.T  # (q, n)
+            products = _products(queries[block], self._rows)
             for experts, columns, valid in self._columns:
                 own = products[:, columns]  # (q, e, w)
-                own[:, ~valid] = -np.inf
+                if not valid.all():
+                    own[:, ~valid] = -np.inf
                 out[block, experts] = _top_mean(own, self._m)
         return out
+
+    def search(self, queries: FloatArray, k: int) -> tuple[FloatArray, IntArray]:
+        products = _products(queries, self._rows)
+        row = np.argpartition(-products, k - 1, axis=1)[:, :k]
+        order = np.argsort(-np.take_along_axis(products, row, axis=1), axis=1, kind="stable")
+        row = np.take_along_axis(row, order, axis=1)
+        return np.take_along_axis(products, row, axis=1), row
 
     def nearest(self, query: FloatArray, experts: Sequence[int]) -> list[Nearest | None]:
         found: list[Nearest | None] = []
@@ -110,6 +123,15 @@ class FlatIndex:
             best = int(own.argmax()) if len(own) else None
             found.append(None if best is None else Nearest(best, float(own[best])))
         return found
+
+
+def _products(queries: FloatArray, rows: FloatArray) -> FloatArray:
+    """(q, d), (n, d) → (q, n) inner products."""
+    if len(queries) == 1:
+        # numpy's own loop reads the rows twice as fast as its BLAS's matrix-vector product
+        # (20,000 rows of 384: 1.1 against 2.1 ms), and as fast as faiss's.
+        return np.einsum("nd,d->n", rows, queries[0])[None]
+    return np.asarray(queries @ rows.T, np.float32)
 
 
 def _columns(start: IntArray, m: int) -> list[tuple[IntArray, IntArray, BoolArray]]:
@@ -198,6 +220,9 @@ class IvfIndex:
             if recall >= RECALL or nprobe == self._index.nlist:
                 return nprobe, recall
             nprobe *= 2
+
+    def search(self, queries: FloatArray, k: int) -> tuple[FloatArray, IntArray]:
+        return self._search(queries, k)
 
     def _search(
         self, queries: FloatArray, k: int, *, nprobe: int | None = None, among: Any = None

@@ -136,7 +136,7 @@ class NeighboursRouter:
         self.index = index
         self.calibration = calibration
         self._texts = texts
-        self._w = w
+        self.metric = w
         self._shown = shown
         self._embedder = embedder
 
@@ -184,14 +184,14 @@ class NeighboursRouter:
 
     def similarities(self, x: FloatArray, eligible: BoolArray | None = None) -> FloatArray:
         """(n, d) embeddings → (n, E) similarity in the router's own metric, uncalibrated."""
-        return self.index.similarity(apply_metric(x, self._w), eligible)
+        return self.index.similarity(apply_metric(x, self.metric), eligible)
 
     def score_embeddings(self, x: FloatArray) -> FloatArray:
         """(n, d) embeddings → (n, E) quality. Whole arrays; the way offline evaluation asks."""
         return self.calibration.quality(self.similarities(x))[0]
 
     def _score_one(self, vector: FloatArray, eligible: BoolArray) -> Scores:
-        mapped = apply_metric(vector[None], self._w)  # (1, d)
+        mapped = apply_metric(vector[None], self.metric)  # (1, d)
         similarity = self.index.similarity(mapped, eligible)  # (1, E)
         quality, uncertainty = (row[0] for row in self.calibration.quality(similarity))
         quality[~eligible] = np.nan

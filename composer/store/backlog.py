@@ -68,6 +68,8 @@ class Backlog:
 
     async def may_hold_records(self) -> bool:
         """Whether some record may still be in the journal alone."""
+        if not self.bytes:
+            return False
         oldest = await self._on_disk(self._journal.oldest)
         return oldest is not None and oldest <= self._last_with_records
 

@@ -179,10 +179,11 @@ class Recorder:
     async def add_feedback(self, item: Feedback) -> Receipt:
         """Attaches an outcome to a response; durable when it returns.
 
-        The response may have been answered a moment ago: its record is waited for. While the
-        database is away, or records wait in the journal, an id that cannot be found is taken on
-        trust: the feedback is journaled, and set aside in the rejected file if nobody has
-        recorded the response `unknown_grace_s` after it was given.
+        The response may have been answered a moment ago: its record is waited for. (A record
+        still in another process's memory is unknown here for the moments until it is written.)
+        While the database is away, or records wait in the journal, an id that cannot be found is
+        taken on trust: the feedback is journaled, and set aside in the rejected file if nobody
+        has recorded the response `unknown_grace_s` after it was given.
 
         Raises UnknownResponse, Conflict (the same feedback id, saying otherwise), and StoreError
         when neither database nor journal takes it.
@@ -197,11 +198,13 @@ class Recorder:
         except TimeoutError:
             raise StoreError("neither the database nor the journal takes records") from None
         if self._database_up:
+            # Asked before the database is: a replay may end in between.
+            perhaps_journaled = await self._backlog.may_hold_records()
             try:
                 await self._store.add_feedback(item)
                 return Receipt(item.id, "database")
             except UnknownResponse:
-                if not await self._backlog.may_hold_records():
+                if not perhaps_journaled:
                     raise
             except DatabaseAway as error:
                 self._went_away(error)

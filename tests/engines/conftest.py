@@ -7,17 +7,18 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import AsyncIterator
+from contextlib import aclosing
 from pathlib import Path
 
 import pytest
 import pytest_asyncio
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from composer.engines.local import EmbeddedEngine, EmbeddedSettings
-from composer.types import Adapter, Call, Message, Sampling
+from composer.types import Adapter, Call, Chunk, Message, Sampling
 
 CONTEXT = 96
 TEMPLATE = (
@@ -145,3 +146,26 @@ def make_call(
         context_window=context_window,
         extra=extra or {},
     )
+
+
+PROMPTS = ("hello", "a", "the quick brown fox jumps over", "2+2=", "abc " * 9, "x" * 40)
+
+
+async def gather(engine: EmbeddedEngine, call: Call) -> list[Chunk]:
+    async with aclosing(engine.run(call)) as chunks:
+        return [chunk async for chunk in chunks]
+
+
+async def text(engine: EmbeddedEngine, call: Call) -> str:
+    return "".join(chunk.text for chunk in await gather(engine, call))
+
+
+def reference(base: Path, adapter: Adapter | None, prompt: str, new: int) -> str:
+    """The greedy continuation by transformers' own `generate`, one prompt, one adapter."""
+    model = LlamaForCausalLM.from_pretrained(base)
+    if adapter is not None:
+        model = PeftModel.from_pretrained(model, adapter.path)
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    ids = tokenizer(prompt, return_tensors="pt").input_ids
+    out = model.eval().generate(input_ids=ids, max_new_tokens=new, do_sample=False)
+    return tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True)

@@ -61,7 +61,7 @@ async def test_what_was_journaled_before_kill_9_is_replayed_by_the_next_process(
     recorder = Recorder(store, folder)
     await recorder.start()
     async with asyncio.timeout(60):
-        while recorder.stats()["journal_bytes"]:  # noqa: ASYNC110 (no event to wait for)
+        while recorder.stats()["journal_bytes"]:
             await asyncio.sleep(0.02)
     found = {record.id async for record in store.iter_requests()}
     for i in range(max(acknowledged) + 1):

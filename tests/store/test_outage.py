@@ -113,7 +113,7 @@ async def test_every_record_is_there_once_after_an_outage(
 
     async with asyncio.timeout(60):
         await recorder.flush()
-        while recorder.stats()["journal_bytes"]:  # noqa: ASYNC110 (no event to wait for)
+        while recorder.stats()["journal_bytes"]:
             await asyncio.sleep(0.05)
     after = recorder.stats()
     found = [record async for record in store.iter_requests()]

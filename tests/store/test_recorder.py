@@ -84,7 +84,7 @@ async def make(
 
 async def until(true: Callable[[], bool], timeout_s: float = 20) -> None:
     async with asyncio.timeout(timeout_s):
-        while not true():  # noqa: ASYNC110 (counters have no event to wait for)
+        while not true():
             await asyncio.sleep(0.005)
 
 
