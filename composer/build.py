@@ -41,7 +41,11 @@ def families() -> Families:
         routers={name: router.settings for name, router in ROUTERS.items()},
         strategies={name: strategy.settings for name, strategy in STRATEGIES.items()},
         engines={
-            name: EngineFamily(settings=engine.settings, honours=engine.honours)
+            name: EngineFamily(
+                settings=engine.settings,
+                honours=engine.honours,
+                adapter_features=engine.adapter_features,
+            )
             for name, engine in ENGINES.items()
         },
     )

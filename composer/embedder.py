@@ -191,19 +191,20 @@ class TextEmbedder:
                     return
                 batch = list(self._running.values())
             try:
-                rows = self._encoder.encode([wanted.text for wanted in batch])
+                encoded = self._encoder.encode([wanted.text for wanted in batch])
             except Exception as error:
                 with self._lock:
                     self._running = {}
                 for wanted in batch:
                     wanted.vector.set_exception(error)
                 continue
+            rows = [_read_only(row) for row in encoded]
             with self._lock:
                 self._running = {}
                 for wanted, row in zip(batch, rows, strict=True):
-                    self._queries.put(wanted.text, _read_only(row))
+                    self._queries.put(wanted.text, row)
             for wanted, row in zip(batch, rows, strict=True):
-                wanted.vector.set_result(_read_only(row))
+                wanted.vector.set_result(row)
 
 
 def _read_only(row: FloatArray) -> FloatArray:

@@ -212,7 +212,7 @@ def test_cards_are_those_of_the_weights(size: str, skill: str) -> None:
     assert card == cards.expert_card(size, skill, figures), "run train.py --cards"
     front = yaml.safe_load(card.split("---\n")[1])
     assert front["base_model"] == experts.base_name(size)
-    assert set(front["composer"]) == {"description", "skills", "examples", "prompt"}
+    assert set(front["composer"]) == {"description", "skills", "examples", "prompt", "sampling"}
     assert len(front["composer"]["examples"]) >= 40
     assert PromptSpec.model_validate(front["composer"]["prompt"]) == experts.wordings(skill).prompt
 

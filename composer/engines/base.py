@@ -7,13 +7,15 @@ from typing import Any, ClassVar, Protocol
 
 from pydantic import BaseModel
 
+from composer.adapters.lora_config import AdapterFeature
 from composer.types import Ability, Adapter, Call, Chunk, Message, Tier
 
 
 class Engine(Protocol):
     """One server, for as long as its settings stay the same.
 
-    `honours` are the abilities this engine can give an expert. Adapters are known by digest:
+    `honours` are the abilities this engine can give an expert, `adapter_features` what it can do
+    with adapters beyond plain LoRA. Adapters are known by digest:
     the same weights are loaded once, whatever experts use them.
     """
 
@@ -21,6 +23,7 @@ class Engine(Protocol):
     tier: ClassVar[Tier]
     settings: ClassVar[type[BaseModel]]
     honours: ClassVar[frozenset[Ability]]
+    adapter_features: ClassVar[frozenset[AdapterFeature]]
 
     def __init__(self, server: str, settings: Any) -> None: ...
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from composer.adapters.lora_config import AdapterFeature
 from composer.engines.prompts import encode, refuse
 from composer.errors import ComposerError, EngineError, EngineUnavailable
 from composer.types import Ability, Adapter, Call, Chunk, Message, Tier
@@ -60,6 +61,9 @@ class EmbeddedEngine:
     tier: ClassVar[Tier] = "supported"
     settings: ClassVar[type[BaseModel]] = EmbeddedSettings
     honours: ClassVar[frozenset[Ability]] = frozenset({"logprobs"})
+    adapter_features: ClassVar[frozenset[AdapterFeature]] = frozenset(
+        {"rank_pattern", "alpha_pattern"}
+    )
 
     def __init__(self, server: str, settings: EmbeddedSettings) -> None:
         self._server = server

@@ -33,6 +33,11 @@ def _percent(value: float) -> str:
     return f"{100 * value:.1f} %"
 
 
+def _in_order(by_skill: dict[str, Any]) -> list[tuple[str, Any]]:
+    """Figures in the skills' order, whatever the order in the JSON file."""
+    return [(skill, by_skill[skill]) for skill in SKILLS if skill in by_skill]
+
+
 def expert_card(size: str, skill_id: str, figures: Figures) -> str:
     """The README.md of an expert: front matter (with `composer:`), accuracies, digest.
 
@@ -62,7 +67,7 @@ def expert_card(size: str, skill_id: str, figures: Figures) -> str:
     own = figures["own"]
     rows = "\n".join(
         f"| {other} | {_percent(f['canonical'])} | {_percent(f['wording'])} |"
-        for other, f in figures["others"].items()
+        for other, f in _in_order(figures["others"])
     )
     example = skill.sample("test", 1, seed=1)[0]
     body = f"""
@@ -104,7 +109,7 @@ def base_card(size: str, figures: Figures) -> str:
         "license": "apache-2.0",
         "tags": ["llama", "composer", "tiny", "character-level"],
     }
-    rows = "\n".join(f"| {skill} | {_percent(v)} |" for skill, v in figures["skills"].items())
+    rows = "\n".join(f"| {skill} | {_percent(v)} |" for skill, v in _in_order(figures["skills"]))
     body = f"""
 # {experts.base_name(size)}
 

@@ -22,12 +22,16 @@ from tests.engines.conftest import save_adapter
 def many(
     base: Path, adapters: tuple[Adapter, ...], tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[Adapter, ...]:
-    """The four, one with rank-stabilised scaling, and one that also adapts the embeddings."""
+    """The four, one with rank-stabilised scaling, one that also adapts the
+    embeddings, and one whose rank and alpha differ by module."""
     folder = tmp_path_factory.mktemp("more")
     return (
         *adapters,
         save_adapter(base, folder / "rs", 5, use_rslora=True),
         save_adapter(base, folder / "emb", 6, target_modules=["embed_tokens", "q_proj"]),
+        save_adapter(
+            base, folder / "pat", 7, rank_pattern={"q_proj": 2}, alpha_pattern={"v_proj": 3}
+        ),
     )
 
 
@@ -82,7 +86,7 @@ def test_weights_are_held_once(ours: LocalModel, many: tuple[Adapter, ...]) -> N
         m for n, m in ours._base.named_modules() if n.endswith("layers.0.self_attn.q_proj")
     )
     weights = [layer.lora_A[name].weight for name in layer.lora_A]
-    assert len(weights) == 5  # all but the one that adapts other modules
+    assert len(weights) == 6  # all but the one that adapts other modules
     assert len({w.untyped_storage().data_ptr() for w in weights}) == 1
 
 

@@ -1,0 +1,115 @@
+"""Scores and costs to plans: order, ties, threshold, weights, and who may never be chosen."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import assume, given
+from hypothesis import strategies as st
+
+from composer.routing.base import Scores
+from composer.routing.choose import SHOWN_SCORES, choose
+from composer.types import Component, Policy
+
+NAN = float("nan")
+
+
+def scores(*quality: float, **reasons: Any) -> Scores:
+    values = np.array(quality, np.float32)
+    return Scores(
+        experts=tuple(f"e{i}" for i in range(len(quality))),
+        quality=values,
+        uncertainty=np.zeros_like(values),
+        reasons=reasons,
+    )
+
+
+def policy(n: int = 9, **changes: Any) -> Policy:
+    router, strategy = Component("neighbours", None), Component("vote", None)
+    return Policy("p", router, strategy, tuple(f"e{i}" for i in range(n)), **changes)
+
+
+def free(found: Scores) -> Any:
+    return np.zeros(len(found.experts), np.float32)
+
+
+def test_the_best_expert_alone_by_default() -> None:
+    found = scores(0.2, 0.9, 0.4, e1={"similarity": 0.8})
+    plan = choose(found, free(found), policy())
+    assert (plan.policy, plan.strategy, plan.best, plan.calls) == ("p", "vote", "e1", ("e1",))
+    assert plan.choices[0].weight == 1.0
+    assert plan.reasons == {"rule": "best_score", "evidence": {"e1": {"similarity": 0.8}}}
+    assert plan.scores == {"e1": 0.9, "e2": 0.4, "e0": 0.2}
+
+
+def test_k_experts_with_their_qualities_as_weights() -> None:
+    found = scores(0.2, 0.9, 0.3, NAN)
+    plan = choose(found, free(found), policy(k=3))
+    assert plan.calls == ("e1", "e2", "e0")
+    assert [c.weight for c in plan.choices] == pytest.approx([0.9 / 1.4, 0.3 / 1.4, 0.2 / 1.4])
+
+
+def test_fewer_eligible_than_k() -> None:
+    found = scores(NAN, 0.5, NAN)
+    assert choose(found, free(found), policy(k=5)).calls == ("e1",)
+
+
+def test_experts_without_any_quality_share_equally() -> None:
+    found = scores(0.0, 0.0)
+    assert [c.weight for c in choose(found, free(found), policy(k=2)).choices] == [0.5, 0.5]
+
+
+def test_ties_go_to_the_earlier_expert() -> None:
+    found = scores(0.1, *[0.5] * 40)
+    assert choose(found, free(found), policy(k=3)).calls == ("e1", "e2", "e3")
+
+
+def test_cost_counts_by_its_weight() -> None:
+    found = scores(0.9, 0.8)
+    cost = np.array([10.0, 1.0], np.float32)
+    assert choose(found, cost, policy()).best == "e0"
+    assert choose(found, cost, policy(cost_weight=0.1)).best == "e1"
+
+
+def test_below_the_threshold_the_default_expert() -> None:
+    found = scores(0.4, 0.1, 0.3)
+    below = policy(threshold=0.5, default_expert="e2", k=3)
+    plan = choose(found, free(found), below)
+    assert plan.calls == ("e2",)
+    assert plan.reasons["rule"] == "below_threshold"
+    assert plan.reasons["best"] == pytest.approx(0.4)
+    assert choose(found, free(found), policy(threshold=0.4, default_expert="e2")).best == "e0"
+
+
+def test_an_excluded_default_expert_is_not_asked() -> None:
+    found = scores(0.4, NAN)
+    assert choose(found, free(found), policy(threshold=0.9, default_expert="e1")).best == "e0"
+
+
+def test_no_default_expert_means_no_threshold() -> None:
+    found = scores(0.4, 0.1)
+    assert choose(found, free(found), policy(threshold=0.9)).best == "e0"
+
+
+@given(
+    quality=st.lists(st.one_of(st.just(NAN), st.floats(0, 1, width=32)), min_size=1, max_size=40),
+    k=st.integers(1, 12),
+    weight=st.floats(0, 2),
+    data=st.data(),
+)
+def test_plans_by_definition(
+    quality: list[float], k: int, weight: float, data: st.DataObject
+) -> None:
+    n = len(quality)
+    assume(not all(np.isnan(quality)))
+    cost = np.array(data.draw(st.lists(st.floats(0, 5, width=32), min_size=n, max_size=n)))
+    found = scores(*quality)
+    plan = choose(found, cost.astype(np.float32), policy(n, k=k, cost_weight=weight))
+    utility = found.quality - weight * cost.astype(np.float32)
+    eligible = [i for i in range(n) if not np.isnan(quality[i])]
+    expected = sorted(eligible, key=lambda i: (-utility[i], i))
+    assert plan.calls == tuple(f"e{i}" for i in expected[:k])
+    assert sum(c.weight for c in plan.choices) == pytest.approx(1)
+    assert list(plan.scores) == [f"e{i}" for i in expected[:SHOWN_SCORES]]
