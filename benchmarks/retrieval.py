@@ -142,7 +142,9 @@ def vote(problem: Problem, k: int = 10) -> list[Any]:
     nearest = np.argpartition(-products, k - 1, axis=1)[:, :k]
     similarity = np.take_along_axis(products, nearest, axis=1)
     scores = np.zeros((len(products), len(problem.experts)))
-    np.add.at(scores, (np.arange(len(products))[:, None], problem.train_intent[nearest]), similarity)
+    np.add.at(
+        scores, (np.arange(len(products))[:, None], problem.train_intent[nearest]), similarity
+    )
     return [scores, scores.max(axis=1), None, None]
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Mapping, Sequence
-from functools import lru_cache
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -64,7 +64,7 @@ def make_embedder(settings: Settings) -> TextEmbedder:
         backend=settings.embedder_backend,
         cache_dir=settings.cache_dir,
         cache_size=settings.embedding_cache,
-        threads=settings.torch_threads,
+        threads=settings.threads,
     )
 
 
@@ -105,6 +105,7 @@ async def build_generation(
     """
     engines: dict[str, Engine] = {}
     started: list[Engine] = []
+    making_ways = asyncio.create_task(build_ways(catalog, embedder))  # beside the engines
     try:
         for server in catalog.servers.values():
             engine = _running(server.id, catalog, live)
@@ -116,8 +117,10 @@ async def build_generation(
         wanted = Generation(catalog, {}, _nobody, engines)
         for server_id, engine in engines.items():
             await engine.prepare(adapters_on(server_id, [wanted]))
-        ways = await build_ways(catalog, embedder)
+        ways = await making_ways
     except BaseException:
+        making_ways.cancel()
+        await asyncio.wait([making_ways])
         for engine in started:
             await engine.close()
         for server_id, engine in engines.items():
@@ -148,7 +151,7 @@ async def build_ways(catalog: Catalog, embedder: Embedder) -> dict[str, Way]:
 def named_ways(catalog: Catalog) -> Callable[[str], Way]:
     """The way to one expert by its id, made when first asked for."""
 
-    @lru_cache(maxsize=None)
+    @cache
     def named(expert: str) -> Way:
         single = Component(Single.name, Single.settings())
         policy = Policy(id=expert, router=single, strategy=single, experts=(expert,))

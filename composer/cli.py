@@ -1,19 +1,21 @@
-"""The command line: serve · check · route · experts · schema. Parses and prints; decides nothing."""
+"""The command line: serve · check · route · experts · schema. Parses, prints, decides nothing."""
 
 from __future__ import annotations
 
 import asyncio
 import json
+import os
 import sys
 from pathlib import Path
 from time import perf_counter
 from typing import Annotated, Any, NoReturn
 
 import typer
+from pydantic import ValidationError
 from rich.console import Console
 from rich.table import Table
 
-from composer.errors import CatalogError, ComposerError
+from composer.errors import CatalogError, ComposerError, SettingsError
 from composer.settings import Settings
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
@@ -38,13 +40,13 @@ def serve(
     log_level: Annotated[str, typer.Option(help="debug, info, warning or error.")] = "info",
 ) -> None:
     """Serve the experts of experts.yaml behind one OpenAI-compatible endpoint."""
+    settings = _settings(experts=experts, host=host, port=port)
     import uvicorn
 
     from api.app import create_app
     from composer.build import load, make_service
     from composer.telemetry import configure_logging
 
-    settings = _settings(experts=experts, host=host, port=port)
     try:
         configure_logging(log_level)
         load(settings)  # a wrong registry ends here, before anything heavy is loaded
@@ -88,9 +90,9 @@ def route(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Show who would answer, and why. Loads no model but the embedder."""
+    settings = _settings(experts=experts)
     from composer.build import load, make_embedder
 
-    settings = _settings(experts=experts)
     try:
         catalog = load(settings).catalog
         decision = asyncio.run(_decide(text, policy, catalog, make_embedder(settings)))
@@ -160,7 +162,20 @@ async def _decide(text: str, policy: str | None, catalog: Any, embedder: Any) ->
 
 
 def _settings(**given: Any) -> Settings:
-    return Settings(**{key: value for key, value in given.items() if value is not None})
+    """Call it before importing anything numeric: the libraries read their thread count once, and
+    two threads beside a busy neighbour have been twenty times slower than one."""
+    try:
+        settings = Settings(**{key: value for key, value in given.items() if value is not None})
+    except ValidationError as error:
+        _fail(SettingsError(_in_words(error)))
+    os.environ.setdefault("OMP_NUM_THREADS", str(settings.threads))
+    return settings
+
+
+def _in_words(error: ValidationError) -> str:
+    return "\n".join(
+        f"COMPOSER_{str(problem['loc'][0]).upper()}: {problem['msg']}" for problem in error.errors()
+    )
 
 
 def _fail(error: ComposerError) -> NoReturn:

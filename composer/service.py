@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from time import perf_counter
@@ -17,7 +17,6 @@ from typing import Any
 
 from composer.embedder import TextEmbedder
 from composer.errors import (
-    CatalogError,
     ComposerError,
     Conflict,
     EngineError,

@@ -41,7 +41,9 @@ class Settings(BaseSettings):
     )
     embedder_backend: Literal["auto", "onnx", "torch"] = "auto"
     embedding_cache: int = Field(50_000, ge=0, description="Query embeddings kept in memory.")
-    torch_threads: int = Field(1, ge=1, description="Threads of each model process.")
+    threads: int = Field(
+        1, ge=1, description="CPU threads of each numeric library; more than the free cores hurts."
+    )
     drain_timeout_s: float = Field(
         30.0, gt=0, description="How long a stop waits for running requests."
     )

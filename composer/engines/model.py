@@ -15,6 +15,7 @@ from peft import LoraConfig, PeftModel
 from peft.tuners.lora import LoraLayer
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, GenerationConfig
+from transformers.utils.logging import disable_progress_bar
 
 from composer.engines.lora import BASE, MixedLora
 from composer.errors import EngineError, EngineUnavailable
@@ -36,6 +37,7 @@ class LocalModel:
 
     def __init__(self, settings: EmbeddedSettings) -> None:
         """Blocks for seconds to minutes. Raises EngineUnavailable with the remedy."""
+        disable_progress_bar()  # of a load that takes milliseconds; a service writes a log
         self.device = torch.device(settings.device)
         try:
             self.tokenizer: Any = AutoTokenizer.from_pretrained(

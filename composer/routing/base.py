@@ -35,7 +35,7 @@ class Scores:
 
 @runtime_checkable
 class Embedder(Protocol):
-    """Texts to unit vectors. `id` and `digest` name the model, so an artefact can refuse another."""
+    """Texts to unit vectors. `id` and `digest` name the model: an artefact can refuse another."""
 
     id: str
     digest: str

@@ -52,7 +52,7 @@ def fit_metric(rows: FloatArray, owner: IntArray, *, strength: float, seed: int)
     several = count[owner] > 1  # a lone row lies on its own mean and says nothing
     # ·√(n/(n−1)): an expert's rows lie closer to their own mean than to the true one.
     correction = np.sqrt(count / np.maximum(count - 1, 1))[owner, None]
-    within = ((rows - means[owner]) * correction)[several]
+    within = np.asarray((rows - means[owner]) * correction, np.float32)[several]
     between = _differences(rows, owner, rng)
     if not between.any() or not within.any():
         return identity

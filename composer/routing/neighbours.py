@@ -26,6 +26,10 @@ FOLDS = 5
 HELD_OUT = 2_000
 """Rows the calibration asks as if they were queries; more change it in the third decimal."""
 
+HELD_OUT_PRODUCTS = 100_000_000
+"""Inner products that asking them may take; a registry so large that this bounds them asks rows
+of one fold only, because every fold makes metric and index anew."""
+
 
 class NeighboursSettings(BaseModel):
     """How a query's similarity to an expert's texts becomes the expert's quality.
@@ -178,7 +182,9 @@ class NeighboursRouter:
 
     async def score(self, query: Query, eligible: BoolArray) -> Scores:
         if self._embedder is None:
-            raise ValueError("this router was built from rows; it has no embedder to read text with")
+            raise ValueError(
+                "this router was built from rows; it has no embedder to read text with"
+            )
         vector = await self._embedder.embed(query.text)
         return await asyncio.to_thread(self._score_one, vector, eligible)
 
@@ -243,7 +249,8 @@ def _prepare(
     centroid /= np.maximum(np.linalg.norm(centroid, axis=1, keepdims=True), 1e-12)
     spread = np.repeat(centroid, count[filled], axis=0)  # (n, d)
     if pull < 1.0:
-        return Rows((1 - pull) * mapped + pull * spread, mapped, start, m), None
+        drawn = np.asarray((1 - pull) * mapped + pull * spread, np.float32)
+        return Rows(drawn, mapped, start, m), None
     near = (mapped * spread).sum(axis=1)
     shown = np.zeros(len(count), np.int64)
     shown[filled] = [start[e] + near[start[e] : start[e + 1]].argmax() for e in filled]
@@ -274,7 +281,10 @@ def _held_out(
     fold = fold[first][same_text]
     candidates = np.flatnonzero(fold >= 0)
     asked = np.zeros(len(rows), np.bool_)
-    asked[rng.permutation(candidates)[:HELD_OUT]] = True
+    n_asked = HELD_OUT_PRODUCTS // max(len(rows), 1)
+    if n_asked < HELD_OUT:
+        candidates = np.flatnonzero(fold == 0)
+    asked[rng.permutation(candidates)[: min(n_asked, HELD_OUT)]] = True
 
     found = []
     for k in range(FOLDS):

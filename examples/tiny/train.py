@@ -18,10 +18,9 @@ import random
 import sys
 import time
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from pathlib import Path
-from queue import Empty, Queue
-from typing import Any
+from queue import Queue
 
 # Before torch is loaded: one thread per process, which also keeps sums in a fixed order.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -29,7 +28,14 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import torch
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 from transformers.utils.logging import disable_progress_bar
 
 from examples.tiny import cards, experts, modeling, pretraining, training
@@ -45,10 +51,12 @@ EXPERT_STEPS = dict.fromkeys(SKILLS, 300) | {
 }
 N_OWN, N_OTHERS = 200, 50
 
+Figures = cards.Figures
 Report = Callable[[str, int, int, str], None]  # task, steps done, steps in all, note
+Events = Queue[tuple[str, int, int, str]]  # what is reported, from process to process
 
 
-def train_base(size: str, root: Path, report: Report) -> dict[str, Any]:
+def train_base(size: str, root: Path, report: Report) -> Figures:
     """Pre-trains a base in two stages, saves it, and gives its figures (accuracies apart)."""
     tokenizer = modeling.make_tokenizer()
     model = modeling.make_base(size, tokenizer, SEED)
@@ -80,7 +88,7 @@ def train_base(size: str, root: Path, report: Report) -> dict[str, Any]:
     return {"steps": total, "loss": loss, "seconds": time.monotonic() - started}
 
 
-def measure_base(size: str, root: Path, report: Report) -> dict[str, Any]:
+def measure_base(size: str, root: Path, report: Report) -> Figures:
     """Size, digest and accuracy per skill of a saved base."""
     model, tokenizer = experts.load_base(size, root)
     accuracies = {}
@@ -103,7 +111,7 @@ def measure_base(size: str, root: Path, report: Report) -> dict[str, Any]:
     }
 
 
-def measure_expert(size: str, skill_id: str, root: Path, report: Report) -> dict[str, Any]:
+def measure_expert(size: str, skill_id: str, root: Path, report: Report) -> Figures:
     """Accuracy of a saved expert on its own skill and on the others', and its digest."""
     model, tokenizer = experts.load_expert(size, skill_id, root)
     prompt = experts.wordings(skill_id).prompt
@@ -127,67 +135,84 @@ def measure_expert(size: str, skill_id: str, root: Path, report: Report) -> dict
     return {"own": own, "others": others, "n_others": N_OTHERS, "sha256": cards.sha256(weights)}
 
 
-def run_track(
-    size: str,
-    root: Path,
-    keep_base: dict[str, Any] | None,
-    keep_experts: dict[str, Any],
-    skills: tuple[str, ...],
-    events: Queue[tuple[str, int, int, str]],
-) -> dict[str, Any]:
-    """One base and its experts, from training to cards; runs in a process of its own.
-
-    Args:
-        keep_base: figures of the base already there, or None to train it.
-        keep_experts: figures of experts already there, which are measured again only.
-
-    Returns:
-        ``{"base": figures, "experts": {skill: figures}}``
-    """
+def _start_job(events: Events) -> Report:
+    """Prepares a process for its job, and gives what reports its progress."""
     torch.set_num_threads(1)
     disable_progress_bar()  # of transformers' own loading and saving
-    os.nice(5)
 
     def report(task: str, done: int, total: int, note: str) -> None:
         if done % 20 == 0 or done == total or total < 20:  # each event crosses processes
             events.put((task, done, total, note))
 
-    base = dict(keep_base or train_base(size, root, report))
-    base |= measure_base(size, root, report)
-    cards.write_all(root, {"bases": {size: base}, "experts": {}})
-    results: dict[str, Any] = {}
-    for skill_id in skills:
-        folder = experts.expert_folder(size, skill_id, root)
-        if skill_id in keep_experts:
-            seconds = keep_experts[skill_id]["seconds"]
-        else:
-            model, tokenizer = experts.load_base(size, root)
-            steps, name = EXPERT_STEPS[skill_id], f"{size} {skill_id}"
-            started = time.monotonic()
-
-            def on_step(step: int, loss: float, name: str = name, steps: int = steps) -> None:
-                report(name, step + 1, steps, f"loss {loss:.3f}")
-
-            trained = experts.train_expert(model, tokenizer, SKILLS[skill_id], steps, SEED, on_step)
-            seconds = time.monotonic() - started
-            experts.save_expert(trained, size, folder)
-        figures = measure_expert(size, skill_id, root, report) | {"seconds": seconds}
-        cards.write_all(root, {"bases": {}, "experts": {f"{size}/{skill_id}": figures}})
-        results[skill_id] = figures
-    return {"base": base, "experts": results}
+    return report
 
 
-def _kept(
-    root: Path, keep_bases: bool, keep_experts: bool
-) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Figures of what stays as it is, from results.json."""
-    if not (keep_bases or keep_experts):
-        return {}, {}
-    try:
-        results = json.loads((root / "results.json").read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise SystemExit(f"{root}/results.json is missing: run once without --keep-…") from None
-    return results["bases"], results["experts"] if keep_experts else {}
+def base_job(size: str, root: Path, kept: Figures | None, events: Events) -> Figures:
+    """Trains a base (unless figures of the one already there are given), measures it."""
+    report = _start_job(events)
+    figures = dict(kept or train_base(size, root, report))
+    return figures | measure_base(size, root, report)
+
+
+def expert_job(
+    size: str, skill_id: str, root: Path, kept: Figures | None, events: Events
+) -> Figures:
+    """Trains an expert (unless figures of the one already there are given), measures it."""
+    report = _start_job(events)
+    if kept is not None:
+        seconds = kept["seconds"]
+    else:
+        model, tokenizer = experts.load_base(size, root)
+        steps, name = EXPERT_STEPS[skill_id], f"{size} {skill_id}"
+        started = time.monotonic()
+        trained = experts.train_expert(
+            model,
+            tokenizer,
+            SKILLS[skill_id],
+            steps,
+            SEED,
+            on_step=lambda step, loss: report(name, step + 1, steps, f"loss {loss:.3f}"),
+        )
+        seconds = time.monotonic() - started
+        experts.save_expert(trained, size, experts.expert_folder(size, skill_id, root))
+    return measure_expert(size, skill_id, root, report) | {"seconds": seconds}
+
+
+def run(args: argparse.Namespace, pool: ProcessPoolExecutor, events: Events, show: Report) -> None:
+    """Runs the jobs, each base's experts after it; writes cards and results as they come in.
+
+    Raises whatever a job raised; what was finished before stays on disk.
+    """
+    path = args.out / "results.json"
+    known: Figures = {"seed": SEED, "bases": {}, "experts": {}}
+    if path.exists():
+        known = json.loads(path.read_text(encoding="utf-8"))
+    kept_bases = known["bases"] if args.keep_bases or args.keep_experts else {}
+    kept_experts = known["experts"] if args.keep_experts else {}
+    running: dict[Future[Figures], tuple[str, str | None]] = {
+        pool.submit(base_job, size, args.out, kept_bases.get(size), events): (size, None)
+        for size in args.sizes
+    }
+    while running:
+        finished, _ = wait(running, timeout=0.5, return_when=FIRST_COMPLETED)
+        while not events.empty():
+            show(*events.get())
+        for future in finished:
+            size, skill_id = running.pop(future)
+            new: Figures = {"bases": {}, "experts": {}}
+            if skill_id is not None:
+                new["experts"][f"{size}/{skill_id}"] = future.result()
+            else:
+                new["bases"][size] = future.result()
+                for skill in experts.EXPERTS[size]:
+                    if not args.only or skill in args.only:
+                        kept = kept_experts.get(f"{size}/{skill}")
+                        job = pool.submit(expert_job, size, skill, args.out, kept, events)
+                        running[job] = (size, skill)
+            for group in new:
+                known[group] |= new[group]
+            cards.write_all(args.out, new)
+            cards.write_results(path, known)
 
 
 def main() -> None:
@@ -200,19 +225,15 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", choices=list(SKILLS), help="these experts alone")
     parser.add_argument("--sizes", nargs="+", choices=list(BASE_STEPS), default=list(BASE_STEPS))
     parser.add_argument("--keep-bases", action="store_true", help="train the experts only")
-    parser.add_argument("--keep-experts", action="store_true", help="measure them again only")
+    parser.add_argument(
+        "--keep-experts", action="store_true", help="measure all of them again only"
+    )
     parser.add_argument("--cards", action="store_true", help="write cards from results.json only")
     args = parser.parse_args()
-    root: Path = args.out
     if args.cards:
-        cards.write_all(root, json.loads((root / "results.json").read_text(encoding="utf-8")))
+        results = json.loads((args.out / "results.json").read_text(encoding="utf-8"))
+        cards.write_all(args.out, results)
         return
-    bases, kept = _kept(root, args.keep_bases or args.keep_experts, args.keep_experts)
-
-    results_path = root / "results.json"
-    results: dict[str, Any] = {"seed": SEED, "bases": {}, "experts": {}}
-    if results_path.exists():
-        results = json.loads(results_path.read_text(encoding="utf-8"))
     context = multiprocessing.get_context("spawn")
     columns = ("{task.description}", BarColumn(), "{task.completed}/{task.total}")
     with (
@@ -222,33 +243,14 @@ def main() -> None:
             *columns, TimeElapsedColumn(), TimeRemainingColumn(), TextColumn("{task.fields[note]}")
         ) as progress,
     ):
-        events: Queue[tuple[str, int, int, str]] = manager.Queue()
-        tracks = {
-            size: pool.submit(
-                run_track,
-                size,
-                root,
-                bases.get(size),
-                {k.partition("/")[2]: v for k, v in kept.items() if k.startswith(size + "/")},
-                tuple(s for s in experts.EXPERTS[size] if not args.only or s in args.only),
-                events,
-            )
-            for size in args.sizes
-        }
-        bars: dict[str, Any] = {}
-        while not all(track.done() for track in tracks.values()) or not events.empty():
-            try:
-                task, done, total, note = events.get(timeout=0.5)
-            except Empty:
-                continue
+        bars: dict[str, TaskID] = {}
+
+        def show(task: str, done: int, total: int, note: str) -> None:
             if task not in bars:
                 bars[task] = progress.add_task(task, total=total, note=note)
             progress.update(bars[task], completed=done, note=note)
-        for size, track in tracks.items():
-            figures = track.result()
-            results["bases"][size] = figures["base"]
-            results["experts"] |= {f"{size}/{k}": v for k, v in figures["experts"].items()}
-    cards.write_results(results_path, results)
+
+        run(args, pool, manager.Queue(), show)
 
 
 if __name__ == "__main__":

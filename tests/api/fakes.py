@@ -95,7 +95,7 @@ class ScriptedEngine(FakeEngine):
         if self.fail_at == i:
             raise self.error
         await asyncio.sleep(0)
-        while self.held and i >= self.free:  # noqa: ASYNC110 - set from another thread
+        while self.held and i >= self.free:
             await asyncio.sleep(0.002)
 
     @staticmethod
@@ -286,5 +286,5 @@ def make_world(*, in_flight: int = 64, queue: int = 64, settings: Settings | Non
 async def until(true: Callable[[], Any], timeout_s: float = 10.0) -> None:
     """Waits for the server's other tasks; the bound only ends a test that has failed."""
     async with asyncio.timeout(timeout_s):
-        while not true():  # noqa: ASYNC110 - it may change in another thread
+        while not true():
             await asyncio.sleep(0.002)

@@ -96,7 +96,10 @@ def test_an_adapter_that_is_not_in_the_cache(
     assert problem.message == (
         "acme/fox-lora at v1 is not in the local hub cache and the hub cannot be reached"
     )
-    assert problem.remedy == "Connect, or fetch it before with `hf download acme/fox-lora --revision v1`."
+    assert (
+        problem.remedy
+        == "Connect, or fetch it before with `hf download acme/fox-lora --revision v1`."
+    )
 
 
 @pytest.mark.parametrize(

@@ -44,13 +44,13 @@ def test_onnx_computes_what_sentence_transformers_computes(
     alone = np.concatenate([onnx.encode([text]) for text in texts])
     assert (expected * alone).sum(axis=1).min() > 0.9999
     assert np.linalg.norm(expected, axis=1) == pytest.approx(1, abs=1e-5)
-    assert (onnx.dim, onnx.max_tokens) == (torch_encoder.dim, torch_encoder.max_tokens) == (384, 256)
+    assert (
+        (onnx.dim, onnx.max_tokens) == (torch_encoder.dim, torch_encoder.max_tokens) == (384, 256)
+    )
     assert onnx.digest == torch_encoder.digest
 
 
-def test_token_counts_agree_and_are_not_cut(
-    onnx: OnnxEncoder, torch_encoder: TorchEncoder
-) -> None:
+def test_token_counts_agree_and_are_not_cut(onnx: OnnxEncoder, torch_encoder: TorchEncoder) -> None:
     texts = ["", "hello there", "Ünïcode!", "word " * 300]
     assert onnx.count_tokens(texts) == torch_encoder.count_tokens(texts)
     assert onnx.count_tokens(texts) == [2, 4, *onnx.count_tokens(texts[2:])]

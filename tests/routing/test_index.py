@@ -84,7 +84,7 @@ def test_auto_is_exact_up_to_its_bound(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture(scope="module")
 def large() -> tuple[Rows, FloatArray]:
     """10,000 rows of 500 experts in 64 dimensions, and queries near them that are no rows."""
-    rows, texts = clustered([20] * 500, spread=1.2, dim=64)
+    rows, texts = clustered([20] * 500, spread=0.8, dim=64)
     rng = np.random.default_rng(7)
     near = rows[rng.integers(len(rows), size=400)]
     x = unit(near + rng.standard_normal(near.shape).astype(np.float32) * 0.05)

@@ -1,4 +1,4 @@
-"""The learnt metric: identity where there is nothing to learn, better than cosine where there is."""
+"""The learnt metric: the identity where there is nothing to learn, else better than cosine."""
 
 from __future__ import annotations
 

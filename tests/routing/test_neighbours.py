@@ -25,7 +25,9 @@ def build(experts: list[Expert], **changes: object) -> NeighboursRouter:
 
 
 ANIMALS = [
-    expert("cats", "the cat purrs", "a cat sleeps", "cat food", description="cats", skills=["purr"]),
+    expert(
+        "cats", "the cat purrs", "a cat sleeps", "cat food", description="cats", skills=["purr"]
+    ),
     expert("dogs", "the dog barks", "a dog runs", "dog food", description="dogs", skills=["bark"]),
     expert("fish", "the fish swims", "a fish dives", "fish food"),
 ]
@@ -199,7 +201,7 @@ def test_sources_say_which_texts_are_rows(source: str, wanted: list[str]) -> Non
 def test_centroids_show_the_text_nearest_to_them() -> None:
     router = build(ANIMALS, aggregate="centroid", **PLAIN)
     found = router._score_one(WordEmbedder().encode(["dog"])[0], np.ones(3, np.bool_))
-    assert found.reasons["dogs"]["nearest"] in ANIMALS[1].examples + ("dogs", "bark")
+    assert found.reasons["dogs"]["nearest"] in (*ANIMALS[1].examples, "dogs", "bark")
 
 
 def test_a_router_of_rows_has_no_reader() -> None:
