@@ -1,1 +1,1 @@
-"""One endpoint in front of many expert LLMs. Imports nothing, so that any room can be used alone."""
+"""One endpoint in front of many expert LLMs. Imports nothing: any room can be used alone."""

@@ -73,7 +73,7 @@ class Problem:
 
 
 class CatalogError(ComposerError):
-    """The registry as written cannot become a catalog. Carries all problems found, not the first."""
+    """The registry as written cannot become a catalog. Carries all problems found."""
 
     code = "invalid_catalog"
 

@@ -1,4 +1,4 @@
-"""Everything built from one catalog, and how one generation follows another with no request dropped.
+"""All that is built from one catalog, and how one generation follows another.
 
 A reload builds the next generation beside the current one, swaps one reference, and lets the
 old one drain: its routers, engines and adapters live until the last request that began under it
@@ -7,6 +7,7 @@ has ended. Knows nothing about how a generation is built.
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import TracebackType
@@ -76,6 +77,8 @@ class Generations:
         self._current: Generation | None = None
         self._holds: dict[int, int] = {}
         self._live: dict[int, Generation] = {}
+        self._idle = asyncio.Event()
+        self._idle.set()
 
     @property
     def current(self) -> Generation:
@@ -96,7 +99,12 @@ class Generations:
     def hold(self) -> Hold:
         generation = self.current
         self._holds[id(generation)] += 1
+        self._idle.clear()
         return Hold(self, generation)
+
+    async def drained(self) -> None:
+        """Returns once no request is being answered."""
+        await self._idle.wait()
 
     def swap(self, new: Generation | None) -> None:
         """`new` serves every request that begins from now on; None: the service is closing."""
@@ -109,6 +117,8 @@ class Generations:
 
     def _released(self, generation: Generation) -> None:
         self._holds[id(generation)] -= 1
+        if not self.holds:
+            self._idle.set()
         self._retire_if_free(generation)
 
     def _retire_if_free(self, generation: Generation) -> None:

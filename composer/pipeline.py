@@ -145,7 +145,7 @@ class Outcome:
     catalog_version: int = 0
     catalog_digest: str = ""
     timings: Timings = field(default_factory=Timings)
-    usage: Usage = Usage()
+    usage: Usage = field(default_factory=Usage)
     experts: list[str] = field(default_factory=list)
     text: list[str] = field(default_factory=list)
     cost_usd: float | None = 0.0

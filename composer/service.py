@@ -100,10 +100,10 @@ class Service:
     async def close(self) -> None:
         """Lets running requests end for up to `drain_timeout_s`, then stops everything."""
         self._stop.set()
-        deadline = perf_counter() + self.settings.drain_timeout_s
-        while self.generations.holds and perf_counter() < deadline:
-            await asyncio.sleep(0.05)
-        if self.generations.holds:
+        try:
+            async with asyncio.timeout(self.settings.drain_timeout_s):
+                await self.generations.drained()
+        except TimeoutError:
             log.warning("stopping with %d requests unfinished", self.generations.holds)
         engines = {id(e): e for g in self.generations.live for e in g.engines.values()}
         self.generations.swap(None)
@@ -118,7 +118,7 @@ class Service:
     # --- changing what is served -----------------------------------------------------------
 
     async def reload(self) -> None:
-        """Takes the registry file as it now is; on any error the old catalog stays, and says why."""
+        """Takes the registry file as it now is; on any error the old catalog stays."""
         async with self._changing:
             try:
                 self._rows = await self.store.list_experts()

@@ -1,4 +1,4 @@
-"""The process's own settings, from the environment (COMPOSER_…). What is served stands in experts.yaml."""
+"""The process's own settings, from the environment (COMPOSER_…). What is served: experts.yaml."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class Settings(BaseSettings):
     experts: Path = Field(Path("experts.yaml"), description="The registry file.")
     adapter_roots: tuple[Path, ...] = Field(
         (),
-        description="Folders adapters may lie in, as a JSON list; default: the registry file's own folder.",
+        description="Folders adapters may lie in, as a JSON list; default: the registry file's own.",
     )
     host: str = "127.0.0.1"
     port: int = 8000

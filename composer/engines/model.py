@@ -37,7 +37,7 @@ class LocalModel:
 
     def __init__(self, settings: EmbeddedSettings) -> None:
         """Blocks for seconds to minutes. Raises EngineUnavailable with the remedy."""
-        disable_progress_bar()  # of a load that takes milliseconds; a service writes a log
+        disable_progress_bar()  # type: ignore[no-untyped-call]  # of a load that takes milliseconds; a service writes a log
         self.device = torch.device(settings.device)
         try:
             self.tokenizer: Any = AutoTokenizer.from_pretrained(
