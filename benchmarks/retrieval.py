@@ -8,8 +8,8 @@ out of scope. Without files: clinc150 and banking77 of ../shared/data, train aga
 Ours is the service's own router (`composer/routing/neighbours.py`) on at most 100 examples an
 intent; out-of-scope rows of the training file are dropped, so it never saw one. The others, on
 the same vectors and rows: kNN (the nearest row; PHATGOOSE's retrieval baseline), kNN vote (10
-nearest, weighted by similarity), nearest centroid, logistic regression. A label chooses the best
-scikit-learn C of three by cross-validation on the training rows.
+nearest, weighted by similarity), nearest centroid, logistic regression (C chosen of three by
+cross-validation on training rows).
 
 top1: in-scope accuracy without rejection. auroc: in scope against out of scope by the score named
 in `scope_score`. ece and brier: of the calibrated quality, over all rows, where a router has one.
@@ -139,6 +139,7 @@ def nearest_row(problem: Problem) -> list[Any]:
 
 def vote(problem: Problem, k: int = 10) -> list[Any]:
     products = problem.evaluate @ problem.train.T
+    k = min(k, products.shape[1])
     nearest = np.argpartition(-products, k - 1, axis=1)[:, :k]
     similarity = np.take_along_axis(products, nearest, axis=1)
     scores = np.zeros((len(products), len(problem.experts)))

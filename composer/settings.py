@@ -17,7 +17,7 @@ class Settings(BaseSettings):
     experts: Path = Field(Path("experts.yaml"), description="The registry file.")
     adapter_roots: tuple[Path, ...] = Field(
         (),
-        description="Folders adapters may lie in, as a JSON list; default: the registry file's own.",
+        description="Folders adapters may lie in, a JSON list; default: the registry file's own.",
     )
     host: str = "127.0.0.1"
     port: int = 8000

@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
+from composer.embedder import TextEmbedder
 from composer.routing.base import Embedder, Query, Router
 from composer.routing.choose import choose
 from composer.routing.neighbours import NeighboursRouter, NeighboursSettings, Texts
@@ -133,6 +134,17 @@ def test_queries_like_its_rows_are_sure_and_strangers_are_not() -> None:
     strange = router.score_embeddings(queries(200, seed=5)).max(axis=1)
     assert np.median(known) > 0.9
     assert np.median(strange) < 0.3
+
+
+def test_a_rebuild_embeds_only_what_is_new() -> None:
+    encoder = WordEmbedder()
+    encoder.backend, encoder.max_tokens = "onnx", 8  # type: ignore[attr-defined]
+    embedder = TextEmbedder(encoder)  # type: ignore[arg-type]
+    NeighboursRouter.build(ANIMALS, NeighboursSettings(), embedder)
+    before = len(encoder.encoded)
+    more = [*ANIMALS, expert("birds", "the bird sings", "bird food", "cat food")]
+    NeighboursRouter.build(more, NeighboursSettings(), embedder)
+    assert encoder.encoded[before:] == ["the bird sings", "bird food"]
 
 
 # --- small and odd registries ----------------------------------------------------------
