@@ -27,6 +27,7 @@ import yaml
 
 from benchmarks.common import add_arguments, bootstrap, progress, show
 from composer.build import build_ways, make_service
+from composer.generations import Generation
 from composer.pipeline import decide
 from composer.service import Service
 from composer.settings import Settings
@@ -68,10 +69,10 @@ def questions(skills: Sequence[str], inputs: int, most: int | None) -> list[Ques
 
 async def answers(
     service: Service, asked: Sequence[Question], model: str, label: str
-) -> tuple[list[str], list[str], list[float]]:
-    """Who answered each question, what they said, and how long the decision took (ms)."""
+) -> tuple[list[str], list[str]]:
+    """Who answered each question, and what they said."""
     gate = asyncio.Semaphore(CONCURRENCY)
-    who, said, took = [""] * len(asked), [""] * len(asked), [0.0] * len(asked)
+    who, said = [""] * len(asked), [""] * len(asked)
 
     with progress(label, len(asked)) as advance:
 
@@ -85,15 +86,30 @@ async def answers(
             async with gate, await service.pipeline.answer(request) as answer:
                 said[i] = "".join([chunk.text async for chunk in answer]).strip()
                 who[i] = answer.outcome.experts[0] if answer.outcome.experts else ""
-                took[i] = answer.outcome.timings.decision_ms
             advance()
 
         await asyncio.gather(*(one(i) for i in range(len(asked))))
-    return who, said, took
+    return who, said
 
 
-async def examples_alone(service: Service, asked: Sequence[Question]) -> list[str]:
-    """Whom the default policy would choose if it knew the experts by their examples only."""
+async def decisions(
+    generation: Generation, asked: Sequence[Question]
+) -> tuple[list[str], list[float]]:
+    """Whom the default policy chooses, one question after another, and how long each takes (ms)."""
+    chosen, took = [], []
+    for i, question in enumerate(asked):
+        request = Request(
+            id=f"decision-{i}", model="", messages=({"role": "user", "content": question.text},)
+        )
+        began = perf_counter()
+        _, plan = await decide(request, generation)
+        took.append((perf_counter() - began) * 1000)
+        chosen.append(plan.best)
+    return chosen, took
+
+
+async def examples_alone(service: Service) -> Generation:
+    """The current generation, but the default policy knows the experts by their examples only."""
     generation = service.generations.current
     catalog = generation.catalog
     policy = catalog.policies[catalog.default_policy]
@@ -101,15 +117,7 @@ async def examples_alone(service: Service, asked: Sequence[Question]) -> list[st
         policy.router.name, policy.router.settings.model_copy(update={"sources": ("examples",)})
     )
     bare = replace(catalog, policies={policy.id: replace(policy, router=router)})
-    blind = replace(generation, ways=await build_ways(bare, service.embedder))
-    chosen = []
-    for i, question in enumerate(asked):
-        request = Request(
-            id=f"bare-{i}", model="", messages=({"role": "user", "content": question.text},)
-        )
-        _, plan = await decide(request, blind)
-        chosen.append(plan.best)
-    return chosen
+    return replace(generation, ways=await build_ways(bare, service.embedder))
 
 
 async def measure(inputs: int, most: int | None) -> list[dict[str, object]]:
@@ -139,9 +147,11 @@ async def _table(service: Service, inputs: int, most: int | None) -> list[dict[s
     def exact(said: Sequence[str]) -> Bools:
         return np.array([a == b for a, b in zip(said, right, strict=True)])
 
-    who, said, took = await answers(service, asked, "", "default policy")
+    # First, while no query's embedding is cached.
+    _, took = await decisions(service.generations.current, asked)
+    who, said = await answers(service, asked, "", "default policy")
     alone = {e: exact((await answers(service, asked, e, e))[1]) for e in experts}
-    bare = await examples_alone(service, asked)
+    bare, _ = await decisions(await examples_alone(service), asked)
 
     correct = np.stack([alone[e] for e in experts])  # (E, n)
     column = {e: i for i, e in enumerate(experts)}
