@@ -229,7 +229,7 @@ def measure(problem: Problem, embedder: TextEmbedder, quick: bool) -> list[dict[
     by_quality = [found[0], found[2].max(axis=1), found[2], found[3]]
     sides = [
         row_of(problem, "ours: blend, discriminant (default)", plain, found),
-        row_of(problem, "ours: the same", "quality", by_quality),
+        row_of(problem, "ours: the same, quality", "quality", by_quality),
     ]
     for aggregate in ("blend", "top_m", "centroid"):
         metric = "cosine" if aggregate != "centroid" else "discriminant"

@@ -241,7 +241,7 @@ class OnnxEncoder:
 
     def encode(self, texts: Sequence[str]) -> FloatArray:
         rows = np.empty((len(texts), self.dim), np.float32)
-        tokens = [e.ids for e in self._tokenizer.encode_batch([self._prompt + t for t in texts])]
+        tokens = self._tokens(texts)
         for batch in _batches([len(ids) for ids in tokens]):
             width = max(len(tokens[i]) for i in batch)
             ids = np.full((len(batch), width), self._pad_id, np.int64)  # (b, t)
@@ -251,6 +251,11 @@ class OnnxEncoder:
                 mask[row, : len(tokens[i])] = 1
             (rows[batch],) = self._session.run(None, {"input_ids": ids, "attention_mask": mask})
         return rows
+
+    def _tokens(self, texts: Sequence[str]) -> list[list[int]]:
+        if len(texts) == 1:  # a batch of one would pay for handing work to the library's threads
+            return [self._tokenizer.encode(self._prompt + texts[0]).ids]
+        return [e.ids for e in self._tokenizer.encode_batch([self._prompt + t for t in texts])]
 
     def count_tokens(self, texts: Sequence[str]) -> list[int]:
         return [len(encoding.ids) for encoding in self._counter.encode_batch(list(texts))]

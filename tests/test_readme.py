@@ -1,0 +1,93 @@
+"""The README is true: its paths are there, its settings are the settings, its YAML loads."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from composer.build import load
+from composer.prompting import PromptSpec, render
+from composer.settings import Settings
+
+ROOT = Path(__file__).resolve().parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def blocks(language: str) -> list[str]:
+    fences = re.findall(r"^```(\w*)\n(.*?)^```$", README, re.DOTALL | re.MULTILINE)
+    return [text for tag, text in fences if tag == language]
+
+
+def yaml_with(key: str) -> dict[str, Any]:
+    [found] = [b for b in (yaml.safe_load(text) for text in blocks("yaml")) if key in b]
+    return found
+
+
+@pytest.fixture
+def checkout(tmp_path: Path) -> Path:
+    """The default registry and what it names, where a test may add to it."""
+    shutil.copytree(ROOT / "examples" / "tiny", tmp_path / "examples" / "tiny")
+    shutil.copy(ROOT / "experts.yaml", tmp_path)
+    shutil.copytree(
+        ROOT / "examples" / "tiny" / "experts" / "large" / "uppercase",
+        tmp_path / "adapters" / "shout",
+    )
+    return tmp_path
+
+
+def with_added(checkout: Path, addition: dict[str, Any]) -> Settings:
+    file = checkout / "experts.yaml"
+    data = yaml.safe_load(file.read_text())
+    for key, value in addition.items():
+        data[key] = data[key] | value if isinstance(value, dict) else data[key] + value
+    file.write_text(yaml.safe_dump(data))
+    return Settings(experts=file)
+
+
+def test_four_lines_add_an_adapter(checkout: Path) -> None:
+    catalog = load(with_added(checkout, yaml_with("experts"))).catalog
+    shout = catalog.experts["shout"]
+    assert shout.adapter is not None
+    assert shout.adapter.digest == catalog.experts["uppercase"].adapter.digest  # type: ignore[union-attr]
+    assert "shout" in catalog.policies["auto"].experts
+
+
+def test_one_entry_adds_a_folder_of_adapters(checkout: Path) -> None:
+    catalog = load(with_added(checkout, yaml_with("adapters_from"))).catalog
+    assert catalog.experts["shout"].description == "Writes a word in capital letters."
+
+
+def test_the_policies_shown_are_right(checkout: Path) -> None:
+    catalog = load(with_added(checkout, yaml_with("policies"))).catalog
+    assert catalog.policies["auto"].default_expert == "base"
+
+
+def test_the_prompt_block_shown_works() -> None:
+    spec = PromptSpec.model_validate(yaml_with("prompt")["prompt"])
+    assert render(spec, "please make 'Fox' bigger") == "uppercase fox"
+    assert render(spec, "write fox") == "uppercase fox"
+
+
+def test_the_settings_shown_are_the_settings() -> None:
+    shown = set(re.findall(r"`COMPOSER_(\w+)`", README))
+    assert shown <= {name.upper() for name in Settings.model_fields}
+    defaults = dict(re.findall(r"^\| `COMPOSER_(\w+)` \| `([^`]+)` \|", README, re.MULTILINE))
+    for name, default in defaults.items():
+        real = Settings.model_fields[name.lower()].default
+        assert str(real).lower() == default.lower(), name
+
+
+def test_every_path_shown_is_there() -> None:
+    [tree] = [b for b in blocks("") if b.startswith("experts.yaml")]
+    for line in tree.splitlines():
+        names = line.split("  ")[0 if not line.startswith(" ") else 1].strip()
+        base = ROOT / "composer" if line.startswith(" ") else ROOT
+        for name in names.split(", "):
+            assert (base / name).exists(), line
+    for link in re.findall(r"\]\(([\w./-]+)\)", README):
+        assert (ROOT / link).exists(), link
