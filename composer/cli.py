@@ -6,6 +6,7 @@ import asyncio
 import json
 import os
 import sys
+from contextlib import suppress
 from pathlib import Path
 from time import perf_counter
 from typing import Annotated, Any, NoReturn
@@ -62,7 +63,14 @@ def serve(
         timeout_graceful_shutdown=int(settings.drain_timeout_s),
     )
     server = uvicorn.Server(config)
-    server.run()
+    with asyncio.Runner(loop_factory=config.get_loop_factory()) as runner:
+        try:
+            socket = config.bind_socket()  # a taken port is told now, not after the models' load
+            runner.run(service.start())  # before the app would: its failure is told in one line
+        except ComposerError as error:
+            _fail(error)
+        with suppress(KeyboardInterrupt):  # uvicorn raises it again after a clean stop
+            runner.run(server.serve(sockets=[socket]))
     if not server.started:
         raise typer.Exit(3)
 

@@ -88,7 +88,12 @@ class Service:
     # --- life ----------------------------------------------------------------------------
 
     async def start(self) -> None:
-        """Ready to answer when it returns. Raises CatalogError, StoreError or EngineError."""
+        """Ready to answer when it returns; at once where it has been started before.
+
+        Raises CatalogError, StoreError or EngineError.
+        """
+        if self.generations.live:
+            return
         await self.store.start()
         await self.recorder.start()
         async with self._changing:

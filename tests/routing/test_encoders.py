@@ -10,9 +10,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from composer import encoders
-from composer.encoders import CHECK_TEXTS, OnnxEncoder, TorchEncoder, find_model, load_encoder
+from composer import embedder, encoders, onnx_export
+from composer.embedder import load_encoder
+from composer.encoders import OnnxEncoder, TorchEncoder, find_model
 from composer.errors import SettingsError
+from composer.onnx_export import CHECK_TEXTS
 
 NAME = "all-MiniLM-L6-v2"
 
@@ -116,11 +118,11 @@ def fake_export(monkeypatch: pytest.MonkeyPatch, made: list[Path]) -> None:
         (folder / "model.onnx").write_bytes(b"graph")
         (folder / "tokenizer.json").write_bytes(b"{}")
         manifest = {
-            "format": encoders.FORMAT,
+            "format": onnx_export.FORMAT,
             "model": files.id,
             "digest": files.digest,
-            "onnx_sha256": encoders._sha256(folder / "model.onnx"),
-            "tokenizer_sha256": encoders._sha256(folder / "tokenizer.json"),
+            "onnx_sha256": encoders.sha256(folder / "model.onnx"),
+            "tokenizer_sha256": encoders.sha256(folder / "tokenizer.json"),
             "dim": 4,
             "max_tokens": 8,
             "pad_id": 0,
@@ -131,7 +133,7 @@ def fake_export(monkeypatch: pytest.MonkeyPatch, made: list[Path]) -> None:
         }
         (folder / "manifest.json").write_text(json.dumps(manifest), encoding="utf-8")
 
-    monkeypatch.setattr(encoders, "_export", export)
+    monkeypatch.setattr(onnx_export, "_export", export)
 
 
 def test_an_export_is_made_once_and_again_when_it_was_altered(
@@ -140,12 +142,12 @@ def test_an_export_is_made_once_and_again_when_it_was_altered(
     made: list[Path] = []
     fake_export(monkeypatch, made)
     files = encoders.ModelFiles("m", tmp_path, "d" * 64)
-    folder, manifest = encoders.exported(files, tmp_path / "cache", 1)
+    folder, manifest = onnx_export.exported(files, tmp_path / "cache", 1)
     assert manifest.dim == 4
-    assert encoders.exported(files, tmp_path / "cache", 1)[0] == folder
+    assert onnx_export.exported(files, tmp_path / "cache", 1)[0] == folder
     assert len(made) == 1
     (folder / "model.onnx").write_bytes(b"gra")  # cut short
-    encoders.exported(files, tmp_path / "cache", 1)
+    onnx_export.exported(files, tmp_path / "cache", 1)
     assert len(made) == 2
     assert [p.name for p in folder.parent.iterdir()] == [folder.name]  # no draft left
 
@@ -156,15 +158,15 @@ def test_two_processes_at_once_end_with_one_export(
     made: list[Path] = []
     fake_export(monkeypatch, made)
     files = encoders.ModelFiles("m", tmp_path, "d" * 64)
-    export = encoders._export
+    export = onnx_export._export
 
     def slower(files: encoders.ModelFiles, folder: Path, threads: int) -> None:
-        monkeypatch.setattr(encoders, "_export", export)
-        encoders.exported(files, tmp_path / "cache", 1)  # the other process is done first
+        monkeypatch.setattr(onnx_export, "_export", export)
+        onnx_export.exported(files, tmp_path / "cache", 1)  # the other process is done first
         export(files, folder, threads)
 
-    monkeypatch.setattr(encoders, "_export", slower)
-    folder, _ = encoders.exported(files, tmp_path / "cache", 1)
+    monkeypatch.setattr(onnx_export, "_export", slower)
+    folder, _ = onnx_export.exported(files, tmp_path / "cache", 1)
     assert len(made) == 2
     assert [p.name for p in folder.parent.iterdir()] == [folder.name]
 
@@ -174,13 +176,13 @@ def test_a_failed_export_leaves_nothing_and_auto_falls_back_to_torch(
 ) -> None:
     def export(files: encoders.ModelFiles, folder: Path, threads: int) -> None:
         (folder / "model.onnx").write_bytes(b"half")
-        raise encoders.ExportRefused("the vectors differ\nand here comes a tensor")
+        raise onnx_export.ExportRefused("the vectors differ\nand here comes a tensor")
 
     class Torch:
         def __init__(self, files: encoders.ModelFiles, threads: int) -> None: ...
 
-    monkeypatch.setattr(encoders, "_export", export)
-    monkeypatch.setattr(encoders, "TorchEncoder", Torch)
+    monkeypatch.setattr(onnx_export, "_export", export)
+    monkeypatch.setattr(embedder, "TorchEncoder", Torch)
     assert isinstance(load_encoder(NAME, backend="auto", cache_dir=tmp_path), Torch)
     assert "runs on torch: its ONNX export failed: ExportRefused: the vectors differ" in caplog.text
     assert "tensor" not in caplog.text
@@ -204,5 +206,5 @@ def test_an_export_with_other_vectors_is_refused(onnx: OnnxEncoder, wrong: float
     rows = onnx.encode(CHECK_TEXTS)
     rows[3] += wrong
     rows /= np.linalg.norm(rows, axis=1, keepdims=True)
-    with pytest.raises(encoders.ExportRefused, match="lowest cosine"):
-        encoders._compare(Other(rows), onnx)
+    with pytest.raises(onnx_export.ExportRefused, match="lowest cosine"):
+        onnx_export._compare(Other(rows), onnx)
