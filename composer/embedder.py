@@ -45,11 +45,11 @@ def load_encoder(name: str, *, backend: Backend, cache_dir: Path, threads: int =
     """The model `name` (bundled name, folder, or hub name) on the backend asked for.
 
     ONNX runs without importing torch once its file exists. `auto` takes it where the export's
-    own check found it no slower than torch on one 32-token text and equal to it (cosine at least
-    0.9999 on every check text); otherwise torch, and the log says why. Measured on two cores of
-    an EPYC with one thread, all-MiniLM-L6-v2, sentence-transformers against ONNX: 8 tokens 15 and
-    4 ms, 32 tokens 19 and 9 ms, 256 tokens 95 and 65 ms; lowest cosine 0.9999999. int8 weights
-    would be faster still and are not offered: they miss that bound.
+    own check found it no slower than torch on one short text and equal to it (cosine at least
+    0.9999 on every check text); otherwise torch, and the log says why. Measured with one thread
+    of an EPYC, all-MiniLM-L6-v2, sentence-transformers against ONNX: 8 tokens 15 and 4 ms, 32
+    tokens 19 and 9 ms, 256 tokens 95 and 65 ms; lowest cosine 0.9999999. int8 weights would take
+    4 ms for 32 tokens and are not offered: their cosines go down to 0.96.
 
     Raises SettingsError, with the remedy, when the model cannot be found, trusted or exported.
     """

@@ -148,7 +148,7 @@ def max_tokens_of(model: Any) -> int:
 
 @dataclass(frozen=True, slots=True)
 class Manifest:
-    """What an export is and what was measured when it was made (`*_ms`: one 32-token text)."""
+    """What an export is and what was measured when it was made (`*_ms`: one short text)."""
 
     format: int
     model: str

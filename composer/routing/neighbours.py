@@ -34,10 +34,10 @@ of one fold only, because every fold makes metric and index anew."""
 class NeighboursSettings(BaseModel):
     """How a query's similarity to an expert's texts becomes the expert's quality.
 
-    The default `blend` and `discriminant` were chosen on the training and dev rows of clinc150
-    and banking77 (at most 100 rows an intent), and on samples of them with 8 to 100 experts of 3
-    to 50 rows; they are best or within the noise of it on all, but on eight experts of ten rows
-    or fewer, where plain cosine is as good.
+    The defaults were chosen on training and dev rows of clinc150 and banking77, with registries of
+    8 to 150 experts and 3 to 100 rows each. They route best at every size but the smallest (up to
+    five rows an expert), where plain centroids are half a point better:
+    `benchmarks/results/retrieval.md`.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
