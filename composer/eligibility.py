@@ -11,12 +11,16 @@ import numpy as np
 from composer.errors import ContextTooLong, Unsupported
 from composer.types import Ability, BoolArray, Expert, FloatArray, Request
 
+MOST_CHARS_PER_TOKEN = 16
+"""Text that averages more than this is not seen outside of long repeats."""
+
 
 @dataclass(frozen=True, slots=True)
 class Eligibility:
     """A policy's experts as columns, so that filtering 10,000 of them is a few array operations.
 
-    `window` (E,) tokens, `chars_per_token` (E,), `able` one (E,) mask per ability, all in the
+    `window` (E,) tokens, `chars_per_token` (E,), `templated` (E,) whether the expert reads a
+    filled template instead of the conversation, `able` one (E,) mask per ability, all in the
     order of `experts`.
     """
 
@@ -24,6 +28,7 @@ class Eligibility:
     position: Mapping[str, int]
     window: FloatArray
     chars_per_token: FloatArray
+    templated: BoolArray
     able: Mapping[Ability, BoolArray]
 
     @classmethod
@@ -34,6 +39,7 @@ class Eligibility:
             position={expert: i for i, expert in enumerate(ids)},
             window=np.array([e.context_window for e in experts], np.float32),
             chars_per_token=np.array([e.chars_per_token for e in experts], np.float32),
+            templated=np.array([e.prompt is not None for e in experts], np.bool_),
             able={
                 ability: np.array([ability in e.abilities for e in experts], np.bool_)
                 for ability in get_args(Ability)
@@ -43,7 +49,8 @@ class Eligibility:
     def mask(self, request: Request) -> BoolArray:
         """(E,) True where the expert may be asked.
 
-        The prompt's length is estimated from its characters: the exact count is the engine's.
+        The prompt's length is estimated from its characters: the exact count is the engine's. So
+        the estimate only prefers experts; where it leaves none, those stay that could still fit.
         Raises Unsupported or ContextTooLong, saying which demand left nobody.
         """
         mask = np.ones(len(self.experts), np.bool_)
@@ -63,8 +70,11 @@ class Eligibility:
                     f"request; leave it out or ask another model",
                     param=_FIELD[ability],
                 )
-        needed = request.n_chars / self.chars_per_token + (request.sampling.max_tokens or 1)
-        fits = mask & (needed <= self.window)
+        chars = np.where(self.templated, len(request.text), request.n_chars)  # (E,)
+        room = self.window - (request.sampling.max_tokens or 1)
+        fits = mask & (chars / self.chars_per_token <= room)
+        if not fits.any():
+            fits = mask & (chars / MOST_CHARS_PER_TOKEN <= room)
         if not fits.any():
             raise ContextTooLong(
                 f"the prompt's {request.n_chars} characters and max_tokens "

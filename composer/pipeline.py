@@ -93,6 +93,7 @@ class Pipeline:
             timings.calls.append(entry)
             lease = await self._scheduler.acquire(call)
             begun = perf_counter()
+            counted = False
             try:
                 entry["queue_ms"] = round(lease.queue_s * 1000, 3)
                 timings.queue_ms += lease.queue_s * 1000
@@ -102,12 +103,15 @@ class Pipeline:
                         if chunk.finish_reason is not None:
                             unfinished.discard(chunk.index)
                         if chunk.usage is not None:
+                            counted = True
                             outcome.spend(catalog.experts[expert], chunk.usage)
                         yield chunk if chunk.expert else dataclasses.replace(chunk, expert=expert)
                 if unfinished:
                     raise EngineError(f"server {call.server!r} broke off without a finish reason")
             finally:
                 self._scheduler.release(lease)
+                if not counted:
+                    outcome.cost_usd = None  # it ran, and nobody said for how many tokens
                 entry["run_ms"] = round(_ms_since(begun), 3)
                 timings.run_ms += _ms_since(begun)
 
@@ -273,6 +277,7 @@ def call_of(
         sampling=sampling.with_defaults(expert.sampling),
         context_window=expert.context_window,
         extra=request.extra,
+        max_tokens_asked=sampling.max_tokens is not None,
     )
 
 

@@ -263,6 +263,8 @@ class Call:
     """One call of one expert, as scheduler and engine see it: already rendered.
 
     `adapter` None is the base model alone. Exactly one of `messages` and `prompt` is set.
+    `max_tokens_asked` is False where `sampling.max_tokens` is the expert's default: an engine
+    then clips it to the room left, where it refuses what a caller asked for.
     """
 
     id: str
@@ -274,6 +276,7 @@ class Call:
     sampling: Sampling
     context_window: int
     extra: Mapping[str, Any] = field(default_factory=empty)
+    max_tokens_asked: bool = True
 
 
 @dataclass(frozen=True, slots=True)

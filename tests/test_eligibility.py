@@ -6,6 +6,7 @@ import pytest
 
 from composer.eligibility import Eligibility
 from composer.errors import ContextTooLong, Unsupported
+from composer.prompting import PromptSpec
 from composer.types import Expert, Sampling
 from tests.fakes import request
 
@@ -45,11 +46,26 @@ def test_excluded_experts_are_left_out_and_unknown_ones_ignored() -> None:
         (49, 1, ["plain", "tools", "long"]),
     ],
 )
-def test_prompt_and_answer_must_fit_the_window(
+def test_prompt_and_answer_should_fit_the_window(
     chars: int, max_tokens: int | None, left: list[str]
 ) -> None:
     asked = request("x" * chars, sampling=Sampling(max_tokens=max_tokens))
     assert names(Eligibility.of(EXPERTS).mask(asked)) == left
+
+
+def test_nobody_is_refused_on_an_estimate() -> None:
+    """30,000 characters are 15,000 tokens by the estimate, but could be fewer than 10,000."""
+    assert names(Eligibility.of(EXPERTS).mask(request("x" * 30_000))) == ["long"]
+
+
+def test_an_expert_with_a_template_reads_the_last_user_message_only() -> None:
+    spec = PromptSpec.model_validate(
+        {"extract": [{"regex": r"(?P<word>[a-z]+)$"}], "template": "up {word}"}
+    )
+    experts = [Expert(id="up", server="s", context_window=100, chars_per_token=1, prompt=spec)]
+    long = {"role": "assistant", "content": "x" * 5_000}
+    asked = request(messages=(long, {"role": "user", "content": "uppercase dog"}))
+    assert Eligibility.of(experts).mask(asked).tolist() == [True]
 
 
 def test_the_refusal_names_the_demand_that_left_nobody() -> None:
@@ -60,6 +76,6 @@ def test_the_refusal_names_the_demand_that_left_nobody() -> None:
     with pytest.raises(Unsupported, match="every expert of this policy is excluded"):
         eligibility.mask(request("hi", exclude=frozenset({"plain", "tools", "long"})))
     with pytest.raises(ContextTooLong, match="the largest has 10000 tokens"):
-        eligibility.mask(request("x" * 30_000))
+        eligibility.mask(request("x" * 200_000))
     with pytest.raises(ContextTooLong, match="the largest has 50 tokens"):
-        eligibility.mask(request("x" * 60, needs=frozenset({"tools"})))
+        eligibility.mask(request("x" * 1_000, needs=frozenset({"tools"})))
