@@ -6,8 +6,9 @@ Adding one is a class in its own file and a line here.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Mapping, Sequence
-from functools import cache
+import logging
+from collections.abc import Callable, Collection, Mapping, Sequence
+from functools import cache, partial
 from typing import Any
 
 import numpy as np
@@ -16,8 +17,9 @@ from composer.eligibility import Eligibility
 from composer.embedder import TextEmbedder, load_embedder
 from composer.engines.base import Engine
 from composer.engines.local import EmbeddedEngine
+from composer.errors import ComposerError, Problem
 from composer.generations import Generation, Way
-from composer.registry import EngineFamily, Families, Loaded, load_catalog
+from composer.registry import EngineFamily, Families, Loaded, RegistryError, load_catalog
 from composer.routing.base import Embedder, Router
 from composer.routing.neighbours import NeighboursRouter
 from composer.scheduling.base import Limits
@@ -29,6 +31,8 @@ from composer.strategies.base import Strategy
 from composer.strategies.single import Single
 from composer.strategies.vote import Vote
 from composer.types import Catalog, Component, Expert, Policy
+
+log = logging.getLogger(__name__)
 
 ROUTERS: Mapping[str, type[Router]] = {c.name: c for c in (NeighboursRouter,)}
 STRATEGIES: Mapping[str, type[Strategy]] = {c.name: c for c in (Single, Vote)}
@@ -45,16 +49,48 @@ def families() -> Families:
                 settings=engine.settings,
                 honours=engine.honours,
                 adapter_features=engine.adapter_features,
+                takes_adapters=engine.takes_adapters,
+                model_field=engine.model_field,
             )
             for name, engine in ENGINES.items()
         },
     )
 
 
-def load(settings: Settings, runtime: Sequence[Mapping[str, Any]] = (), version: int = 1) -> Loaded:
+def load(
+    settings: Settings,
+    runtime: Sequence[Mapping[str, Any]] = (),
+    version: int = 1,
+    may_skip: Collection[str] = (),
+) -> Loaded:
     """The catalog that `settings.experts` and the runtime experts make. Raises CatalogError."""
     roots = settings.adapter_roots or (settings.experts.resolve().parent,)
-    return load_catalog(settings.experts, families(), roots=roots, runtime=runtime, version=version)
+    loaded = load_catalog(
+        settings.experts,
+        families(),
+        roots=roots,
+        runtime=runtime,
+        version=version,
+        may_skip=may_skip,
+    )
+    _check_routers(loaded, str(settings.experts))
+    return loaded
+
+
+def _check_routers(loaded: Loaded, file: str) -> None:
+    """What a router asks of its experts is the router's to say, so the registry cannot."""
+    catalog = loaded.catalog
+    problems = []
+    for policy in catalog.policies.values():
+        experts = [catalog.experts[expert] for expert in policy.experts]
+        try:
+            ROUTERS[policy.router.name].check(experts, policy.router.settings)
+        except ValueError as error:
+            message, _, remedy = str(error).partition("; ")
+            path = f"policies.{policy.id}.router"
+            problems.append(Problem(file, path, message, f"{remedy[:1].upper()}{remedy[1:]}."))
+    if problems:
+        raise RegistryError(problems, loaded.watched)
 
 
 def make_embedder(settings: Settings) -> TextEmbedder:
@@ -82,17 +118,14 @@ def make_service(settings: Settings) -> Service:
         recorder=Recorder(store, settings.journal, queue_size=settings.record_queue),
         embedder=embedder,
         scheduler=FifoScheduler(),
-        load=lambda runtime, version: load(settings, runtime, version),
+        load=partial(load, settings),
         build=build,
         limits=limits_of,
     )
 
 
 def limits_of(generation: Generation) -> dict[str, Limits]:
-    return {
-        server.id: Limits(in_flight=server.settings.max_batch, queue=server.settings.queue)
-        for server in generation.catalog.servers.values()
-    }
+    return {server: Limits(*engine.capacity) for server, engine in generation.engines.items()}
 
 
 async def build_generation(
@@ -108,27 +141,38 @@ async def build_generation(
     making_ways = asyncio.create_task(build_ways(catalog, embedder))  # beside the engines
     try:
         for server in catalog.servers.values():
-            engine = _running(server.id, catalog, live)
+            engine = await _running(server.id, catalog, live)
             if engine is None:
                 engine = ENGINES[server.engine](server.id, server.settings)
                 started.append(engine)
-                await engine.start()
             engines[server.id] = engine
+            if engine in started:
+                await engine.start()
         wanted = Generation(catalog, {}, _nobody, engines)
         for server_id, engine in engines.items():
             await engine.prepare(adapters_on(server_id, [wanted]))
         ways = await making_ways
     except BaseException:
         making_ways.cancel()
-        await asyncio.wait([making_ways])
-        for engine in started:
-            await engine.close()
-        for server_id, engine in engines.items():
-            if engine not in started:
-                users = [g for g in live if g.engines.get(server_id) is engine]
-                await engine.retain(adapters_on(server_id, users))
+        await asyncio.gather(making_ways, return_exceptions=True)
+        await _undo(engines, started, live)
         raise
     return Generation(catalog, ways, named_ways(catalog), engines)
+
+
+async def _undo(
+    engines: Mapping[str, Engine], started: Sequence[Engine], live: Sequence[Generation]
+) -> None:
+    """What fails here is logged: the error that led here is the one to be told."""
+    for server, engine in engines.items():
+        try:
+            if engine in started:
+                await engine.close()
+            else:
+                users = [g for g in live if g.engines.get(server) is engine]
+                await engine.retain(adapters_on(server, users))
+        except ComposerError:
+            log.exception("server %r could not be put back as it was", server)
 
 
 async def build_ways(catalog: Catalog, embedder: Embedder) -> dict[str, Way]:
@@ -170,10 +214,12 @@ def _way(policy: Policy, experts: Sequence[Expert], router: Router | None) -> Wa
     )
 
 
-def _running(server: str, catalog: Catalog, live: Sequence[Generation]) -> Engine | None:
+async def _running(server: str, catalog: Catalog, live: Sequence[Generation]) -> Engine | None:
+    """The engine of an unchanged server, unless it has died."""
     for generation in reversed(live):
         if generation.catalog.servers.get(server) == catalog.servers[server]:
-            return generation.engines[server]
+            engine = generation.engines[server]
+            return engine if await engine.healthy() else None
     return None
 
 

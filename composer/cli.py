@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import socket
 import sys
 from contextlib import suppress
 from pathlib import Path
@@ -13,14 +14,16 @@ from typing import Annotated, Any, NoReturn
 
 import typer
 from pydantic import ValidationError
+from pydantic_settings import SettingsError as BadSetting
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from composer.errors import CatalogError, ComposerError, SettingsError
 from composer.settings import Settings
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
-out = Console()
+out = Console(width=None if sys.stdout.isatty() else 160)  # a pipe is not 80 columns wide
 err = Console(stderr=True)
 
 ExpertsFile = Annotated[
@@ -45,12 +48,11 @@ def serve(
     import uvicorn
 
     from api.app import create_app
-    from composer.build import load, make_service
+    from composer.build import make_service
     from composer.telemetry import configure_logging
 
     try:
         configure_logging(log_level)
-        load(settings)  # a wrong registry ends here, before anything heavy is loaded
         service = make_service(settings)
     except ComposerError as error:
         _fail(error)
@@ -65,12 +67,12 @@ def serve(
     server = uvicorn.Server(config)
     with asyncio.Runner(loop_factory=config.get_loop_factory()) as runner:
         try:
-            socket = config.bind_socket()  # a taken port is told now, not after the models' load
+            bound = _bind(settings)  # a taken port is told now, not after the models' load
             runner.run(service.start())  # before the app would: its failure is told in one line
         except ComposerError as error:
             _fail(error)
         with suppress(KeyboardInterrupt):  # uvicorn raises it again after a clean stop
-            runner.run(server.serve(sockets=[socket]))
+            runner.run(server.serve(sockets=[bound]))
     if not server.started:
         raise typer.Exit(3)
 
@@ -109,12 +111,24 @@ def route(
     if as_json:
         print(json.dumps(decision, indent=2))
         return
-    table = Table("expert", "expected quality", title=f"{decision['policy']}: {text}")
-    chosen = {choice["expert"] for choice in decision["plan"]["choices"]}
+    plan = decision["plan"]
+    chosen = {choice["expert"] for choice in plan["choices"]}
+    table = Table("expert", "expected quality", "nearest")
     for expert, score in decision["scores"].items():
-        table.add_row(f"[bold]{expert} ←[/]" if expert in chosen else expert, f"{score:.3f}")
+        why = plan["reasons"].get("evidence", {}).get(expert, {})
+        name = f"[bold]{expert} ←[/]" if expert in chosen else expert
+        table.add_row(name, f"{score:.3f}", escape(str(why.get("nearest", ""))))
     out.print(table)
-    out.print(f"{decision['plan']['reasons']}   decided in {decision['decision_ms']:.1f} ms")
+    rule = plan["reasons"]["rule"]
+    if rule == "below_threshold":
+        rule = f"the best quality is below the threshold of {plan['reasons']['threshold']:g}"
+    out.print(
+        f"policy {decision['policy']} → {', '.join(chosen)} ({plan['strategy']}; {rule}; "
+        f"{decision['decision_ms']:.1f} ms)",
+        markup=False,
+        highlight=False,
+        soft_wrap=True,
+    )
 
 
 @app.command(name="experts")
@@ -169,6 +183,22 @@ async def _decide(text: str, policy: str | None, catalog: Any, embedder: Any) ->
     }
 
 
+def _bind(settings: Settings) -> socket.socket:
+    """Bound but not listening: connections are refused until the service is ready."""
+    family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
+    bound = socket.socket(family)
+    bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        bound.bind((settings.host, settings.port))
+    except OSError as error:
+        bound.close()
+        where = f"{settings.host}:{settings.port}"
+        raise SettingsError(
+            f"cannot listen on {where}: {error.strerror}; give another --port"
+        ) from error
+    return bound
+
+
 def _settings(**given: Any) -> Settings:
     """Call it before importing anything numeric: the libraries read their thread count once, and
     two threads beside a busy neighbour have been twenty times slower than one."""
@@ -176,6 +206,9 @@ def _settings(**given: Any) -> Settings:
         settings = Settings(**{key: value for key, value in given.items() if value is not None})
     except ValidationError as error:
         _fail(SettingsError(_in_words(error)))
+    except BadSetting as error:
+        remedy = """write COMPOSER_ADAPTER_ROOTS as a JSON list, such as '["./adapters"]'"""
+        _fail(SettingsError(f"{error}; {remedy}"))
     os.environ.setdefault("OMP_NUM_THREADS", str(settings.threads))
     return settings
 
@@ -187,7 +220,7 @@ def _in_words(error: ValidationError) -> str:
 
 
 def _fail(error: ComposerError) -> NoReturn:
-    """Exit 2 for what the operator wrote, 1 for what the machine did."""
+    """Exit 2 for a wrong registry, whose problems are counted; 1 for anything else."""
     problems = error.problems if isinstance(error, CatalogError) else (error,)
     for problem in problems:
         err.print(str(problem), style="red", markup=False, highlight=False, soft_wrap=True)

@@ -79,7 +79,8 @@ class Eligibility:
             raise ContextTooLong(
                 f"the prompt's {request.n_chars} characters and max_tokens "
                 f"{request.sampling.max_tokens or 1} fit no eligible expert's context window "
-                f"(the largest has {int(self.window[mask].max())} tokens); shorten the prompt",
+                f"(the largest has {int(self.window[mask].max())} tokens); shorten the prompt "
+                f"or lower max_tokens",
                 param="messages" if request.prompt is None else "prompt",
             )
         return fits

@@ -4,6 +4,7 @@ together. Knows nothing of routers or experts; how a model runs is `encoders.py`
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import logging
 import threading
 from collections import OrderedDict
@@ -25,6 +26,14 @@ BATCH = 16
 """Texts of one batch. Past it one core gains nothing, and those who come next wait longer."""
 
 ENCODE_CHUNK = 512
+
+CHARS_PER_TOKEN = 64
+"""A text is cut to this many characters for each token that the model reads, and then tokenised.
+
+The tokenizer reads a text whole before it cuts: 4 MB held the one worker for seconds. English has
+four or five characters a token, so the vector is that of the whole text, except where tokens are
+longer on average, as with words past 64 characters or long runs of spaces.
+"""
 
 
 def load_embedder(
@@ -86,28 +95,29 @@ def _brief(error: Exception) -> str:
 class _Wanted:
     """A text someone waits for."""
 
+    key: bytes
     text: str
     waiters: int = 0
     vector: Future[FloatArray] = field(default_factory=Future)
 
 
 class _Cache:
-    """The most recently used vectors by text."""
+    """The most recently used vectors by the `_key` of their text."""
 
     def __init__(self, size: int) -> None:
         self.size = size
-        self._rows: OrderedDict[str, FloatArray] = OrderedDict()
+        self._rows: OrderedDict[bytes, FloatArray] = OrderedDict()
 
-    def get(self, text: str) -> FloatArray | None:
-        if (row := self._rows.get(text)) is not None:
-            self._rows.move_to_end(text)
+    def get(self, key: bytes) -> FloatArray | None:
+        if (row := self._rows.get(key)) is not None:
+            self._rows.move_to_end(key)
         return row
 
-    def put(self, text: str, row: FloatArray) -> None:
+    def put(self, key: bytes, row: FloatArray) -> None:
         if self.size <= 0:
             return
-        self._rows[text] = row
-        self._rows.move_to_end(text)
+        self._rows[key] = row
+        self._rows.move_to_end(key)
         if len(self._rows) > self.size:
             self._rows.popitem(last=False)
 
@@ -119,6 +129,9 @@ class TextEmbedder:
     row of it; an idle worker starts at once, so nobody waits for others to come. A caller who
     leaves takes only their own wish away. Vectors are shared and therefore read-only.
 
+    Of a text longer than `max_chars` characters the beginning is embedded (`CHARS_PER_TOKEN`).
+    The caches keep a digest of each text, so their memory does not grow with the texts' length.
+
     Queries and the experts' own texts (`encode`) are cached apart, so that building a large
     index does not push out what callers ask for. `row_cache_size` bounds the latter: at 384
     dimensions 250,000 rows are 400 MB, held only where a registry is that large.
@@ -129,12 +142,13 @@ class TextEmbedder:
     ) -> None:
         self.id, self.digest, self.dim = encoder.id, encoder.digest, encoder.dim
         self.backend, self.max_tokens = encoder.backend, encoder.max_tokens
+        self.max_chars = CHARS_PER_TOKEN * encoder.max_tokens
         self._encoder = encoder
         self._lock = threading.Lock()
         self._queries = _Cache(cache_size)
         self._rows = _Cache(row_cache_size)
-        self._waiting: OrderedDict[str, _Wanted] = OrderedDict()  # not yet in a batch
-        self._running: dict[str, _Wanted] = {}
+        self._waiting: OrderedDict[bytes, _Wanted] = OrderedDict()  # not yet in a batch
+        self._running: dict[bytes, _Wanted] = {}
         self._busy = False
         self._closed = False
         self._worker = ThreadPoolExecutor(1, thread_name_prefix="embedder")
@@ -154,36 +168,35 @@ class TextEmbedder:
             self._leave(wanted)
             raise
 
-    async def embed_many(self, texts: Sequence[str]) -> FloatArray:
-        """(n,) texts → (n, d), batched with everybody else's."""
-        if not texts:
-            return np.empty((0, self.dim), np.float32)
-        async with asyncio.TaskGroup() as group:
-            tasks = [group.create_task(self.embed(text)) for text in texts]
-        return np.stack([task.result() for task in tasks])
-
     def cached(self, text: str) -> FloatArray | None:
         """The (d,) vector of a text asked for before, if it is still kept."""
+        key = _key(text[: self.max_chars])
         with self._lock:
-            return self._queries.get(text)
+            return self._queries.get(key)
 
     # --- for offline use --------------------------------------------------------------
 
     def encode(self, texts: Sequence[str]) -> FloatArray:
         """(n,) texts → (n, d). Blocks, in the caller's thread; texts seen before cost nothing."""
+        cut = [text[: self.max_chars] for text in texts]
+        keys = [_key(text) for text in cut]
         with self._lock:
-            known = {text: self._rows.get(text) for text in texts}
-        missing = [text for text, row in known.items() if row is None]
+            known = {key: self._rows.get(key) for key in keys}
+        missing = [
+            (key, text)
+            for key, text in dict(zip(keys, cut, strict=True)).items()
+            if known[key] is None
+        ]
         for start in range(0, len(missing), ENCODE_CHUNK):
             chunk = missing[start : start + ENCODE_CHUNK]
-            rows = self._encoder.encode(chunk)
+            rows = self._encoder.encode([text for _, text in chunk])
             with self._lock:
-                for text, row in zip(chunk, rows, strict=True):
-                    known[text] = kept = _read_only(row)
-                    self._rows.put(text, kept)
+                for (key, _), row in zip(chunk, rows, strict=True):
+                    known[key] = kept = _read_only(row)
+                    self._rows.put(key, kept)
         out = np.empty((len(texts), self.dim), np.float32)
-        for i, text in enumerate(texts):
-            out[i] = known[text]
+        for i, key in enumerate(keys):
+            out[i] = known[key]
         return out
 
     def count_tokens(self, texts: Sequence[str]) -> list[int]:
@@ -204,14 +217,16 @@ class TextEmbedder:
     # --- the batch --------------------------------------------------------------------
 
     def _want(self, text: str) -> FloatArray | _Wanted:
+        text = text[: self.max_chars]
+        key = _key(text)
         with self._lock:
-            if (row := self._queries.get(text)) is not None:
+            if (row := self._queries.get(key)) is not None:
                 return row
             if self._closed:
                 raise EngineUnavailable("the embedder is closed")
-            wanted = self._running.get(text) or self._waiting.get(text)
+            wanted = self._running.get(key) or self._waiting.get(key)
             if wanted is None:
-                wanted = self._waiting[text] = _Wanted(text)
+                wanted = self._waiting[key] = _Wanted(key, text)
             wanted.waiters += 1
             if not self._busy:
                 self._busy = True
@@ -221,16 +236,14 @@ class TextEmbedder:
     def _leave(self, wanted: _Wanted) -> None:
         with self._lock:
             wanted.waiters -= 1
-            if wanted.waiters == 0 and self._waiting.get(wanted.text) is wanted:
-                del self._waiting[wanted.text]
+            if wanted.waiters == 0 and self._waiting.get(wanted.key) is wanted:
+                del self._waiting[wanted.key]
 
     def _work(self) -> None:
         """In the worker thread: batch after batch until nobody waits."""
         while True:
             with self._lock:
-                self._running = {
-                    text: self._waiting.pop(text) for text in list(self._waiting)[:BATCH]
-                }
+                self._running = {key: self._waiting.pop(key) for key in list(self._waiting)[:BATCH]}
                 if not self._running:
                     self._busy = False
                     return
@@ -247,9 +260,14 @@ class TextEmbedder:
             with self._lock:
                 self._running = {}
                 for wanted, row in zip(batch, rows, strict=True):
-                    self._queries.put(wanted.text, row)
+                    self._queries.put(wanted.key, row)
             for wanted, row in zip(batch, rows, strict=True):
                 wanted.vector.set_result(row)
+
+
+def _key(text: str) -> bytes:
+    """A digest: two texts with the same 16 bytes are not to be expected, nor to be found."""
+    return hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16).digest()
 
 
 def _read_only(row: FloatArray) -> FloatArray:

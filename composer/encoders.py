@@ -4,7 +4,9 @@ batches of callers or event loops (`embedder.py`), nor of how an ONNX file is ma
 
 from __future__ import annotations
 
+import copy
 import hashlib
+import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -114,6 +116,9 @@ class TorchEncoder:
 
         torch.set_num_threads(threads)
         self._model = sentence_transformer(files.path)
+        # Counting sets the truncation of the tokenizer it uses, and `encode` may be at work.
+        self._counter = copy.deepcopy(self._model.tokenizer)
+        self._counting = threading.Lock()
         self.id, self.digest = files.id, files.digest
         self.dim = int(self.encode(["dimension"]).shape[1])
         self.max_tokens = max_tokens_of(self._model)
@@ -122,7 +127,8 @@ class TorchEncoder:
         return unit_rows(self._model, texts)
 
     def count_tokens(self, texts: Sequence[str]) -> list[int]:
-        rows = self._model.tokenizer(list(texts), truncation=False, padding=False, verbose=False)
+        with self._counting:
+            rows = self._counter(list(texts), truncation=False, padding=False, verbose=False)
         return [len(ids) for ids in rows["input_ids"]]
 
 

@@ -83,7 +83,7 @@ class Generations:
     @property
     def current(self) -> Generation:
         if self._current is None:
-            raise EngineUnavailable("the service is still starting; ask /ready")
+            raise EngineUnavailable("the service is starting or closing; ask /ready")
         return self._current
 
     @property

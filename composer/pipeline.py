@@ -256,17 +256,18 @@ def call_of(
 ) -> Call:
     """The call as the engine sees it: the expert's prompt template, if any, is filled here.
 
-    A template reads the last user message alone; what came before it is not sent, because an
-    expert that needs a template knows no conversation.
+    A template reads the prompt or the last user message; what came before it is not sent,
+    because an expert that needs a template knows no conversation. The filled template is always
+    sent as a message: it is the form the expert was trained on, also where a raw prompt was given.
     """
     prompt = request.prompt if messages is None else None
     chat: tuple[Message, ...] = tuple(messages) if messages is not None else request.messages
     if expert.prompt is not None:
-        if prompt is not None:
-            prompt = render(expert.prompt, prompt)
-        else:
-            last = next((m for m in reversed(chat) if m["role"] == "user"), chat[-1])
-            chat = ({"role": "user", "content": render(expert.prompt, message_text(last))},)
+        if prompt is None:
+            prompt = message_text(
+                next((m for m in reversed(chat) if m["role"] == "user"), chat[-1])
+            )
+        chat, prompt = ({"role": "user", "content": render(expert.prompt, prompt)},), None
     return Call(
         id=f"{request.id}/{number}",
         expert=expert.id,

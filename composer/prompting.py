@@ -27,11 +27,14 @@ with a step that skips less.
 
 from __future__ import annotations
 
-import re
+import logging
+from collections.abc import Callable
 from functools import lru_cache
 from string import Formatter
+from time import thread_time
 from typing import Annotated, Any, Literal, Self
 
+import regex
 from pydantic import (
     BaseModel,
     ConfigDict,
@@ -41,15 +44,24 @@ from pydantic import (
     field_validator,
     model_validator,
 )
+from regex import Match, Pattern
 
 from composer.errors import Unsupported
 
-MAX_CHARS = 1000
-"""Longer messages are not searched, and count as "nothing found".
+log = logging.getLogger(__name__)
 
-Python's `re` has no time limit. This bound, and the refusal of repeats inside unbounded repeats
-when the block is read, keep an honest mistake from stalling the service. They do not make a
-pattern written in malice safe: read a stranger's card before you serve it.
+MAX_CHARS = 1000
+"""Longer messages are not searched, and count as "nothing found"."""
+
+MAX_SECONDS = 0.05
+"""Time to search one message, which then counts as "nothing found", with a warning in the log.
+
+Messages are read on the event loop, and backtracking is slow without anyone's malice: two `.*`
+between three fields take time that grows with the fourth power of the message's length. The time
+is the processor's, and the library's clock counts all threads of the process, so that a busy
+process may give up earlier than this; the examples' blocks take 0.07 ms, and 5 ms at most.
+There is no such limit on compiling a pattern, where `(.{1000000}){1000}` asks for all memory:
+read a stranger's card before you serve it.
 """
 
 _FUNCTION_WORDS = """
@@ -104,56 +116,49 @@ def _skipped(ignore: tuple[str, ...], context: tuple[str, ...]) -> Skipped:
     return {"none": frozenset(), "function": function, "request": request}
 
 
-_TOKEN = re.compile(r"[^\W_]+(?:['\-][^\W_]+)*")
+_TOKEN = regex.compile(r"[^\W_]+(?:['\-][^\W_]+)*")
 _STRAIGHT = str.maketrans(
     {"“": '"', "”": '"', "„": '"', "«": '"', "»": '"', "‘": "'", "’": "'", "‚": "'"}
 )
 
 
-@lru_cache(maxsize=4096)
-def _compiled(pattern: str) -> re.Pattern[str]:
-    return re.compile(pattern)
+@lru_cache(maxsize=16_384)
+def _compiled(pattern: str) -> Pattern[str]:
+    """Kept, as a step asks for it at each message; one that was dropped costs half a millisecond.
+
+    V0 is the library's name for the meaning that a pattern has in Python's `re`.
+    """
+    return regex.compile(pattern, regex.V0)
 
 
 def _check_pattern(pattern: str) -> str:
     try:
         _compiled(pattern)
-    except re.error as error:
+    except (regex.error, ValueError, RecursionError) as error:  # flags, nesting: not regex.error
         raise ValueError(
             f"the pattern {pattern!r} does not compile ({error}): correct it, and write it in "
             "single quotes, in which YAML leaves backslashes alone"
         ) from None
-    _refuse_nested_repeats(pattern)
     return pattern
 
 
-def _refuse_nested_repeats(pattern: str) -> None:
-    """Refuses an unbounded repeat of a group that itself repeats or branches, e.g. ``(a+)+``.
+class _Budget:
+    """What is left of the time to search one message, in seconds."""
 
-    Such a pattern can take time exponential in the message's length. The test reads the pattern's
-    text only, so it also refuses some that are harmless; a bound such as ``{0,5}`` always passes.
-    """
-    # Escapes and character classes hold no operators: blank them out first.
-    text = re.sub(r"\\.", "__", pattern, flags=re.DOTALL)
-    text = re.sub(r"\[\^?\]?[^\]]*\]", "_", text)
-    unbounded = re.compile(r"[*+]|\{\d*,\}")
-    risky: list[bool] = []  # per open group: does it repeat without bound, or branch?
-    for i, char in enumerate(text):
-        if char == "(":
-            risky.append(False)
-        elif char == ")" and risky:
-            inner = risky.pop()
-            repeated = unbounded.match(text, i + 1) is not None
-            if inner and repeated:
-                raise ValueError(
-                    f"the pattern {pattern!r} repeats without bound a group that itself repeats or "
-                    "branches, which can take exponential time: give the outer repeat a bound such "
-                    "as {0,5}"
-                )
-            if risky and (inner or repeated):
-                risky[-1] = True
-        elif risky and (char == "|" or unbounded.match(text, i)):
-            risky[-1] = True
+    def __init__(self, seconds: float) -> None:
+        self.left = seconds
+
+    def run(
+        self, match: Callable[..., Match[str] | None], text: str, start: int = 0
+    ) -> Match[str] | None:
+        """Calls a pattern's `search` or `fullmatch`. Raises TimeoutError when the time is up."""
+        if self.left <= 0:  # the library takes a negative limit for none
+            raise TimeoutError
+        began = thread_time()
+        try:
+            return match(text, start, timeout=self.left)
+        finally:
+            self.left -= thread_time() - began
 
 
 class RegexStep(BaseModel):
@@ -163,7 +168,10 @@ class RegexStep(BaseModel):
 
     regex: str = Field(
         min_length=1,
-        description="Python regular expression with a named group per field, `(?P<word>[a-z]+)`.",
+        description=(
+            "Python regular expression (read by the `regex` library) with a named group per "
+            "field, `(?P<word>[a-z]+)`."
+        ),
     )
     skip: Skip = Field(
         default="none", description="Pass over matches in which a field is such a common word."
@@ -182,20 +190,30 @@ class RegexStep(BaseModel):
         return pattern
 
     @property
+    def pattern(self) -> Pattern[str]:
+        """`regex`, compiled."""
+        return _compiled(self.regex)
+
+    @property
     def fields(self) -> frozenset[str]:
         """The fields that this step can fill."""
-        return frozenset(_compiled(self.regex).groupindex)
+        return frozenset(self.pattern.groupindex)
 
-    def find(self, text: str, skipped: Skipped) -> dict[str, str]:
-        """The groups that took part in the first acceptable match; empty without one."""
-        pattern, start = _compiled(self.regex), 0
-        while (match := pattern.search(text, start)) is not None:
+    def find(self, text: str, skipped: Skipped, budget: _Budget) -> dict[str, str]:
+        """The groups that took part in the first acceptable match; empty without one.
+
+        Raises:
+            TimeoutError: the budget is spent.
+        """
+        search, start = self.pattern.search, 0
+        while (match := budget.run(search, text, start)) is not None:
             found = {name: value for name, value in match.groupdict().items() if value}
             passed = [n for n in found if _is_skipped(found[n], skipped[self.skip])]
             if not passed:
                 return found
-            # Just behind the skipped word, not behind the match: what follows may be in it.
-            start = min(match.end(name) for name in passed)
+            # Just behind the skipped word, not behind the match: what follows may be in it. A
+            # word found by looking behind may end where this search began: go on all the same.
+            start = max(start + 1, min(match.end(name) for name in passed))
         return {}
 
 
@@ -218,18 +236,27 @@ class LeftoverStep(BaseModel):
     _pattern = field_validator("leftover")(_check_pattern)
 
     @property
+    def pattern(self) -> Pattern[str]:
+        """`leftover`, compiled."""
+        return _compiled(self.leftover)
+
+    @property
     def fields(self) -> frozenset[str]:
         """The one field that this step can fill."""
         return frozenset({self.field})
 
-    def find(self, text: str, skipped: Skipped) -> dict[str, str]:
-        """The chosen token, or an empty dict when none is left."""
-        pattern = _compiled(self.leftover)
+    def find(self, text: str, skipped: Skipped, budget: _Budget) -> dict[str, str]:
+        """The chosen token, or an empty dict when none is left.
+
+        Raises:
+            TimeoutError: the budget is spent.
+        """
+        fullmatch = self.pattern.fullmatch
         left = [
             token.removesuffix("'s")
             for token in _TOKEN.findall(text)
             if not _is_skipped(token, skipped[self.skip])
-            and pattern.fullmatch(token.removesuffix("'s"))
+            and budget.run(fullmatch, token.removesuffix("'s"))
         ]
         if not left:
             return {}
@@ -294,7 +321,7 @@ class PromptSpec(BaseModel):
     @property
     def fields(self) -> tuple[str, ...]:
         """The template's fields in their order, each once."""
-        return tuple(dict.fromkeys(_fields(self.template)))
+        return _fields(self.template)
 
     @field_validator("template")
     @classmethod
@@ -327,7 +354,9 @@ def _quoted(names: list[str]) -> str:
     return ", ".join(f"`{name}`" for name in names)
 
 
-def _fields(template: str) -> list[str]:
+@lru_cache(maxsize=16_384)
+def _fields(template: str) -> tuple[str, ...]:
+    """The fields of a template in their order, each once."""
     try:
         parts = list(Formatter().parse(template))
     except ValueError as error:
@@ -335,7 +364,7 @@ def _fields(template: str) -> list[str]:
             f"the template {template!r} is malformed ({error}): write a field as {{name}} and a "
             "brace that is meant as such twice, {{ or }}"
         ) from None
-    names = []
+    names: dict[str, None] = {}
     for _, name, spec, conversion in parts:
         if name is None:
             continue
@@ -344,15 +373,16 @@ def _fields(template: str) -> list[str]:
                 f"the template {template!r} has a field that is not a plain name: write it as "
                 "{name}, without index, attribute or format"
             )
-        names.append(name)
-    return names
+        names[name] = None
+    return tuple(names)
 
 
 def extract(spec: PromptSpec, text: str) -> dict[str, str] | None:
     """The template's fields as found in a message, or None when one of them is not found.
 
     Args:
-        text: a person's message; beyond `MAX_CHARS` characters it is not searched.
+        text: a person's message; beyond `MAX_CHARS` characters it is not searched, and beyond
+            `MAX_SECONDS` no longer.
     """
     if len(text) > MAX_CHARS:
         return None
@@ -360,12 +390,25 @@ def extract(spec: PromptSpec, text: str) -> dict[str, str] | None:
     if spec.lower:
         text = text.lower()
     skipped = _skipped(spec.ignore, spec.context)
+    budget = _Budget(MAX_SECONDS)
     found: dict[str, str] = {}
     for step in spec.extract:
         if step.fields <= found.keys():
             continue
-        # What earlier steps found stays: they are the surer ones.
-        found = step.find(text, skipped) | found
+        try:
+            # What earlier steps found stays: they are the surer ones.
+            found = step.find(text, skipped, budget) | found
+        except TimeoutError:
+            log.warning(
+                "searching a message of %d characters for the template %r was given up after "
+                "%.0f ms, at the pattern %r: write it with fewer unbounded repeats such as .* "
+                "or \\w+, or bound them, e.g. {0,20}",
+                len(text),
+                spec.template,
+                1000 * MAX_SECONDS,
+                step.pattern.pattern,
+            )
+            return None
         if len(found) == len(spec.fields):
             return found
     return None

@@ -12,6 +12,7 @@ def record_of(outcome: Outcome, *, content: bool, embedding: FloatArray | None =
     allow it."""
     request, plan = outcome.request, outcome.plan
     assert outcome.status != "running"
+    called = [call["expert"] for call in outcome.timings.calls]
     asked: tuple[Message, ...] = ({"role": "user", "content": request.prompt},)
     return Record(
         id=request.id,
@@ -22,7 +23,7 @@ def record_of(outcome: Outcome, *, content: bool, embedding: FloatArray | None =
         status=outcome.status,
         strategy=plan.strategy if plan else None,
         plan=plan,
-        experts=tuple(outcome.experts),
+        experts=tuple(dict.fromkeys([*outcome.experts, *called])),
         error_code=outcome.error,
         timings=outcome.timings,
         usage=outcome.usage,

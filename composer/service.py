@@ -9,17 +9,20 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
+from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from pathlib import Path
 from time import perf_counter
 from typing import Any
 
 from composer.embedder import TextEmbedder
 from composer.errors import (
+    CatalogError,
     ComposerError,
     Conflict,
     EngineError,
+    EngineUnavailable,
+    Problem,
     StoreError,
     UnknownModel,
 )
@@ -27,7 +30,7 @@ from composer.generations import Generation, Generations
 from composer.pipeline import Outcome, Pipeline
 from composer.recording import record_of
 from composer.registry import Loaded, RegistryError
-from composer.registry.watch import watch
+from composer.registry.watch import Watcher
 from composer.scheduling.base import Limits, Scheduler
 from composer.settings import Settings
 from composer.store import Recorder, Store
@@ -35,8 +38,9 @@ from composer.types import Adapter, Catalog, Expert
 
 log = logging.getLogger(__name__)
 
-Load = Callable[[Sequence[Mapping[str, Any]], int], Loaded]
-"""Runtime experts' specs and the next version → the catalog. Blocks; raises CatalogError."""
+Load = Callable[[Sequence[Mapping[str, Any]], int, Collection[str]], Loaded]
+"""Runtime experts' specs, the next version, and the ids of those that may be left out where they
+are wrong → the catalog. Blocks; raises RegistryError."""
 
 Build = Callable[[Catalog, Sequence[Generation]], Awaitable[Generation]]
 """The catalog and the live generations whose engines may be shared → the next generation."""
@@ -78,8 +82,9 @@ class Service:
         self._build = build
         self._limits = limits
         self._version = 0
+        self._left_out: dict[str, str] = {}
         self._rows: Sequence[Mapping[str, Any]] = ()
-        self._watched: frozenset[Path] = frozenset()
+        self._watcher = Watcher()
         self._changing = asyncio.Lock()
         self._stop = asyncio.Event()
         self._tasks: set[asyncio.Task[None]] = set()
@@ -94,31 +99,42 @@ class Service:
         """
         if self.generations.live:
             return
-        await self.store.start()
-        await self.recorder.start()
-        async with self._changing:
-            self._rows = await self.store.list_experts()
-            await self._install(self._rows)
-        self._spawn(watch(lambda: self._watched, self.reload, self._stop))
+        try:
+            await self.store.start()
+            await self.recorder.start()
+            async with self._changing:
+                self._rows = await self.store.list_experts()
+                await self._install(self._rows, booting=True)
+        except BaseException:
+            await self.close()
+            raise
+        self._spawn(self._watcher.run(self.reload, self._stop))
         log.info("ready after %.1f s", perf_counter() - self._started)
 
     async def close(self) -> None:
-        """Lets running requests end for up to `drain_timeout_s`, then stops everything."""
+        """Lets running requests end for up to `drain_timeout_s`, then stops everything. Every
+        part is closed, whatever another one raises. May be called twice, and after a failed start.
+        """
         self._stop.set()
-        try:
-            async with asyncio.timeout(self.settings.drain_timeout_s):
-                await self.generations.drained()
-        except TimeoutError:
-            log.warning("stopping with %d requests unfinished", self.generations.holds)
-        engines = {id(e): e for g in self.generations.live for e in g.engines.values()}
-        self.generations.swap(None)
-        for engine in engines.values():
-            await engine.close()
+        async with AsyncExitStack() as parts:  # closed from the last to the first
+            parts.push_async_callback(self.store.close)
+            parts.push_async_callback(self.recorder.close)
+            parts.push_async_callback(self.embedder.close)
+            parts.push_async_callback(self._finish_tasks)
+            engines = {id(e): e for g in self.generations.live for e in g.engines.values()}
+            for engine in engines.values():
+                parts.push_async_callback(engine.close)
+            parts.callback(self.generations.swap, None)
+            try:
+                async with asyncio.timeout(self.settings.drain_timeout_s):
+                    await self.generations.drained()
+            except TimeoutError:
+                log.warning("stopping with %d requests unfinished", self.generations.holds)
+
+    async def _finish_tasks(self) -> None:
+        """A reload under way sees the stop and puts back what it built."""
         if self._tasks:
-            await asyncio.wait(self._tasks, timeout=5)
-        await self.embedder.close()
-        await self.recorder.close()
-        await self.store.close()
+            await asyncio.wait(self._tasks, timeout=self.settings.drain_timeout_s)
 
     # --- changing what is served -----------------------------------------------------------
 
@@ -131,10 +147,12 @@ class Service:
                 log.warning("runtime experts as last read, the database is away: %s", error)
             try:
                 await self._install(self._rows)
-            except ComposerError as error:
+            except Exception as error:  # whatever it is, /health must say that it failed
                 problems = tuple(str(error).splitlines())
                 self.reload_state = ReloadState(datetime.now(UTC), ok=False, problems=problems)
-                log.error("the catalog stays at version %d:\n%s", self._version, error)
+                unforeseen = None if isinstance(error, ComposerError) else error
+                message = "the catalog stays at version %d:\n%s"
+                log.error(message, self._version, error, exc_info=unforeseen)
 
     async def add_expert(self, spec: Mapping[str, Any]) -> Expert:
         """Serves one more expert from now on, and after a restart.
@@ -145,15 +163,31 @@ class Service:
         async with self._changing:
             rows = await self.store.list_experts()
             id_ = spec.get("id")
-            if id_ in self.generations.current.catalog.experts:
+            if id_ in self._left_out or id_ in self.generations.current.catalog.experts:
                 raise Conflict(f"there is already an expert {id_!r}; choose another id", param="id")
-            await self._install([*rows, spec], keep=lambda: self.store.put_expert(str(id_), spec))
+            try:
+                await self._install(
+                    [*rows, spec], keep=lambda: self.store.put_expert(str(id_), spec)
+                )
+            except RegistryError as error:
+                if set(own := error.about(id_)) == set(error.problems):
+                    raise CatalogError(own) from error
+                log.warning("expert %r cannot be added: %s", id_, error)
+                raise Conflict(
+                    "the registry file is wrong at present, so no expert can be added; /health "
+                    "says what to mend in it"
+                ) from error
             self._rows = [*rows, spec]
             return self.generations.current.catalog.experts[str(id_)]
 
     async def remove_expert(self, id_: str) -> None:
         """Raises UnknownModel, or Conflict for an expert that stands in the registry file."""
         async with self._changing:
+            if id_ in self._left_out:
+                await self.store.delete_expert(id_)
+                del self._left_out[id_]
+                self._rows = [row for row in self._rows if row["id"] != id_]
+                return
             expert = self.generations.current.catalog.experts.get(id_)
             if expert is None:
                 raise UnknownModel(f"there is no expert {id_!r}", param="id")
@@ -163,37 +197,66 @@ class Service:
                     param="id",
                 )
             rows = [row for row in await self.store.list_experts() if row["id"] != id_]
-            await self._install(rows, keep=lambda: self.store.delete_expert(id_))
+            try:
+                await self._install(rows, keep=lambda: self.store.delete_expert(id_))
+            except RegistryError as error:
+                log.warning("expert %r cannot be taken away: %s", id_, error)
+                raise Conflict(
+                    f"the registry file names expert {id_!r}, or is wrong at present; mend it first"
+                ) from error
             self._rows = rows
 
     async def _install(
         self,
         rows: Sequence[Mapping[str, Any]],
         keep: Callable[[], Awaitable[None]] | None = None,
+        *,
+        booting: bool = False,
     ) -> None:
         """The one path of boot, reload and runtime change. `keep` makes the change durable
-        after everything is built and before anything is swapped."""
+        after everything is built and before anything is swapped.
+
+        When booting, a runtime expert that has become wrong is left out rather than keeping
+        everybody from being served. It stays in the database and is tried again at each reload,
+        until it is mended or deleted.
+        """
         began = perf_counter()
+        may_skip = [row["id"] for row in rows] if booting else list(self._left_out)
         try:
-            loaded = await asyncio.to_thread(self._load, rows, self._version + 1)
+            loaded = await asyncio.to_thread(self._load, rows, self._version + 1, may_skip)
         except RegistryError as error:
-            self._watched |= error.watched  # so that mending any of them is noticed
+            if keep is None:  # so that mending any of them is noticed
+                self._watcher.looked_at(error.watched, in_part=True)
             raise
         current = self.generations.live[-1] if self.generations.live else None
-        self._watched = loaded.watched
-        if current is not None and loaded.catalog.digest == current.catalog.digest:
+        if keep is None:  # a change that fails below must not pass for one of the file
+            self._watcher.looked_at(loaded.watched)
+        if (
+            current is not None
+            and loaded.catalog.digest == current.catalog.digest
+            and all([await engine.healthy() for engine in current.engines.values()])
+        ):
+            if not self.reload_state.ok:
+                log.info(
+                    "the registry is right again; the catalog stays at version %d", self._version
+                )
+            self._left_out = _told(loaded.skipped)
             self.reload_state = ReloadState(datetime.now(UTC))
             return
         generation = await self._build(loaded.catalog, self.generations.live)
         try:
             if keep is not None:
                 await keep()
+            if self._stop.is_set():
+                raise EngineUnavailable("the service is closing")
         except BaseException:
             await self._release(generation)
             raise
         self._version = loaded.catalog.version
+        self._left_out = _told(loaded.skipped)
         self.scheduler.configure(self._all_limits(generation))
         self.generations.swap(generation)
+        self._watcher.looked_at(loaded.watched)
         self.reload_state = ReloadState(datetime.now(UTC))
         log.info(
             "catalog version %d: %d experts, %d policies, built in %.2f s",
@@ -240,15 +303,20 @@ class Service:
         self.recorder.put(record_of(outcome, content=content, embedding=embedding))
 
     async def health(self) -> dict[str, Any]:
-        """What /health shows. `status` is ok, degraded (the last reload failed, or the
-        database is away) or starting."""
+        """What /health shows. `status` is ok, starting, or degraded: the last reload failed, a
+        runtime expert was left out at boot, a server died, or the database is away."""
         generation = self.generations.live[-1] if self.generations.live else None
         servers = {
             server: await engine.healthy()
             for server, engine in (generation.engines.items() if generation else ())
         }
         recorder = self.recorder.stats()
-        fine = self.reload_state.ok and all(servers.values()) and recorder["database_up"]
+        fine = (
+            self.reload_state.ok
+            and not self._left_out
+            and all(servers.values())
+            and recorder["database_up"]
+        )
         status = "starting" if generation is None else "ok" if fine else "degraded"
         return {
             "status": status,
@@ -257,6 +325,7 @@ class Service:
                 "version": self._version,
                 "digest": generation.catalog.digest if generation else None,
                 "experts": len(generation.catalog.experts) if generation else 0,
+                "left_out": dict(self._left_out),
                 "reload": {
                     "at": self.reload_state.at.isoformat() if self.reload_state.at else None,
                     "ok": self.reload_state.ok,
@@ -278,6 +347,10 @@ class Service:
         self._tasks.discard(task)
         if not task.cancelled() and task.exception() is not None:
             log.error("a background task failed", exc_info=task.exception())
+
+
+def _told(skipped: Mapping[str, Sequence[Problem]]) -> dict[str, str]:
+    return {id_: "\n".join(map(str, problems)) for id_, problems in skipped.items()}
 
 
 def adapters_on(server: str, generations: Collection[Generation]) -> tuple[Adapter, ...]:

@@ -20,7 +20,7 @@ class Settings(BaseSettings):
         description="Folders adapters may lie in, a JSON list; default: the registry file's own.",
     )
     host: str = "127.0.0.1"
-    port: int = 8000
+    port: int = Field(8000, ge=1, le=65535)
     api_key: str | None = Field(
         None, description="When set, every /v1 request needs `Authorization: Bearer <key>`."
     )

@@ -12,7 +12,7 @@ from tests.fakes import stage
 
 
 def test_before_the_first_generation_the_service_is_starting() -> None:
-    with pytest.raises(EngineUnavailable, match="still starting"):
+    with pytest.raises(EngineUnavailable, match="starting"):
         Generations(lambda _: None).hold()
 
 

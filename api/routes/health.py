@@ -5,6 +5,7 @@ from __future__ import annotations
 from starlette.responses import Response
 
 from api.deps import ServiceDep, make_router
+from api.errors import without_paths
 from api.responses import Json
 from composer.errors import EngineUnavailable
 
@@ -15,7 +16,11 @@ router = make_router()
 async def health(service: ServiceDep) -> Response:
     """Always 200 while the process lives; `status` says ok, degraded or starting, and the
     rest says why."""
-    return Json(await service.health())
+    state = await service.health()
+    catalog = state["catalog"]
+    catalog["left_out"] = {id_: without_paths(why) for id_, why in catalog["left_out"].items()}
+    catalog["reload"]["problems"] = [without_paths(p) for p in catalog["reload"]["problems"]]
+    return Json(state)
 
 
 @router.get("/ready")

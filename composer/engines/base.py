@@ -15,8 +15,9 @@ class Engine(Protocol):
     """One server, for as long as its settings stay the same.
 
     `honours` are the abilities this engine can give an expert, `adapter_features` what it can do
-    with adapters beyond plain LoRA. Adapters are known by digest:
-    the same weights are loaded once, whatever experts use them.
+    with adapters beyond plain LoRA, `model_field` the setting that names its weights (None:
+    somebody else's). Adapters are known by digest: the same weights are loaded once, whatever
+    experts use them.
     """
 
     name: ClassVar[str]
@@ -24,8 +25,15 @@ class Engine(Protocol):
     settings: ClassVar[type[BaseModel]]
     honours: ClassVar[frozenset[Ability]]
     adapter_features: ClassVar[frozenset[AdapterFeature]]
+    takes_adapters: ClassVar[bool]
+    model_field: ClassVar[str | None]
 
     def __init__(self, server: str, settings: Any) -> None: ...
+
+    @property
+    def capacity(self) -> tuple[int, int]:
+        """Calls it runs at once, and calls that may wait for it before new ones are refused."""
+        ...
 
     async def start(self) -> None:
         """Ready to run calls on the base model. Raises EngineUnavailable with the remedy."""

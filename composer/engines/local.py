@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncGenerator, Collection, Sequence
+from importlib import import_module
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -64,6 +65,8 @@ class EmbeddedEngine:
     adapter_features: ClassVar[frozenset[AdapterFeature]] = frozenset(
         {"rank_pattern", "alpha_pattern"}
     )
+    takes_adapters: ClassVar[bool] = True
+    model_field: ClassVar[str | None] = "model"
 
     def __init__(self, server: str, settings: EmbeddedSettings) -> None:
         self._server = server
@@ -71,22 +74,30 @@ class EmbeddedEngine:
         self._worker: Worker | None = None
         self._closed = False
 
+    @property
+    def capacity(self) -> tuple[int, int]:
+        return self._settings.max_batch, self._settings.queue
+
     async def start(self) -> None:
         # Seconds of imports: off the event loop, and only where an embedded server is used.
-        def make() -> Worker:
-            from composer.engines.worker import Worker
+        await asyncio.to_thread(import_module, "composer.engines.worker")
+        from composer.engines.worker import Worker
 
-            return Worker(self._server, self._settings)
-
-        if self._worker is not None:
-            return
-        worker = await asyncio.to_thread(make)
+        if self._closed:
+            raise self._not_running()
+        if self._worker is None or not self._worker.alive:
+            self._worker = Worker(self._server, self._settings)
+        worker = self._worker
         try:
             await asyncio.wrap_future(worker.started)
-        except BaseException:
-            worker.stop()
+        except asyncio.CancelledError:
+            worker.stop()  # it ends when what it loads is loaded; `close` waits for that
             raise
-        self._worker = worker
+        except BaseException:
+            self._worker = None  # its thread has ended, and holds what it had loaded
+            raise
+        if not worker.alive:  # closed meanwhile
+            raise self._not_running()
 
     async def prepare(self, adapters: Collection[Adapter]) -> None:
         def load(model: LocalModel) -> None:
@@ -125,7 +136,7 @@ class EmbeddedEngine:
         return int(counted)
 
     async def healthy(self) -> bool:
-        return self._worker is not None and self._worker.alive
+        return self._worker is not None and self._worker.ready
 
     async def close(self) -> None:
         self._closed = True
@@ -134,7 +145,10 @@ class EmbeddedEngine:
             await asyncio.to_thread(self._worker.join)
 
     def _running(self) -> Worker:
-        if self._worker is None or self._closed:
-            state = "closed" if self._closed else "not started"
-            raise EngineUnavailable(f"the embedded engine of server {self._server!r} is {state}")
+        if self._worker is None or self._closed or not self._worker.started.done():
+            raise self._not_running()
         return self._worker
+
+    def _not_running(self) -> EngineUnavailable:
+        state = "closed" if self._closed else "not started"
+        return EngineUnavailable(f"the embedded engine of server {self._server!r} is {state}")

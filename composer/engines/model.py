@@ -11,12 +11,16 @@ from collections.abc import Collection, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
-from peft import LoraConfig, PeftModel
+from peft import LoraConfig, PeftModel, set_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, GenerationConfig
 from transformers.utils.logging import disable_progress_bar
 
+from composer.adapters.files import WEIGHTS
+from composer.adapters.lora_config import read_lora_config
+from composer.adapters.tensors import RawTensor, read_tensors
+from composer.adapters.verify import adapter_digest
 from composer.engines.lora import BASE, MixedLora
 from composer.errors import EngineError, EngineUnavailable
 from composer.types import Adapter
@@ -26,7 +30,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-WEIGHTS = "adapter_model.safetensors"
+_TORCH_DTYPE = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+"""safetensors' names of the types that adapters are verified to have."""
 
 CACHED_LAYERS = {"full_attention", "sliding_attention"}
 """Layer types whose whole state is keys and values per token, which rows can be cut out of."""
@@ -102,10 +107,7 @@ class LocalModel:
     def _load(self, adapter: Adapter) -> None:
         name = adapter_name(adapter.digest)
         try:
-            if not (adapter.path / WEIGHTS).is_file():
-                raise FileNotFoundError(f"it has no {WEIGHTS}")
-            config = LoraConfig.from_pretrained(str(adapter.path), local_files_only=True)
-            config.inference_mode = True
+            config, tensors = _read(adapter)
             if self._peft is None:
                 self._peft = PeftModel(
                     self._base, config, name, autocast_adapter_dtype=False, low_cpu_mem_usage=True
@@ -115,12 +117,15 @@ class LocalModel:
                     name, config, autocast_adapter_dtype=False, low_cpu_mem_usage=True
                 )
             self._peft.eval()
-            result = self._peft.load_adapter(
-                str(adapter.path), name, torch_device=str(self.device), low_cpu_mem_usage=True
+            weights = {key: _to_torch(raw, self.device) for key, raw in tensors.items()}
+            result: Any = set_peft_model_state_dict(
+                self._peft, weights, adapter_name=name, low_cpu_mem_usage=True
             )
             tuner: Any = self._peft.base_model
             tuner.set_adapter([])  # none is active by itself: rows name theirs
-            odd = [*result.missing_keys, *result.unexpected_keys]
+            # The base's own keys are missing too, and so are the other adapters'.
+            missing = [key for key in result.missing_keys if name in key]
+            odd = [*missing, *result.unexpected_keys]
             if odd:
                 raise ValueError(f"its tensors do not match its config: {', '.join(odd[:4])}")
         except Exception as error:  # peft raises whatever its many readers raise
@@ -193,6 +198,35 @@ class LocalModel:
 def adapter_name(digest: str) -> str:
     """The digest as a name that torch's module dictionaries take: no dots, no method names."""
     return "digest_" + re.sub(r"[^0-9A-Za-z]", "", digest)
+
+
+def _read(adapter: Adapter) -> tuple[LoraConfig, dict[str, RawTensor]]:
+    """What peft is to load: read once, and the very bytes that were verified.
+
+    Raises ValueError when they are not (the catalog may have checked them long ago), and what
+    reading raises.
+    """
+    # What the config's problems are was asked when it was verified; an equal digest answers it.
+    config, problems = read_lora_config(adapter.path, ())
+    tensors = read_tensors(adapter.path / WEIGHTS)
+    if config is None:
+        raise ValueError("; ".join(map(str, problems)))
+    found = adapter_digest(config, tensors)
+    if found != adapter.digest:
+        raise ValueError(
+            f"it changed on disk since it was checked (its digest is {found}, it was "
+            f"{adapter.digest}); restore its files, or reload the registry, which checks it again"
+        )
+    settings = {key: value for key, value in config.raw.items() if key != "runtime_config"}
+    made: LoraConfig = LoraConfig.from_peft_type(**settings)  # type: ignore[no-untyped-call]
+    made.inference_mode = True
+    return made, tensors
+
+
+def _to_torch(raw: RawTensor, device: torch.device) -> Tensor:
+    """In float32, as peft holds adapters of half precision too."""
+    flat = torch.frombuffer(raw.data, dtype=_TORCH_DTYPE[raw.dtype])
+    return flat.reshape(raw.shape).to(device, torch.float32)
 
 
 def _end_ids(generation: GenerationConfig | None, tokenizer: Any) -> frozenset[int]:

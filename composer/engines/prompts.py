@@ -79,15 +79,17 @@ def encode(tokenizer: Any, messages: Sequence[Message], prompt: str | None) -> l
 
 def budget(call: Call, prompt_tokens: int, context: int) -> int:
     """Tokens the answer may take. Raises ContextTooLong when prompt and `max_tokens` do not fit
-    the smaller of the expert's window and the model's `context`."""
+    the smaller of the expert's window and the model's `context`. A `max_tokens` that is only the
+    expert's default is cut to the room there is; one token must fit."""
     window = min(call.context_window, context)
     room = window - prompt_tokens
-    wanted = call.sampling.max_tokens
-    if room < (wanted or 1):
-        asked = f" and max_tokens {wanted}" if wanted else ""
+    limit = call.sampling.max_tokens
+    demand = limit if call.max_tokens_asked else None
+    if room < (demand or 1):
+        asked = f" and max_tokens {demand}" if demand else ""
         raise ContextTooLong(
             f"the prompt's {prompt_tokens} tokens{asked} exceed the context window of {window} "
             f"tokens of expert {call.expert!r}",
             param="messages" if call.prompt is None else "prompt",
         )
-    return wanted or room
+    return room if limit is None else min(limit, room)

@@ -11,7 +11,11 @@ from torch import Tensor
 @dataclass(frozen=True, slots=True)
 class Knobs:
     """Per row: `temperature` (rows,), 0 for greedy; `top_p` (rows,) in [0, 1]; `uniform` (rows,)
-    a number of [0, 1) that decides the row's draw."""
+    a number of [0, 1) that decides the row's draw.
+
+    `uniform` is float64, as `random.random` draws it: float32 rounds its upper end to 1, which
+    lies beyond the whole mass, where tokens of no probability are.
+    """
 
     temperature: Tensor
     top_p: Tensor

@@ -74,10 +74,13 @@ class Task:
 
 
 class Worker:
-    """Starts its thread at once; `started` resolves when the model is loaded, or with why not."""
+    """Starts its thread at once; `started` resolves when the model has run once, or with why
+    not. It cannot be cancelled, since a load cannot be interrupted: `stop` ends the thread after
+    it."""
 
     def __init__(self, server: str, settings: EmbeddedSettings) -> None:
         self.started: Future[None] = Future()
+        self.started.set_running_or_notify_cancel()
         self._server = server
         self._settings = settings
         self._inbox: queue.SimpleQueue[Job | Task | None] = queue.SimpleQueue()
@@ -116,7 +119,12 @@ class Worker:
 
     @property
     def alive(self) -> bool:
+        """Loading or running."""
         return self._thread.is_alive() and not self._ending
+
+    @property
+    def ready(self) -> bool:
+        return self.started.done() and self.alive
 
     def _put(self, item: Job | Task) -> None:
         with self._gate:
@@ -135,6 +143,8 @@ class Worker:
                 torch.set_num_threads(self._settings.threads)
             self._model = LocalModel(self._settings)
             self._batch = Batch(self._model)
+            if not self._ending:
+                self._warm_up()
         except BaseException as error:
             self._end()
             self.started.set_exception(error)
@@ -151,6 +161,19 @@ class Worker:
         finally:
             self._end()
             del self._model, self._batch
+
+    def _warm_up(self) -> None:
+        """What torch sets up at the first forward is paid here, not by the first caller."""
+        try:
+            self._batch.prefill([[0]], [None])
+            self._batch.step([0])
+        except Exception as error:
+            raise EngineUnavailable(
+                f"the base model {self._settings.model!r} was loaded but cannot run ({error!r}); "
+                "see whether `device` and `dtype` suit it, or serve it with vLLM"
+            ) from error
+        finally:
+            self._batch.clear()
 
     def _receive(self) -> bool:
         """Takes what has come, waiting for it where there is nothing to run; False at the end."""
@@ -278,10 +301,11 @@ class Worker:
         """One token more for each row. A row that fails fails its own call only."""
         device = logits.device
         samplings = [row.job.call.sampling for row in rows]
+        temperatures = [_or_one(s.temperature) for s in samplings]
+        top_ps = [_or_one(s.top_p) for s in samplings]
+        draws = [row.rng.random() for row in rows]
         knobs = Knobs(
-            temperature=torch.tensor([_or_one(s.temperature) for s in samplings], device=device),
-            top_p=torch.tensor([_or_one(s.top_p) for s in samplings], device=device),
-            uniform=torch.tensor([row.rng.random() for row in rows], device=device),
+            *torch.tensor([temperatures, top_ps, draws], dtype=torch.float64, device=device)
         )
         sound = torch.isfinite(logits).all(dim=-1).tolist()
         tokens = sample(torch.nan_to_num(logits), knobs)

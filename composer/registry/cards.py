@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from composer.adapters.cache import FileCache
@@ -67,9 +67,10 @@ def read_examples(file: Path, roots: Sequence[Path]) -> tuple[str, ...]:
     return tuple(examples)
 
 
-def scan(folder: Path, pattern: str) -> tuple[list[Path], set[Path]]:
+def scan(folder: Path, pattern: str, look: Callable[[Path], None]) -> tuple[list[Path], set[Path]]:
     """Folders that match `pattern` (relative to `folder`, or absolute), sorted, and the folders
-    in which another match could appear. Hidden ones are left out unless named."""
+    that were searched. `look` is told of each before it is searched, and of those that are not
+    there but would lead to a match. Hidden ones are left out unless named."""
     path = Path(pattern)
     start = Path(path.anchor) if path.is_absolute() else folder
     parts = path.parts[1:] if path.is_absolute() else path.parts
@@ -79,6 +80,8 @@ def scan(folder: Path, pattern: str) -> tuple[list[Path], set[Path]]:
             level = [parent / part for parent in level]
         elif any(mark in part for mark in "*?["):
             searched.update(level)
+            for parent in level:
+                look(parent)
             level = [
                 child
                 for parent in level
@@ -86,7 +89,10 @@ def scan(folder: Path, pattern: str) -> tuple[list[Path], set[Path]]:
                 if child.is_dir() and (part.startswith(".") or not child.name.startswith("."))
             ]
         else:
-            level = [parent / part for parent in level if (parent / part).is_dir()]
+            level = [parent / part for parent in level]
+            for missing in (child for child in level if not child.is_dir()):
+                look(missing)
+            level = [child for child in level if child.is_dir()]
     return level, searched
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -10,13 +11,15 @@ from composer.adapters.cache import FileCache
 from composer.errors import Problem
 from composer.registry.families import Families
 from composer.registry.source import Document
+from composer.registry.stamps import Stamp, stamp
 
 
 @dataclass(slots=True)
 class Context:
-    """`folder` is where relative paths start. `problems` and `watched` grow as the load goes on.
-    `experts_missing`: some experts could not be gathered, so that a name that is not there may
-    be one of theirs."""
+    """`folder` is where relative paths start. The rest grows as the load goes on: `problems` of
+    the file, those of run-time experts by id (`""`: of a spec without one), and the stamp of
+    each path from before it was first read. `experts_missing`: some experts could not be
+    gathered, so that a name that is not there may be one of theirs."""
 
     file: Document
     folder: Path
@@ -24,8 +27,20 @@ class Context:
     roots: tuple[Path, ...]
     cache: FileCache
     problems: list[Problem] = field(default_factory=list)
-    watched: set[Path] = field(default_factory=set)
+    of_runtime: dict[str, list[Problem]] = field(default_factory=dict)
+    watched: dict[Path, Stamp] = field(default_factory=dict)
     experts_missing: bool = False
+
+    def add_runtime(self, id_: str, problems: Sequence[Problem]) -> None:
+        """Problems that a run-time expert has or makes, as opposed to those of the file."""
+        if problems:
+            self.of_runtime.setdefault(id_, []).extend(problems)
+
+    def look(self, path: Path) -> None:
+        """To be called before `path` is read, from any thread: the stamp from before the first
+        reading is the one that tells of every change since."""
+        if path not in self.watched:
+            self.watched.setdefault(path, stamp(path))
 
     def located(self, path: str, start: Path | None = None) -> Path:
         """`path` from `start` (default: the registry's folder), `~` expanded."""

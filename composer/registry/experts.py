@@ -37,7 +37,6 @@ class Prepared:
     expert: Expert | None = None
     spec: ExpertSpec | None = None
     problems: list[Problem] = field(default_factory=list)
-    watched: set[Path] = field(default_factory=set)
 
 
 def prepare(
@@ -52,8 +51,10 @@ def prepare(
     with ThreadPoolExecutor(_THREADS, thread_name_prefix="registry") as pool:
         results = list(pool.map(lambda entry: _prepare(context, entry, servers, broken), entries))
     for result in results:
-        context.problems += result.problems
-        context.watched |= result.watched
+        if result.entry.source == "runtime":
+            context.add_runtime(result.entry.id, result.problems)
+        else:
+            context.problems += result.problems
     return results
 
 
@@ -66,7 +67,7 @@ def _prepare(
     result = Prepared(entry)
     block = entry.block
     try:
-        folder, roots = _adapter_folder(context, entry, result)
+        folder, roots = _adapter_folder(context, entry)
     except CatalogError as error:
         result.problems += _retold(block, error)
         return result
@@ -119,15 +120,13 @@ def _prepare(
     return result
 
 
-def _adapter_folder(
-    context: Context, entry: Entry, result: Prepared
-) -> tuple[Path | None, tuple[Path, ...]]:
+def _adapter_folder(context: Context, entry: Entry) -> tuple[Path | None, tuple[Path, ...]]:
     """The adapter's folder and the roots it may lie in. None where there is no adapter, or one
     written in a way that validation refuses."""
     written = entry.block.data.get("adapter")
     if isinstance(written, str) and written:
         folder = entry.folder or context.located(written)
-        result.watched.add(folder)
+        context.look(folder)
         return folder, context.roots
     if isinstance(written, Mapping):
         name, revision = written.get("hub"), written.get("revision")
@@ -179,7 +178,7 @@ def _examples(context: Context, block: Block, result: Prepared) -> tuple[str, ..
     if place.document.file != RUNTIME:  # a card's files lie beside the card
         start = Path(place.document.file).parent
     file = context.located(written, start)
-    result.watched.add(file)
+    context.look(file)
     try:
         return read_examples(file, context.roots)
     except CatalogError as error:

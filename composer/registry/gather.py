@@ -54,13 +54,20 @@ def gather(
         first = by_id.get(entry.id)
         if re.fullmatch(ID, entry.id) is None:
             problem = entry.block.problem((), f"{entry.id!r} cannot be an id", ID_REMEDY)
-            context.problems.append(problem)
+            _add(context, entry, problem)
             context.experts_missing = True
         elif first is None:
             by_id[entry.id] = entry
         else:
-            context.problems.append(_twice(entry, first))
+            _add(context, entry, _twice(entry, first))
     return list(by_id.values())
+
+
+def _add(context: Context, entry: Entry, problem: Problem) -> None:
+    if entry.source == "runtime":
+        context.add_runtime(entry.id, [problem])
+    else:
+        context.problems.append(problem)
 
 
 def _twice(entry: Entry, first: Entry) -> Problem:
@@ -99,12 +106,10 @@ def _from_runtime(context: Context, runtime: Sequence[Mapping[str, Any]]) -> lis
     for spec in runtime:
         id_ = spec.get("id")
         if not isinstance(id_, str):
-            context.problems.append(
-                Place(document, ("experts",)).problem(
-                    "an expert has no `id`" if id_ is None else f"the id {id_!r} is no text",
-                    f"Add `id`. {ID_REMEDY}",
-                )
-            )
+            message = "an expert has no `id`" if id_ is None else f"the id {id_!r} is no text"
+            place = Place(document, ("experts",))
+            context.add_runtime("", [place.problem(message, f"Add `id`. {ID_REMEDY}")])
+            context.experts_missing = True
             continue
         data = {key: value for key, value in spec.items() if key != "id"}
         specs.setdefault(id_, data)
@@ -147,13 +152,13 @@ def _scanned(context: Context, place: Place, item: object, servers: Sequence[str
     if spec is None:
         return []
     try:
-        folders, searched = scan(context.folder, context.expanded(spec.path))
+        pattern = context.expanded(spec.path)
+        folders, searched = scan(context.folder, pattern, context.look)
     except (OSError, RuntimeError, ValueError) as error:
         context.problems.append(
             path_place.problem(f"this pattern cannot be searched: {error}", "Correct it.")
         )
         return []
-    context.watched |= searched
     if not folders and not _still_empty(searched):
         message = f"no folder matches {spec.path}"
         remedy = "Correct the pattern; it is relative to the folder of this file."

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -25,6 +25,7 @@ from composer.registry.policies import make_policies
 from composer.registry.servers import KnownServer, make_servers
 from composer.registry.source import Document, parse_yaml
 from composer.registry.specs import FileSpec
+from composer.registry.stamps import Stamp, Stamps, stamp
 from composer.types import Catalog, Component, Expert, Policy
 
 _CACHE = FileCache()
@@ -38,19 +39,32 @@ _OTHER_KEYS = {"version", "servers", "policies", "default_policy"}
 
 @dataclass(frozen=True, slots=True)
 class Loaded:
-    """A catalog, and the files and folders whose change would change it."""
+    """A catalog, and the files and folders whose change would change it, each with its stamp
+    from before it was read. `skipped` are run-time experts that were left out, by id, and why."""
 
     catalog: Catalog
-    watched: frozenset[Path]
+    watched: Stamps
+    skipped: Mapping[str, tuple[Problem, ...]] = field(default_factory=dict)
 
 
 class RegistryError(CatalogError):
-    """The registry is wrong. `watched` are the files and folders that were looked at, so that
-    mending any of them can be noticed."""
+    """The registry is wrong. `watched` are the files and folders that were looked at, each with
+    its stamp from before it was read, so that mending any of them can be noticed."""
 
-    def __init__(self, problems: Sequence[Problem], watched: Iterable[Path]) -> None:
+    def __init__(
+        self,
+        problems: Sequence[Problem],
+        watched: Stamps,
+        of_runtime: Mapping[str, Sequence[Problem]] | None = None,
+    ) -> None:
         super().__init__(problems)
-        self.watched = frozenset(watched)
+        self.watched = watched
+        self._of_runtime = of_runtime or {}
+
+    def about(self, id_: object) -> tuple[Problem, ...]:
+        """Those of the problems that this run-time expert has or makes, its card's included;
+        `id_` as its spec has it, whatever that is. Empty: the rest of the registry is wrong."""
+        return tuple(self._of_runtime.get(id_ if isinstance(id_, str) else "", ()))
 
 
 def load_catalog(
@@ -60,34 +74,60 @@ def load_catalog(
     roots: Sequence[Path] = (),
     runtime: Sequence[Mapping[str, Any]] = (),
     version: int,
+    may_skip: Collection[str] = (),
     cache: FileCache | None = None,
 ) -> Loaded:
     """The catalog that the file and the runtime experts make together.
 
     `roots` are the folders that adapters, cards and examples may lie in; none: the file's own.
     `runtime` are experts in the form of experts.yaml, each with its `id` beside the rest; their
-    relative paths start at the file's folder. Blocks, for the network too where a hub name is
-    not in the cache.
+    relative paths start at the file's folder. Those in `may_skip` (ids) are left out, as if they
+    had never been added, where their own specs are wrong. Blocks, for the network too where a
+    hub name is not in the cache.
 
     Raises RegistryError (a CatalogError) with every problem found.
     """
-    watched = {path}
+    watched: dict[Path, Stamp] = {path: stamp(path)}
     try:
         document = _read(path)
         file, problems = _shell(document)
     except CatalogError as error:
         raise RegistryError(error.problems, watched) from error
-    unusable = {problem.path for problem in problems} - _OTHER_KEYS
-    context = Context(
-        file=document,
-        folder=path.parent,
-        families=families,
-        roots=tuple(root.resolve() for root in roots) or (path.resolve().parent,),
-        cache=cache if cache is not None else _CACHE,
-        problems=problems,
-        watched=watched,
-        experts_missing=bool(unusable),
-    )
+    skipped: dict[str, tuple[Problem, ...]] = {}
+    while True:
+        context = Context(
+            file=document,
+            folder=path.parent,
+            families=families,
+            roots=tuple(root.resolve() for root in roots) or (path.resolve().parent,),
+            cache=cache if cache is not None else _CACHE,
+            problems=list(problems),
+            watched=watched,
+            experts_missing=bool({problem.path for problem in problems} - _OTHER_KEYS),
+        )
+        catalog = _make_catalog(context, file, runtime, version)
+        bad = context.of_runtime.keys() & set(may_skip)
+        if not bad:
+            break
+        # Once more without them, rather than patching what they had a part in. It is rare, each
+        # round has fewer, and what was read is in the cache.
+        skipped |= {id_: tuple(context.of_runtime[id_]) for id_ in bad}
+        runtime = [spec for spec in runtime if _id(spec) not in bad]
+    if catalog is None:
+        found = [*context.problems, *(p for some in context.of_runtime.values() for p in some)]
+        raise RegistryError(_in_order(found), watched, context.of_runtime)
+    return Loaded(catalog, MappingProxyType(watched), MappingProxyType(skipped))
+
+
+def _id(spec: Mapping[str, Any]) -> str | None:
+    id_ = spec.get("id")
+    return id_ if isinstance(id_, str) else None
+
+
+def _make_catalog(
+    context: Context, file: _Shell, runtime: Sequence[Mapping[str, Any]], version: int
+) -> Catalog | None:
+    """None where there are problems; the context has them."""
     servers = make_servers(context, file.servers)
     names = file.servers.keys()
     entries = gather(context, file.experts, file.adapters_from, runtime, names)
@@ -95,11 +135,10 @@ def load_catalog(
     prepared = prepare(context, entries, servers, broken)
     policies = make_policies(context, file.policies, prepared)
     _check_whole(context, file, [entry.id for entry in entries])
-    if context.problems:
-        raise RegistryError(_in_order(context.problems), context.watched)
-
+    if context.problems or context.of_runtime:
+        return None
     experts = {result.entry.id: result.expert for result in prepared if result.expert is not None}
-    catalog = Catalog(
+    return Catalog(
         version=version,
         digest=_digest(servers, experts, policies, file.default_policy),
         servers=MappingProxyType({id_: known.server for id_, known in servers.items()}),
@@ -107,7 +146,6 @@ def load_catalog(
         policies=MappingProxyType(policies),
         default_policy=file.default_policy,
     )
-    return Loaded(catalog, frozenset(context.watched))
 
 
 def _read(path: Path) -> Document:

@@ -13,6 +13,7 @@ from pydantic import BaseModel
 from composer.registry.blocks import ID_REMEDY, Block, Place, block_at, unknown_name, validate
 from composer.registry.context import Context
 from composer.registry.experts import Prepared
+from composer.registry.gather import Entry
 from composer.registry.specs import ID, PolicySpec
 from composer.types import Component, Policy
 
@@ -31,13 +32,22 @@ def make_policies(
             context.problems.append(place.problem(f"{id_!r} cannot be an id", ID_REMEDY))
             continue
         if id_ in prepared:
-            message = f"{id_!r} is an expert's id too, and a request names either by `model`"
-            context.problems.append(place.problem(message, "Rename one of the two."))
+            _check_id(context, place, prepared[id_].entry)
         block, problems = block_at(place, data)
         context.problems += problems
         if block is not None and (policy := _make_policy(context, id_, block, prepared)):
             policies[id_] = policy
     return policies
+
+
+def _check_id(context: Context, place: Place, expert: Entry) -> None:
+    id_, why = expert.id, "and a request names either by `model`"
+    if expert.source == "runtime":
+        problem = expert.block.problem((), f"{id_!r} is a policy too, {why}", "Choose another id.")
+        context.add_runtime(id_, [problem])
+    else:
+        message = f"{id_!r} is an expert's id too, {why}"
+        context.problems.append(place.problem(message, "Rename one of the two."))
 
 
 def _make_policy(
@@ -53,10 +63,10 @@ def _make_policy(
         return None
     experts = _matched(context, block, spec, list(prepared))
     _check_default(context, block, spec, experts, list(prepared))
-    _check_costs(context, block, spec, experts, prepared)
+    _check_costs(context, block, id_, spec, experts, prepared)
     if router is None or strategy is None:
         return None
-    _check_texts(context, block, spec, experts, prepared)
+    _check_texts(context, block, id_, spec, experts, prepared)
     return Policy(
         id=id_,
         router=router,
@@ -149,6 +159,7 @@ def _check_default(
 def _check_costs(
     context: Context,
     block: Block,
+    id_: str,
     spec: PolicySpec,
     experts: Sequence[str],
     prepared: Mapping[str, Prepared],
@@ -156,9 +167,19 @@ def _check_costs(
     """Where cost counts, an expert whose cost is not given would pass for a free one."""
     if spec.cost_weight == 0:
         return
-    free = [
-        id_ for id_ in experts if (expert := prepared[id_].spec) is not None and expert.cost is None
-    ]
+    free = []
+    for expert in experts:
+        entry, known = prepared[expert].entry, prepared[expert].spec
+        if known is None or known.cost is not None:
+            continue
+        if entry.source == "runtime":
+            message, remedy = (
+                f"it is missing, and costs count in policy {id_!r}",
+                "Add `cost` (0 where it is free).",
+            )
+            context.add_runtime(expert, [entry.block.problem(("cost",), message, remedy)])
+        else:
+            free.append(expert)
     if free:
         message = f"costs count here, but {_listed(free)} {_have(free)} no `cost`"
         remedy = "Add `cost` there (0 where it is free), or remove `cost_weight`."
@@ -168,6 +189,7 @@ def _check_costs(
 def _check_texts(
     context: Context,
     block: Block,
+    id_: str,
     spec: PolicySpec,
     experts: Sequence[str],
     prepared: Mapping[str, Prepared],
@@ -176,13 +198,19 @@ def _check_texts(
     nothing to find, and the default expert is there for what fits none."""
     if len(experts) < 2:
         return
-    mute = [
-        id_
-        for id_ in experts
-        if id_ != spec.default_expert
-        and (expert := prepared[id_].expert) is not None
-        and not (expert.description or expert.skills or expert.examples)
-    ]
+    mute = []
+    for expert in experts:
+        entry, known = prepared[expert].entry, prepared[expert].expert
+        if known is None or expert == spec.default_expert:
+            continue
+        if known.description or known.skills or known.examples:
+            continue
+        if entry.source == "runtime":
+            message = f"the router of policy {id_!r} has nothing to find it by"
+            problem = entry.block.problem((), message, "Add `examples` or a `description`.")
+            context.add_runtime(expert, [problem])
+        else:
+            mute.append(expert)
     if mute:
         message = f"the router has nothing to find {_listed(mute)} by"
         remedy = "Add `examples` or a `description` there, or leave it out of this policy."

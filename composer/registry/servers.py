@@ -103,7 +103,7 @@ def _read_base(
     try:
         if _is_path(context, written):
             folder = context.located(written)
-            context.watched.add(folder)
+            context.look(folder)
             return read_base_model(folder, (*names, written))
         if is_hub_name(written):
             return _fetch_base_model(written, getattr(settings, "revision", None), names)

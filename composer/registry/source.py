@@ -137,7 +137,6 @@ class _Reader:
         self._stack: list[_Frame] = []
         self._anchors: dict[str, tuple[Any, Lines, int]] = {}
         self._documents = 0
-        self._size = 0
 
     def refuse(self, line: int, message: str, remedy: str) -> NoReturn:
         """`line` counts from 0, as libyaml does."""

@@ -60,10 +60,14 @@ class Router(Protocol):
     experts: tuple[str, ...]
 
     @classmethod
-    def build(cls, experts: Sequence[Expert], settings: Any, embedder: Embedder) -> Router:
-        """Blocks (embeds the experts' texts): run it off the event loop.
+    def check(cls, experts: Sequence[Expert], settings: Any) -> None:
+        """Raises ValueError ("what is wrong; the remedy") when the experts cannot be scored this
+        way. Quick: `composer check` asks it for every policy."""
+        ...
 
-        Raises ValueError, naming the remedy, when the experts cannot be scored this way."""
+    @classmethod
+    def build(cls, experts: Sequence[Expert], settings: Any, embedder: Embedder) -> Router:
+        """Blocks (embeds the experts' texts): run it off the event loop. Raises as `check`."""
         ...
 
     async def score(self, query: Query, eligible: BoolArray) -> Scores:

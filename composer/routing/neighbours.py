@@ -149,16 +149,21 @@ class NeighboursRouter:
         cls, experts: Sequence[Expert], settings: NeighboursSettings, embedder: Embedder
     ) -> NeighboursRouter:
         """Blocks: embeds the texts (those embedded before cost nothing), fits metric and
-        calibration. Raises ValueError when none of several experts has a text."""
+        calibration. Raises ValueError as `check`."""
+        cls.check(experts, settings)
         texts = Texts.of(experts, settings.sources)
-        if not texts.text and len(experts) > 1:
+        rows = embedder.encode(texts.text)
+        ids = tuple(expert.id for expert in experts)
+        return cls.of_rows(ids, texts, rows, settings, embedder)
+
+    @classmethod
+    def check(cls, experts: Sequence[Expert], settings: NeighboursSettings) -> None:
+        """Raises ValueError when none of several experts has a text of the sources."""
+        if len(experts) > 1 and not Texts.of(experts, settings.sources).text:
             raise ValueError(
                 f"none of the experts has any of {', '.join(settings.sources)} to be found by; "
                 "add examples or a description, or name other `sources` in the router's settings"
             )
-        rows = embedder.encode(texts.text)
-        ids = tuple(expert.id for expert in experts)
-        return cls.of_rows(ids, texts, rows, settings, embedder)
 
     @classmethod
     def of_rows(

@@ -22,10 +22,10 @@ from tests.api.fakes import World, make_world
 def no_files_to_watch(monkeypatch: pytest.MonkeyPatch) -> None:
     """Stopping the real watch takes longer than most tests here."""
 
-    async def idle(paths: object, changed: object, stop: asyncio.Event) -> None:
+    async def idle(watcher: object, changed: object, stop: asyncio.Event) -> None:
         await stop.wait()
 
-    monkeypatch.setattr("composer.service.watch", idle)
+    monkeypatch.setattr("composer.registry.watch.Watcher.run", idle)
 
 
 @pytest.fixture

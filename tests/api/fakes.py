@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
-from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -236,7 +236,9 @@ class World:
             limits=lambda generation: {"box": self.limits},
         )
 
-    def _load(self, rows: Sequence[Mapping[str, Any]], version: int) -> Loaded:
+    def _load(
+        self, rows: Sequence[Mapping[str, Any]], version: int, may_skip: Collection[str]
+    ) -> Loaded:
         added = []
         for row in rows:
             if unknown := set(row) - {"id", "server", "description"}:
@@ -255,7 +257,7 @@ class World:
             experts=experts,
             policies=policies(list(experts)),
         )
-        return Loaded(catalog, frozenset())
+        return Loaded(catalog, {})
 
     async def _build(self, catalog: Catalog, live: Sequence[Generation]) -> Generation:
         def way(policy: Policy, routed: bool = True) -> Way:

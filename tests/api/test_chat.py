@@ -305,7 +305,7 @@ async def test_an_unknown_model_is_a_404(client: httpx.AsyncClient, streamed: bo
 
 
 async def test_a_prompt_beyond_every_window_is_a_400(client: httpx.AsyncClient) -> None:
-    response = await post(client, messages=[{"role": "user", "content": "x" * 1000}])
+    response = await post(client, messages=[{"role": "user", "content": "x" * 100_000}])
     assert response.status_code == 400
     assert response.json()["error"]["code"] == "context_length_exceeded"
 

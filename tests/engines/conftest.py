@@ -5,7 +5,7 @@ Weights are drawn wide, so that texts differ between adapters and greedy choices
 
 from __future__ import annotations
 
-import hashlib
+import dataclasses
 from collections.abc import AsyncIterator
 from contextlib import aclosing
 from pathlib import Path
@@ -17,6 +17,10 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from composer.adapters.files import WEIGHTS
+from composer.adapters.lora_config import read_lora_config
+from composer.adapters.tensors import read_tensors
+from composer.adapters.verify import adapter_digest
 from composer.engines.local import EmbeddedEngine, EmbeddedSettings
 from composer.types import Adapter, Call, Chunk, Message, Sampling
 
@@ -83,10 +87,18 @@ def save_adapter(base: Path, folder: Path, seed: int, **changes: object) -> Adap
         "task_type": "CAUSAL_LM",
     }
     config = LoraConfig(**(values | changes))
-    get_peft_model(LlamaForCausalLM.from_pretrained(base), config).save_pretrained(folder)
-    weights = (folder / "adapter_model.safetensors").read_bytes()
-    digest = "sha256:" + hashlib.sha256(weights).hexdigest()
-    return Adapter(folder, digest, config.r, config.lora_alpha, tuple(config.target_modules))
+    model = get_peft_model(LlamaForCausalLM.from_pretrained(base), config)
+    model.save_pretrained(folder, save_embedding_layers=False)
+    adapter = Adapter(folder, "", config.r, config.lora_alpha, tuple(config.target_modules))
+    return with_own_digest(adapter)
+
+
+def with_own_digest(adapter: Adapter) -> Adapter:
+    """The digest of the folder as it now is, right or wrong for its base."""
+    config, _ = read_lora_config(adapter.path, ())
+    assert config is not None
+    digest = adapter_digest(config, read_tensors(adapter.path / WEIGHTS))
+    return dataclasses.replace(adapter, digest=digest)
 
 
 @pytest.fixture(scope="session")
@@ -132,6 +144,7 @@ def make_call(
     messages: tuple[Message, ...] = (),
     extra: dict[str, object] | None = None,
     context_window: int = 4096,
+    max_tokens_asked: bool = True,
     **sampling: object,
 ) -> Call:
     values: dict[str, object] = {"temperature": 0.0, "max_tokens": 12}
@@ -144,6 +157,7 @@ def make_call(
         prompt=None if messages else prompt,
         sampling=Sampling(**(values | sampling)),  # type: ignore[arg-type]
         context_window=context_window,
+        max_tokens_asked=max_tokens_asked,
         extra=extra or {},
     )
 

@@ -219,6 +219,40 @@ async def test_the_context_is_counted_exactly(bare: EmbeddedEngine, window: int)
     assert full[-1].usage.completion_tokens == room - 1  # type: ignore[union-attr]
 
 
+@pytest.mark.parametrize("window", [20, 4096])
+async def test_an_experts_default_length_is_cut_to_the_room(
+    bare: EmbeddedEngine, window: int
+) -> None:
+    async def answered(prompt: int, default: int) -> int:
+        call = make_call(
+            "x" * prompt, max_tokens=default, max_tokens_asked=False, context_window=window
+        )
+        usage = (await gather(bare, call))[-1].usage
+        assert usage is not None
+        return usage.completion_tokens
+
+    room = min(window, CONTEXT)
+    assert await answered(room - 3, 90) == 3
+    assert await answered(room - 1, 90) == 1
+    assert await answered(room - 8, 5) == 5
+    with pytest.raises(ContextTooLong, match=f"prompt's {room} tokens exceed"):
+        await answered(room, 90)
+
+
+async def test_the_highest_draw_stays_within_the_nucleus(
+    bare: EmbeddedEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """1 - 2^-26 is 1 in float32: beyond the last token of any mass."""
+
+    class Highest(random.Random):
+        def random(self) -> float:
+            return 1 - 2**-26
+
+    greedy = await text(bare, make_call("2+2="))
+    monkeypatch.setattr("composer.engines.worker.random.Random", Highest)
+    assert await text(bare, make_call("2+2=", temperature=1.0, top_p=1e-6)) == greedy
+
+
 async def test_leaving_a_stream_frees_its_rows(bare: EmbeddedEngine) -> None:
     worker = bare._worker
     assert worker is not None

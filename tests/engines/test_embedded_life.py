@@ -1,22 +1,21 @@
-"""Adapters that come and go, failures, and the engine's own life."""
+"""Adapters that come and go, and failures that must stay where they happen."""
 
 from __future__ import annotations
 
 import asyncio
 import dataclasses
 import shutil
-import subprocess
-import sys
-import threading
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
+from composer.adapters.verify import adapter_digest
 from composer.engines.local import EmbeddedEngine, EmbeddedSettings
-from composer.errors import EngineError, EngineUnavailable
+from composer.errors import EngineError
 from composer.types import Adapter
-from tests.engines.conftest import make_call, reference, save_adapter, text
+from tests.engines.conftest import make_call, reference, save_adapter, text, with_own_digest
 
 
 async def test_adapters_come_and_go_while_calls_run(
@@ -56,7 +55,8 @@ def broken(kind: str, adapter: Adapter, base: Path, folder: Path) -> Adapter:
             config.write_text(config.read_text().replace(f'"{module}"', f'"no_{module}"'))
     else:
         raise AssertionError(kind)
-    return dataclasses.replace(adapter, path=folder, digest=f"sha256:{kind}")
+    moved = dataclasses.replace(adapter, path=folder, digest=f"sha256:{kind}")
+    return moved if kind in ("truncated", "missing") else with_own_digest(moved)
 
 
 @pytest.mark.parametrize("held", [0, 1])
@@ -83,6 +83,54 @@ async def test_a_load_that_fails_adds_nothing_and_breaks_nothing(
     assert await text(bare, make_call("2+2=", adapters[2])) == reference(
         base, adapters[2], "2+2=", 12
     )
+
+
+@pytest.mark.parametrize("file", ["adapter_model.safetensors", "adapter_config.json"])
+async def test_an_adapter_that_changed_since_it_was_verified_is_not_served(
+    bare: EmbeddedEngine, base: Path, adapters: tuple[Adapter, ...], tmp_path: Path, file: str
+) -> None:
+    checked = save_adapter(base, tmp_path / "checked", 21)
+    other = save_adapter(base, tmp_path / "other", 22, lora_alpha=64)
+    shutil.copy(other.path / file, checked.path / file)
+    with pytest.raises(EngineError, match=r"changed on disk.*reload the registry") as refused:
+        await bare.prepare([adapters[0], checked])
+    assert str(checked.path) in str(refused.value)
+    for absent in (adapters[0], checked):
+        with pytest.raises(EngineError, match="not loaded"):
+            await text(bare, make_call(adapter=absent))
+    as_now = with_own_digest(checked)
+    await bare.prepare([as_now])
+    assert await text(bare, make_call(adapter=as_now)) == reference(base, as_now, "hello", 12)
+
+
+async def test_the_bytes_served_are_those_that_were_digested(
+    bare: EmbeddedEngine, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Swapped after the digest was taken: nothing reads the file again."""
+    checked = save_adapter(base, tmp_path / "checked", 21)
+    other = save_adapter(base, tmp_path / "other", 22, lora_alpha=64)
+    expected = reference(base, checked, "hello", 12)
+
+    def swap_then_digest(*args: object) -> str:
+        shutil.copytree(other.path, checked.path, dirs_exist_ok=True)
+        return adapter_digest(*args)  # type: ignore[arg-type]
+
+    monkeypatch.setattr("composer.engines.model.adapter_digest", swap_then_digest)
+    await bare.prepare([checked])
+    assert reference(base, checked, "hello", 12) != expected
+    assert await text(bare, make_call(adapter=checked)) == expected
+
+
+@pytest.mark.parametrize("saved_in", [torch.bfloat16, torch.float16])
+async def test_an_adapter_saved_in_half_precision_is_loaded(
+    bare: EmbeddedEngine, base: Path, tmp_path: Path, saved_in: torch.dtype
+) -> None:
+    adapter = save_adapter(base, tmp_path / "half", 23)
+    weights = adapter.path / "adapter_model.safetensors"
+    save_file({k: v.to(saved_in) for k, v in load_file(weights).items()}, weights)
+    adapter = with_own_digest(adapter)
+    await bare.prepare([adapter])
+    assert await text(bare, make_call("2+2=", adapter)) == reference(base, adapter, "2+2=", 12)
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
@@ -173,51 +221,3 @@ async def test_a_cache_that_cannot_be_cut_fails_its_rows_and_the_engine_goes_on(
         await stays
     assert await text(bare, make_call())
     assert await bare.healthy()
-
-
-# --- life -------------------------------------------------------------------------------
-
-
-async def test_close_fails_what_runs_and_may_be_called_twice(base: Path) -> None:
-    engine = EmbeddedEngine("tiny", EmbeddedSettings(model=str(base), max_batch=1))
-    with pytest.raises(EngineUnavailable, match="not started"):
-        await text(engine, make_call())
-    await engine.start()
-    assert await engine.healthy()
-    stream = engine.run(make_call(max_tokens=90))
-    await anext(stream)
-    waiting = asyncio.create_task(text(engine, make_call()))
-    await asyncio.sleep(0)
-    await engine.close()
-    await engine.close()
-    with pytest.raises(EngineUnavailable, match="closed"):
-        [c async for c in stream]
-    with pytest.raises(EngineUnavailable, match="closed"):
-        await waiting
-    with pytest.raises(EngineUnavailable, match="closed"):
-        await engine.prepare(())
-    assert not await engine.healthy()
-    assert not [t for t in threading.enumerate() if t.name == "embedded-tiny"]
-
-
-@pytest.mark.parametrize("problem", ["nowhere", "weights", "tokenizer"])
-async def test_a_base_that_cannot_be_loaded_names_the_remedy(
-    base: Path, tmp_path: Path, problem: str
-) -> None:
-    folder = tmp_path / "base"
-    if problem != "nowhere":
-        shutil.copytree(base, folder)
-        if problem == "weights":
-            (folder / "model.safetensors").write_bytes(b"no")
-        else:
-            (folder / "tokenizer.json").unlink()
-    engine = EmbeddedEngine("tiny", EmbeddedSettings(model=str(folder)))
-    with pytest.raises(EngineUnavailable, match="`model` must be a folder with config"):
-        await engine.start()
-    assert not await engine.healthy()
-    await engine.close()
-
-
-def test_importing_the_engine_imports_no_torch() -> None:
-    code = "import sys, composer.engines.local; sys.exit('torch' in sys.modules)"
-    subprocess.run([sys.executable, "-c", code], check=True)

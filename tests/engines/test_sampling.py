@@ -66,8 +66,9 @@ def test_zero_temperature_and_empty_nucleus_are_greedy() -> None:
 
 def test_a_token_of_no_probability_is_never_drawn() -> None:
     logits = torch.tensor([[-math.inf, 0.0, -math.inf]]).expand(3, -1)
-    made = sample(logits, knobs(3, 1.0, 1.0, torch.tensor([0.0, 0.5, 0.9999999])))
-    assert made.tolist() == [1, 1, 1]
+    ends = torch.tensor([0.0, 0.5, 1 - 2**-53], dtype=torch.float64)
+    for top_p in (1.0, 0.5):
+        assert sample(logits, knobs(3, 1.0, top_p, ends)).tolist() == [1, 1, 1]
 
 
 def test_logprobs_are_of_the_untempered_distribution() -> None:

@@ -7,9 +7,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+import pytest
 from pydantic import BaseModel, ConfigDict, Field
 from safetensors.numpy import save_file
 
+from composer.errors import CatalogError
 from composer.registry import EngineFamily, Families
 
 WIDTH, VOCABULARY, LAYERS, RANK = 8, 16, 2, 2
@@ -64,6 +66,9 @@ composer:
 # {name}
 """
 
+RABBIT = {"id": "rabbit", "server": "local", "adapter": "./adapters/fox", "description": "rabbits"}
+"""An expert as it is added at run time."""
+
 
 class Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -100,6 +105,10 @@ FAMILIES = Families(
         ),
     },
 )
+
+
+def said(error: pytest.ExceptionInfo[CatalogError]) -> list[str]:
+    return [f"{problem.path}: {problem.message}" for problem in error.value.problems]
 
 
 def write_world(folder: Path) -> Path:

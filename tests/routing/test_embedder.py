@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import threading
+import tracemalloc
 from collections.abc import AsyncIterator
 
 import numpy as np
 import pytest
 
-from composer.embedder import BATCH, TextEmbedder
+from composer.embedder import BATCH, CHARS_PER_TOKEN, TextEmbedder
 from composer.errors import EngineUnavailable
 from tests.routing.helpers import GatedEncoder
 
@@ -181,12 +182,37 @@ async def test_closing_fails_those_who_wait_and_those_who_come(
     assert not any(t.name.startswith("embedder") for t in threading.enumerate() if t.is_alive())
 
 
-async def test_many_texts_at_once(encoder: GatedEncoder, embedder: TextEmbedder) -> None:
-    texts = [f"{'x' * (i % 5)}" for i in range(20)]
-    rows = await embedder.embed_many(texts)
-    assert rows.shape == (20, 3)
-    assert np.array_equal(rows[0], rows[5])
-    assert (await embedder.embed_many([])).shape == (0, 3)
+async def test_no_more_of_a_text_is_read_than_the_model_can_use(
+    encoder: GatedEncoder, embedder: TextEmbedder
+) -> None:
+    most = CHARS_PER_TOKEN * encoder.max_tokens
+    vector = await embedder.embed("x" * most + "a tail")
+    embedder.encode(["y" * (most + 1), "y" * (most + 2), "y" * (most - 1)])
+    assert encoder.batches == [["x" * most], ["y" * most, "y" * (most - 1)]]
+    assert embedder.cached("x" * most + "another tail") is vector
+    assert await embedder.embed("x" * most) is vector
+    assert embedder.count_tokens(["x " * 5 * most]) == [5 * most + 2]  # of the whole text
+
+
+async def test_what_is_kept_of_a_text_does_not_grow_with_it(encoder: GatedEncoder) -> None:
+    encoder.max_tokens = 10_000
+    embedder = TextEmbedder(encoder)
+    tracemalloc.start()
+    for i in range(5):
+        await embedder.embed(f"{i}" * 100_000)
+        embedder.encode([f"{i}" * 100_000])
+    encoder.batches.clear()
+    await embedder.embed("nothing")  # the worker lets go of its last batch
+    kept, _ = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert kept < 100_000  # one text alone would be as much
+    await embedder.close()
+
+
+async def test_a_text_that_is_no_unicode_has_a_vector_too(embedder: TextEmbedder) -> None:
+    vector = await embedder.embed("\ud800")
+    assert embedder.cached("\ud800") is vector
+    assert embedder.cached("\ud801") is None
 
 
 def test_rows_are_embedded_once_and_kept_apart_from_queries(encoder: GatedEncoder) -> None:

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from composer import embedder, encoders, onnx_export
-from composer.embedder import load_encoder
+from composer.embedder import TextEmbedder, load_encoder
 from composer.encoders import OnnxEncoder, TorchEncoder, find_model
 from composer.errors import SettingsError
 from composer.onnx_export import CHECK_TEXTS
@@ -57,6 +57,22 @@ def test_token_counts_agree_and_are_not_cut(onnx: OnnxEncoder, torch_encoder: To
     assert onnx.count_tokens(texts) == torch_encoder.count_tokens(texts)
     assert onnx.count_tokens(texts) == [2, 4, *onnx.count_tokens(texts[2:])]
     assert onnx.count_tokens(texts)[-1] == 302
+
+
+def test_counting_leaves_the_tokenizer_that_encodes_alone(torch_encoder: TorchEncoder) -> None:
+    torch_encoder.encode(["a text"])
+    encoding = torch_encoder._model.tokenizer.backend_tokenizer
+    before = encoding.truncation, encoding.padding
+    torch_encoder.count_tokens(["word " * 300])
+    assert (encoding.truncation, encoding.padding) == before
+
+
+async def test_a_long_text_has_the_vector_of_its_beginning(onnx: OnnxEncoder) -> None:
+    made = TextEmbedder(onnx)
+    text = " ".join(CHECK_TEXTS) * 400
+    assert len(text) > 2 * made.max_chars
+    assert np.array_equal(await made.embed(text), onnx.encode([text])[0])
+    await made.close()
 
 
 def test_texts_are_read_up_to_max_tokens(onnx: OnnxEncoder) -> None:
