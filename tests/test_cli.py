@@ -78,6 +78,21 @@ def test_route_as_json_gives_scores_plan_and_time() -> None:
     assert decision["decision_ms"] > 0
 
 
+def test_route_says_who_answers_below_the_threshold() -> None:
+    status, out, err = run("route", "tell me something funny about politicians in 1832")
+    assert status == 0, err
+    assert "policy auto → base (single; the best quality is below the threshold of 0.1;" in out
+
+
+def test_settings_that_are_wrong_are_told_in_words(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COMPOSER_ADAPTER_ROOTS", "./examples")
+    assert run("check")[0] == 1
+    assert "write COMPOSER_ADAPTER_ROOTS as a JSON list" in run("check")[2]
+    monkeypatch.setenv("COMPOSER_ADAPTER_ROOTS", '["./examples"]')
+    monkeypatch.setenv("COMPOSER_PORT", "99999")
+    assert "COMPOSER_PORT: Input should be less than or equal to 65535" in run("check")[2]
+
+
 def test_route_with_an_unknown_policy_names_it() -> None:
     status, _, err = run("route", "hello", "--policy", "nobody")
     assert status == 1

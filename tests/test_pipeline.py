@@ -167,6 +167,16 @@ async def test_a_prompt_template_is_filled_from_the_last_user_message() -> None:
     assert len(bench.staged.engine.calls[0].messages) == 1
 
 
+async def test_a_raw_prompt_is_read_by_a_template_and_sent_as_a_message() -> None:
+    spec = PromptSpec.model_validate(
+        {"extract": [{"regex": r"(?P<word>\w+) loudly"}], "template": "uppercase {word}"}
+    )
+    bench = Bench(stage(experts={"alpha": Expert(id="alpha", server="server", prompt=spec)}))
+    asked = request(messages=(), prompt="say fox loudly")
+    assert await _texts(bench.pipeline, asked) == "alpha:uppercase fox"
+    assert bench.staged.engine.calls[0].prompt is None
+
+
 async def _texts(pipeline: Pipeline, asked: object) -> str:
     async with await pipeline.answer(asked) as answer:  # type: ignore[arg-type]
         return "".join([chunk.text async for chunk in answer])

@@ -75,7 +75,9 @@ def _prepare(
         if folder is not None:
             block = _with_card(context, entry, folder, roots, result)
     except CatalogError as error:
-        result.problems += error.problems
+        # One without a line is about the card as a whole, so where it is named is the place.
+        place = block.at(("adapter",))
+        result.problems += [p if p.line else _retell(place, p) for p in error.problems]
         return result
     except (OSError, RuntimeError, ValueError) as error:  # a path that no file system takes
         result.problems.append(
