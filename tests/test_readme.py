@@ -82,6 +82,10 @@ def test_the_settings_shown_are_the_settings() -> None:
         assert str(real).lower() == default.lower(), name
 
 
+def test_nothing_is_left_to_be_filled_in() -> None:
+    assert "@@" not in README
+
+
 def test_every_path_shown_is_there() -> None:
     [tree] = [b for b in blocks("") if b.startswith("experts.yaml")]
     for line in tree.splitlines():
