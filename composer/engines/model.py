@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import re
+import threading
 from collections.abc import Collection, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -36,6 +37,10 @@ _TORCH_DTYPE = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat
 CACHED_LAYERS = {"full_attention", "sliding_attention"}
 """Layer types whose whole state is keys and values per token, which rows can be cut out of."""
 
+LOADING = threading.Lock()
+"""transformers and peft patch their own modules while they build a model. Two loads at once in
+one process have left them patched for good: tied weights no longer tied, tensors without data."""
+
 
 class LocalModel:
     """Tokenizer, base model, and the adapters loaded so far, known by digest."""
@@ -48,12 +53,13 @@ class LocalModel:
             self.tokenizer: Any = AutoTokenizer.from_pretrained(
                 settings.model, revision=settings.revision
             )
-            base: Any = AutoModelForCausalLM.from_pretrained(
-                settings.model,
-                revision=settings.revision,
-                dtype=getattr(torch, settings.dtype),
-                use_safetensors=True,
-            )
+            with LOADING:
+                base: Any = AutoModelForCausalLM.from_pretrained(
+                    settings.model,
+                    revision=settings.revision,
+                    dtype=getattr(torch, settings.dtype),
+                    use_safetensors=True,
+                )
             self._base: torch.nn.Module = base.to(self.device)
         except Exception as error:  # a hub, a file system, a parser and a device driver may fail
             raise EngineUnavailable(
@@ -108,14 +114,19 @@ class LocalModel:
         name = adapter_name(adapter.digest)
         try:
             config, tensors = _read(adapter)
-            if self._peft is None:
-                self._peft = PeftModel(
-                    self._base, config, name, autocast_adapter_dtype=False, low_cpu_mem_usage=True
-                )
-            else:
-                self._peft.add_adapter(
-                    name, config, autocast_adapter_dtype=False, low_cpu_mem_usage=True
-                )
+            with LOADING:
+                if self._peft is None:
+                    self._peft = PeftModel(
+                        self._base,
+                        config,
+                        name,
+                        autocast_adapter_dtype=False,
+                        low_cpu_mem_usage=True,
+                    )
+                else:
+                    self._peft.add_adapter(
+                        name, config, autocast_adapter_dtype=False, low_cpu_mem_usage=True
+                    )
             self._peft.eval()
             weights = {key: _to_torch(raw, self.device) for key, raw in tensors.items()}
             result: Any = set_peft_model_state_dict(

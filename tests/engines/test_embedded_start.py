@@ -127,6 +127,7 @@ async def test_closing_while_it_loads_fails_the_start(base: Path, slow_load: Slo
 async def test_a_start_can_be_tried_again_after_it_was_cancelled(
     base: Path, slow_load: SlowLoad
 ) -> None:
+    expected = reference(base, None, "hello", 12)  # loads a model, so before the others do
     engine = EmbeddedEngine("tiny", EmbeddedSettings(model=str(base)))
     starting = asyncio.create_task(engine.start())
     assert await asyncio.to_thread(slow_load.begun.wait, 30)
@@ -136,7 +137,7 @@ async def test_a_start_can_be_tried_again_after_it_was_cancelled(
     slow_load.go_on.set()
     await engine.start()
     assert await engine.healthy()
-    assert await text(engine, make_call()) == reference(base, None, "hello", 12)
+    assert await text(engine, make_call()) == expected
     await engine.close()
 
 
@@ -211,3 +212,13 @@ async def test_a_base_that_cannot_be_loaded_names_the_remedy(
 def test_importing_the_engine_imports_no_torch() -> None:
     code = "import sys, composer.engines.local; sys.exit('torch' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+async def test_models_loaded_at_once_do_not_disturb_each_other(base: Path) -> None:
+    """Unguarded, some of these loads fail, and so does every load after them."""
+    engines = [EmbeddedEngine(f"s{i}", EmbeddedSettings(model=str(base))) for i in range(6)]
+    await asyncio.gather(*(engine.start() for engine in engines))
+    said = [await text(engine, make_call()) for engine in engines]
+    assert len(set(said)) == 1
+    for engine in engines:
+        await engine.close()
