@@ -6,9 +6,10 @@ Adding one is a class in its own file and a line here.
 from __future__ import annotations
 
 import asyncio
-import logging
 from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import replace
 from functools import cache, partial
+from itertools import count
 from typing import Any
 
 import numpy as np
@@ -17,22 +18,22 @@ from composer.eligibility import Eligibility
 from composer.embedder import TextEmbedder, load_embedder
 from composer.engines.base import Engine
 from composer.engines.local import EmbeddedEngine
-from composer.errors import ComposerError, Problem
-from composer.generations import Generation, Way
+from composer.errors import Problem
+from composer.generations import Generation, Way, adapters_on, let_go
 from composer.registry import EngineFamily, Families, Loaded, RegistryError, load_catalog
 from composer.routing.base import Embedder, Router
 from composer.routing.neighbours import NeighboursRouter
-from composer.scheduling.base import Limits
-from composer.scheduling.fifo import FifoScheduler
-from composer.service import Service, adapters_on
+from composer.scheduling.base import Place
+from composer.scheduling.events import Model
+from composer.scheduling.policy import PolicySettings, SwapPolicy
+from composer.scheduling.scheduler import DeviceScheduler
+from composer.service import Service
 from composer.settings import Settings
 from composer.store import Recorder, Store
 from composer.strategies.base import Strategy
 from composer.strategies.single import Single
 from composer.strategies.vote import Vote
-from composer.types import Catalog, Component, Expert, Policy
-
-log = logging.getLogger(__name__)
+from composer.types import Catalog, Component, Expert, Policy, Server
 
 ROUTERS: Mapping[str, type[Router]] = {c.name: c for c in (NeighboursRouter,)}
 STRATEGIES: Mapping[str, type[Strategy]] = {c.name: c for c in (Single, Vote)}
@@ -117,15 +118,38 @@ def make_service(settings: Settings) -> Service:
         store=store,
         recorder=Recorder(store, settings.journal, queue_size=settings.record_queue),
         embedder=embedder,
-        scheduler=FifoScheduler(),
+        scheduler=make_scheduler(settings),
         load=partial(load, settings),
         build=build,
-        limits=limits_of,
     )
 
 
-def limits_of(generation: Generation) -> dict[str, Limits]:
-    return {server: Limits(*engine.capacity) for server, engine in generation.engines.items()}
+def make_scheduler(settings: Settings) -> DeviceScheduler:
+    """One owner per device, each with the same policy."""
+    policy = PolicySettings(patience=settings.patience, drain_s=settings.drain_s)
+    return DeviceScheduler(lambda: SwapPolicy(policy), log=settings.scheduler_log)
+
+
+def place_of(server: Server, engine: Engine, taken: Collection[str]) -> Place:
+    """The server as the scheduler sees it, under a name that is not taken."""
+    name = next(
+        name
+        for number in count(1)
+        if (name := server.id if number == 1 else f"{server.id}#{number}") not in taken
+    )
+    capacity, placement = engine.capacity, server.placement
+    model = Model(name, capacity.in_flight, capacity.queue, capacity.adapters)
+    if placement is None:
+        return Place(f"server:{name}", model, engine)  # no device's id has a colon
+    asleep = placement.sleep_level is not None
+    model = replace(
+        model,
+        movable=True,
+        memory_gb=placement.memory_gb,
+        load_s=placement.wake_s if asleep else placement.start_s,
+        unload_s=placement.sleep_s if asleep else placement.stop_s,
+    )
+    return Place(placement.device, model, engine)
 
 
 async def build_generation(
@@ -137,17 +161,11 @@ async def build_generation(
     On any error the engines started here are closed and shared ones forget what was loaded.
     """
     engines: dict[str, Engine] = {}
-    started: list[Engine] = []
+    places: dict[str, Place] = {}
     making_ways = asyncio.create_task(build_ways(catalog, embedder))  # beside the engines
     try:
         for server in catalog.servers.values():
-            engine = await _running(server.id, catalog, live)
-            if engine is None:
-                engine = ENGINES[server.engine](server.id, server.settings)
-                started.append(engine)
-            engines[server.id] = engine
-            if engine in started:
-                await engine.start()
+            engines[server.id], places[server.id] = await _engine_for(server, live)
         wanted = Generation(catalog, {}, _nobody, engines)
         for server_id, engine in engines.items():
             await engine.prepare(adapters_on(server_id, [wanted]))
@@ -155,24 +173,29 @@ async def build_generation(
     except BaseException:
         making_ways.cancel()
         await asyncio.gather(making_ways, return_exceptions=True)
-        await _undo(engines, started, live)
+        await let_go(engines, live)
         raise
-    return Generation(catalog, ways, named_ways(catalog), engines)
+    return Generation(catalog, ways, named_ways(catalog), engines, places)
 
 
-async def _undo(
-    engines: Mapping[str, Engine], started: Sequence[Engine], live: Sequence[Generation]
-) -> None:
-    """What fails here is logged: the error that led here is the one to be told."""
-    for server, engine in engines.items():
+async def _engine_for(server: Server, live: Sequence[Generation]) -> tuple[Engine, Place]:
+    """The engine of an unchanged server, else a new one; started where no scheduler decides on
+    that, which also brings back one that has died."""
+    shared = next((g for g in reversed(live) if g.catalog.servers.get(server.id) == server), None)
+    if shared is not None:
+        engine, place = shared.engines[server.id], shared.places[server.id]
+        if server.placement is None and not await engine.healthy():
+            await engine.start()
+        return engine, place
+    engine = ENGINES[server.engine](server.id, server.settings, placement=server.placement)
+    if server.placement is None:
         try:
-            if engine in started:
-                await engine.close()
-            else:
-                users = [g for g in live if g.engines.get(server) is engine]
-                await engine.retain(adapters_on(server, users))
-        except ComposerError:
-            log.exception("server %r could not be put back as it was", server)
+            await engine.start()
+        except BaseException:
+            await engine.close()
+            raise
+    taken = {g.place(server.id) for g in live if server.id in g.engines}
+    return engine, place_of(server, engine, taken)
 
 
 async def build_ways(catalog: Catalog, embedder: Embedder) -> dict[str, Way]:
@@ -212,15 +235,6 @@ def _way(policy: Policy, experts: Sequence[Expert], router: Router | None) -> Wa
         router=router,
         strategy=STRATEGIES[policy.strategy.name](policy.strategy.settings),
     )
-
-
-async def _running(server: str, catalog: Catalog, live: Sequence[Generation]) -> Engine | None:
-    """The engine of an unchanged server, unless it has died."""
-    for generation in reversed(live):
-        if generation.catalog.servers.get(server) == catalog.servers[server]:
-            engine = generation.engines[server]
-            return engine if await engine.healthy() else None
-    return None
 
 
 def _nobody(expert: str) -> Way:

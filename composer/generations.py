@@ -8,16 +8,20 @@ has ended. Knows nothing about how a generation is built.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+import logging
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, field
 from types import TracebackType
 
 from composer.eligibility import Eligibility
 from composer.engines.base import Engine
-from composer.errors import EngineUnavailable
+from composer.errors import ComposerError, EngineUnavailable
 from composer.routing.base import Router
+from composer.scheduling.base import Place
 from composer.strategies.base import Strategy
-from composer.types import Catalog, FloatArray, Policy
+from composer.types import Adapter, Catalog, FloatArray, Policy
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,12 +38,20 @@ class Way:
 
 @dataclass(frozen=True, slots=True)
 class Generation:
-    """One catalog with all that serves it. `ways` is keyed by policy id, `engines` by server id."""
+    """One catalog with all that serves it. `ways` is keyed by policy id, `engines` and `places`
+    by server id. A server whose settings changed has a new engine and a new place, named apart,
+    while calls of the generation before still run on the old ones."""
 
     catalog: Catalog
     ways: Mapping[str, Way]
     named: Callable[[str], Way]
     engines: Mapping[str, Engine]
+    places: Mapping[str, Place] = field(default_factory=dict)
+
+    def place(self, server: str) -> str:
+        """The name under which the scheduler knows a server of this generation."""
+        found = self.places.get(server)
+        return server if found is None else found.model.id
 
 
 class Hold:
@@ -126,3 +138,28 @@ class Generations:
             return
         del self._holds[id(generation)], self._live[id(generation)]
         self._retired(generation)
+
+
+def adapters_on(server: str, generations: Collection[Generation]) -> tuple[Adapter, ...]:
+    """The adapters that these generations' experts use on a server, each once."""
+    found = {
+        expert.adapter.digest: expert.adapter
+        for generation in generations
+        for expert in generation.catalog.experts.values()
+        if expert.server == server and expert.adapter is not None
+    }
+    return tuple(found.values())
+
+
+async def let_go(engines: Mapping[str, Engine], live: Collection[Generation]) -> None:
+    """Closes those of the engines that no live generation uses; the others forget the adapters
+    that no live one names. What fails is logged: nobody is left who could mend it."""
+    for server, engine in engines.items():
+        users = [generation for generation in live if generation.engines.get(server) is engine]
+        try:
+            if users:
+                await engine.retain(adapters_on(server, users))
+            else:
+                await engine.close()
+        except ComposerError:
+            log.exception("server %r could not be put back as it was", server)

@@ -6,33 +6,36 @@ Names no concrete router, strategy, engine or store, and knows nothing about HTT
 from __future__ import annotations
 
 import asyncio
+import copy
 import dataclasses
 import logging
 from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field
 from time import perf_counter
-from typing import Literal
+from typing import Any, Literal
 
-from composer.errors import ComposerError, EngineError, UnknownModel, Unsupported
+import numpy as np
+
+from composer.calling import CallRun, call_of
+from composer.errors import ComposerError, UnknownModel, Unsupported
 from composer.generations import Generation, Generations, Hold, Way
-from composer.prompting import render
 from composer.routing.base import Query
 from composer.routing.choose import choose
 from composer.scheduling.base import Scheduler
 from composer.types import (
     Ask,
-    Call,
     Choice,
     Chunk,
     Expert,
+    Forward,
     Message,
     Plan,
+    Policy,
     Request,
     Sampling,
     Timings,
     Usage,
-    message_text,
 )
 
 log = logging.getLogger(__name__)
@@ -49,21 +52,47 @@ class Pipeline:
         generations: Generations,
         scheduler: Scheduler,
         ended: Callable[[Outcome], None],
+        *,
+        max_wait_s: float = 300.0,
+        reads_text: bool = False,
     ) -> None:
+        """`max_wait_s` bounds the wait for a lease where a policy says nothing; `reads_text`
+        (records hold answers) keeps streams from being handed on unread."""
         self._generations = generations
         self._scheduler = scheduler
         self._ended = ended
+        self._max_wait_s = max_wait_s
+        self._reads_text = reads_text
 
-    async def answer(self, request: Request) -> Answer:
-        """Decides, and returns the answer not yet begun: the caller iterates it and closes it."""
+    def behind(self, scheduler: Scheduler) -> Pipeline:
+        """The same pipeline, whose calls get their leases from another scheduler."""
+        other = copy.copy(self)
+        other._scheduler = scheduler
+        return other
+
+    async def plan(self, request: Request) -> Planned:
+        """The decision alone, for whoever orders requests before they run. What is resident now
+        says nothing about then, so it does not count. Raises as `decide`; nothing is recorded."""
+        started = perf_counter()
+        with self._generations.hold() as generation:
+            _, plan = await decide(request, generation)
+            return Planned(generation.catalog.digest, plan, _ms_since(started))
+
+    async def answer(self, request: Request, planned: Planned | None = None) -> Answer:
+        """Decides, and returns the answer not yet begun: the caller iterates it and closes it.
+        What was `planned` for this request stands where the catalog is still the same."""
         outcome = Outcome(request, started=perf_counter())
         hold = self._generations.hold()
         try:
             outcome.catalog_version = hold.generation.catalog.version
             outcome.catalog_digest = hold.generation.catalog.digest
-            way, outcome.plan = await decide(request, hold.generation)
-            outcome.timings.decision_ms = _ms_since(outcome.started)
-            ask = self._ask(request, hold.generation, outcome)
+            if planned is not None and planned.catalog_digest == outcome.catalog_digest:
+                way, outcome.plan = way_of(request, hold.generation), planned.plan
+                outcome.timings.decision_ms = planned.decision_ms
+            else:
+                way, outcome.plan = await decide(request, hold.generation, self._scheduler.resident)
+                outcome.timings.decision_ms = _ms_since(outcome.started)
+            ask = self._ask(request, hold.generation, way.policy, outcome)
             chunks = way.strategy.run(request, outcome.plan, ask)
         except BaseException as error:
             hold.release()
@@ -72,7 +101,9 @@ class Pipeline:
             raise
         return Answer(outcome, chunks, hold, self._ended)
 
-    def _ask(self, request: Request, generation: Generation, outcome: Outcome) -> Ask:
+    def _ask(
+        self, request: Request, generation: Generation, policy: Policy, outcome: Outcome
+    ) -> Ask:
         timings = outcome.timings
         catalog = generation.catalog
 
@@ -81,6 +112,8 @@ class Pipeline:
             *,
             messages: Sequence[Message] | None = None,
             sampling: Sampling | None = None,
+            later: Sequence[str] = (),
+            verbatim: bool = False,
         ) -> AsyncGenerator[Chunk, None]:
             call = call_of(
                 request,
@@ -89,38 +122,54 @@ class Pipeline:
                 messages=messages,
                 sampling=sampling or request.sampling,
             )
-            entry: dict[str, object] = {"id": call.id, "expert": expert}
+            call = dataclasses.replace(
+                call,
+                server=generation.place(call.server),
+                arrived=self._scheduler.now(),
+                max_wait_s=self._bound(request, policy),
+                later=tuple(generation.place(catalog.experts[one].server) for one in later),
+                forward=self._forward(request, policy) if verbatim else None,
+            )
+            engine = generation.engines[catalog.experts[expert].server]
+            entry: dict[str, Any] = {"id": call.id, "expert": expert}
             timings.calls.append(entry)
-            lease = await self._scheduler.acquire(call)
-            begun = perf_counter()
-            counted = False
+            run = CallRun(self._scheduler, call, entry)
             try:
-                entry["queue_ms"] = round(lease.queue_s * 1000, 3)
-                timings.queue_ms += lease.queue_s * 1000
-                unfinished = set(range(call.sampling.n))
-                async with aclosing(generation.engines[call.server].run(call)) as chunks:
+                async with aclosing(run.chunks(engine)) as chunks:
                     async for chunk in chunks:
-                        if chunk.finish_reason is not None:
-                            unfinished.discard(chunk.index)
                         if chunk.usage is not None:
-                            counted = True
                             outcome.spend(catalog.experts[expert], chunk.usage)
                         yield chunk if chunk.expert else dataclasses.replace(chunk, expert=expert)
-                if unfinished:
-                    raise EngineError(f"server {call.server!r} broke off without a finish reason")
             finally:
-                self._scheduler.release(lease)
-                if not counted:
+                timings.queue_ms += run.queue_ms
+                timings.run_ms += run.run_ms
+                if run.uncounted:
                     outcome.cost_usd = None  # it ran, and nobody said for how many tokens
-                entry["run_ms"] = round(_ms_since(begun), 3)
-                timings.run_ms += _ms_since(begun)
 
         return ask
 
+    def _bound(self, request: Request, policy: Policy) -> float | None:
+        """Seconds that each call may wait; the caller's own bound can only tighten it."""
+        if request.priority == "batch":
+            return request.max_wait_s
+        bound = self._max_wait_s if policy.max_wait_s is None else policy.max_wait_s
+        return bound if request.max_wait_s is None else min(bound, request.max_wait_s)
 
-async def decide(request: Request, generation: Generation) -> tuple[Way, Plan]:
-    """The plan for a request, nothing run. Raises RequestError when none is possible."""
+    def _forward(self, request: Request, policy: Policy) -> Forward | None:
+        if not request.stream or self._reads_text:
+            return None
+        return Forward(id=request.id, model=request.model or policy.id)
+
+
+async def decide(
+    request: Request,
+    generation: Generation,
+    resident: Callable[[str], bool] = lambda server: True,
+) -> tuple[Way, Plan]:
+    """The plan for a request, nothing run. `resident` says of a server whether its weights are
+    loaded. Raises RequestError when no plan is possible."""
     way = way_of(request, generation)
+    check_parameters(request, way.policy)
     way.strategy.check(request)
     eligible = way.eligibility.mask(request)
     if way.router is None:
@@ -133,7 +182,20 @@ async def decide(request: Request, generation: Generation) -> tuple[Way, Plan]:
             reasons={"rule": "named"},
         )
     scores = await way.router.score(Query(request.text), eligible)
-    return way, choose(scores, way.cost, way.policy)
+    if way.policy.tolerance == 0:
+        return way, choose(scores, way.cost, way.policy)
+    servers = (generation.catalog.experts[e].server for e in way.policy.experts)
+    here = np.array([resident(generation.place(server)) for server in servers], np.bool_)
+    return way, choose(scores, way.cost, way.policy, here)
+
+
+@dataclass(frozen=True, slots=True)
+class Planned:
+    """A decision made before its request's turn, and the catalog under which it holds."""
+
+    catalog_digest: str
+    plan: Plan
+    decision_ms: float
 
 
 Status = Literal["running", "ok", "error", "cancelled"]
@@ -246,40 +308,14 @@ def way_of(request: Request, generation: Generation) -> Way:
     return generation.named(model)
 
 
-def call_of(
-    request: Request,
-    expert: Expert,
-    *,
-    number: int,
-    messages: Sequence[Message] | None,
-    sampling: Sampling,
-) -> Call:
-    """The call as the engine sees it: the expert's prompt template, if any, is filled here.
-
-    A template reads the prompt or the last user message; what came before it is not sent,
-    because an expert that needs a template knows no conversation. The filled template is always
-    sent as a message: it is the form the expert was trained on, also where a raw prompt was given.
-    """
-    prompt = request.prompt if messages is None else None
-    chat: tuple[Message, ...] = tuple(messages) if messages is not None else request.messages
-    if expert.prompt is not None:
-        if prompt is None:
-            prompt = message_text(
-                next((m for m in reversed(chat) if m["role"] == "user"), chat[-1])
-            )
-        chat, prompt = ({"role": "user", "content": render(expert.prompt, prompt)},), None
-    return Call(
-        id=f"{request.id}/{number}",
-        expert=expert.id,
-        server=expert.server,
-        adapter=expert.adapter,
-        messages=chat if prompt is None else (),
-        prompt=prompt,
-        sampling=sampling.with_defaults(expert.sampling),
-        context_window=expert.context_window,
-        extra=request.extra,
-        max_tokens_asked=sampling.max_tokens is not None,
-    )
+def check_parameters(request: Request, policy: Policy) -> None:
+    """Raises Unsupported for a wire field beyond OpenAI's core that the policy does not allow."""
+    if refused := sorted(request.parameters - policy.parameters):
+        raise Unsupported(
+            f"{refused[0]!r} is not allowed by policy {policy.id!r}; leave it out, or have it "
+            "added to the policy's `parameters`",
+            param=refused[0],
+        )
 
 
 def _ms_since(started: float) -> float:

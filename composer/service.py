@@ -20,21 +20,20 @@ from composer.errors import (
     CatalogError,
     ComposerError,
     Conflict,
-    EngineError,
     EngineUnavailable,
     Problem,
     StoreError,
     UnknownModel,
 )
-from composer.generations import Generation, Generations
+from composer.generations import Generation, Generations, let_go
 from composer.pipeline import Outcome, Pipeline
 from composer.recording import record_of
 from composer.registry import Loaded, RegistryError
 from composer.registry.watch import Watcher
-from composer.scheduling.base import Limits, Scheduler
+from composer.scheduling.base import Scheduler
 from composer.settings import Settings
 from composer.store import Recorder, Store
-from composer.types import Adapter, Catalog, Expert
+from composer.types import Catalog, Expert
 
 log = logging.getLogger(__name__)
 
@@ -68,7 +67,6 @@ class Service:
         scheduler: Scheduler,
         load: Load,
         build: Build,
-        limits: Callable[[Generation], Mapping[str, Limits]],
     ) -> None:
         self.settings = settings
         self.store = store
@@ -76,11 +74,16 @@ class Service:
         self.embedder = embedder
         self.scheduler = scheduler
         self.generations = Generations(self._retired)
-        self.pipeline = Pipeline(self.generations, scheduler, self._record)
+        self.pipeline = Pipeline(
+            self.generations,
+            scheduler,
+            self._record,
+            max_wait_s=settings.max_wait_s,
+            reads_text=settings.log_content,
+        )
         self.reload_state = ReloadState()
         self._load = load
         self._build = build
-        self._limits = limits
         self._version = 0
         self._left_out: dict[str, str] = {}
         self._rows: Sequence[Mapping[str, Any]] = ()
@@ -124,6 +127,7 @@ class Service:
             engines = {id(e): e for g in self.generations.live for e in g.engines.values()}
             for engine in engines.values():
                 parts.push_async_callback(engine.close)
+            parts.push_async_callback(self.scheduler.close)  # before them: it may move them
             parts.callback(self.generations.swap, None)
             try:
                 async with asyncio.timeout(self.settings.drain_timeout_s):
@@ -254,7 +258,7 @@ class Service:
             raise
         self._version = loaded.catalog.version
         self._left_out = _told(loaded.skipped)
-        self.scheduler.configure(self._all_limits(generation))
+        self._configure([*self.generations.live, generation])
         self.generations.swap(generation)
         self._watcher.looked_at(loaded.watched)
         self.reload_state = ReloadState(datetime.now(UTC))
@@ -266,11 +270,19 @@ class Service:
             perf_counter() - began,
         )
 
-    def _all_limits(self, newest: Generation) -> dict[str, Limits]:
-        limits: dict[str, Limits] = {}
-        for generation in (*self.generations.live, newest):
-            limits |= self._limits(generation)
-        return limits
+    def _configure(self, generations: Sequence[Generation]) -> None:
+        """The places of these generations, oldest first; devices are as the newest has them."""
+        places = {
+            place.model.id: place
+            for generation in generations
+            for place in generation.places.values()
+        }
+        memory = {
+            device.id: device.memory_gb
+            for generation in generations
+            for device in generation.catalog.devices.values()
+        }
+        self.scheduler.configure(places, memory)
 
     def _retired(self, generation: Generation) -> None:
         self._spawn(self._release_retired(generation))
@@ -283,17 +295,9 @@ class Service:
     async def _release(self, generation: Generation) -> None:
         """Frees what only this generation used: engines closed, adapters forgotten."""
         live = [g for g in self.generations.live if g is not generation]
-        for server, engine in generation.engines.items():
-            users = [g for g in live if g.engines.get(server) is engine]
-            if not users:
-                await engine.close()
-                continue
-            try:
-                await engine.retain(adapters_on(server, users))
-            except EngineError:
-                log.exception("server %r kept adapters that nobody uses", server)
         if live:
-            self.scheduler.configure(self._all_limits(live[-1]))
+            self._configure(live)  # first, so that nothing is started there any more
+        await let_go(generation.engines, live)
 
     # --- records and health ----------------------------------------------------------------
 
@@ -351,14 +355,3 @@ class Service:
 
 def _told(skipped: Mapping[str, Sequence[Problem]]) -> dict[str, str]:
     return {id_: "\n".join(map(str, problems)) for id_, problems in skipped.items()}
-
-
-def adapters_on(server: str, generations: Collection[Generation]) -> tuple[Adapter, ...]:
-    """The adapters that these generations' experts use on a server, each once."""
-    found = {
-        expert.adapter.digest: expert.adapter
-        for generation in generations
-        for expert in generation.catalog.experts.values()
-        if expert.server == server and expert.adapter is not None
-    }
-    return tuple(found.values())

@@ -44,6 +44,32 @@ class Settings(BaseSettings):
     threads: int = Field(
         1, ge=1, description="CPU threads of each numeric library; more than the free cores hurts."
     )
+    max_wait_s: float = Field(
+        300.0,
+        gt=0,
+        description="How long a call may wait for its expert, in seconds, where its policy says "
+        "nothing; one that could not be begun in time is refused (503).",
+    )
+    patience: float = Field(
+        1.0,
+        gt=0,
+        le=1,
+        description="The part of that time which a device may let pass before it swaps models: "
+        "1 swaps least, less answers the waiting sooner.",
+    )
+    drain_s: float = Field(
+        30.0,
+        ge=0,
+        description="How long a model that has to leave its device may finish its running calls; "
+        "what is cut off then and has not begun to answer is asked again.",
+    )
+    scheduler_log: Path | None = Field(
+        None, description="File of the scheduler's events and decisions, one JSON a line."
+    )
+    files_dir: Path = Field(
+        Path("data/files"), description="Folder of the files and results of batches."
+    )
+    max_file_mb: int = Field(512, ge=1, description="Largest file that can be uploaded, in MiB.")
     drain_timeout_s: float = Field(
         30.0, gt=0, description="How long a stop waits for running requests."
     )

@@ -27,6 +27,31 @@ Ability = Literal["tools", "json", "vision", "logprobs"]
 images, token log-probabilities."""
 
 
+Priority = Literal["interactive", "batch"]
+"""Interactive calls go before batch calls wherever both wait."""
+
+SAFE_PARAMETERS: frozenset[str] = frozenset(
+    {
+        "frequency_penalty",
+        "presence_penalty",
+        "logit_bias",
+        "top_k",
+        "min_p",
+        "repetition_penalty",
+        "stop_token_ids",
+        "min_tokens",
+        "ignore_eos",
+        "skip_special_tokens",
+        "spaces_between_special_tokens",
+        "include_stop_str_in_output",
+        "reasoning_effort",
+    }
+)
+"""Wire fields that shape an answer and nothing else, which a policy allows unless it says
+otherwise. What could reach into other requests or cost without bound (`cache_salt`,
+`chat_template`, `priority`, `prompt_logprobs`) has to be allowed by name."""
+
+
 def empty() -> Mapping[str, Any]:
     """A read-only empty mapping, for defaults."""
     return MappingProxyType({})
@@ -38,13 +63,15 @@ def empty() -> Mapping[str, Any]:
 @dataclass(frozen=True, slots=True)
 class Adapter:
     """A verified LoRA adapter on disk. `digest` is the sha256 of its config and tensors,
-    so equal digests mean equal behaviour on the same base."""
+    so equal digests mean equal behaviour on the same base. `server_path` is the same folder
+    as a server in another container sees it; None: as we see it."""
 
     path: Path
     digest: str
     rank: int
     alpha: float
     target_modules: tuple[str, ...]
+    server_path: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,13 +90,40 @@ class Cost:
 
 
 @dataclass(frozen=True, slots=True)
+class Device:
+    """A GPU, or whatever else has memory for some of the servers placed on it at a time."""
+
+    id: str
+    memory_gb: float
+
+
+@dataclass(frozen=True, slots=True)
+class Placement:
+    """Where a server's weights go when it is loaded, and what loading costs, in seconds.
+
+    The seconds are first estimates: what is observed replaces them. `sleep_level` None stops
+    the process to make room; 1 or 2 puts it to sleep (vLLM's sleep mode) and wakes it again.
+    """
+
+    device: str
+    memory_gb: float
+    start_s: float = 60.0
+    stop_s: float = 5.0
+    sleep_level: Literal[1, 2] | None = None
+    sleep_s: float = 2.0
+    wake_s: float = 5.0
+
+
+@dataclass(frozen=True, slots=True)
 class Server:
     """A process that runs models. `settings` is the engine's own validated model, so that
-    two servers are the same exactly when they compare equal."""
+    two servers are the same exactly when they compare equal. `placement` None: it is always
+    there, and takes no room from others."""
 
     id: str
     engine: str
     settings: Any
+    placement: Placement | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,7 +140,9 @@ class Expert:
     """Something that can answer: the server's base model, alone or with one adapter.
 
     `context_window` is in tokens; `chars_per_token` is the estimate the filter uses before
-    any tokenizer is asked. `cost` is None where the price is unknown.
+    any tokenizer is asked. `parameters` are the wire fields beyond OpenAI's core that its
+    engine understands (`top_k`, `repetition_penalty` …). `cost` is None where the price is
+    unknown.
     """
 
     id: str
@@ -100,6 +156,7 @@ class Expert:
     context_window: int = 4096
     chars_per_token: float = 3.0
     abilities: frozenset[Ability] = frozenset()
+    parameters: frozenset[str] = frozenset()
     cost: Cost | None = None
     source: Literal["file", "runtime"] = "file"
 
@@ -119,6 +176,9 @@ class Policy:
     `threshold` is a calibrated quality in [0, 1]: when no expert reaches it, the plan is
     `default_expert` alone. `cost_weight` is λ of `quality − λ·cost`, in quality per
     US dollar per million output tokens. `k` is the number of experts a plan may hold.
+    `max_wait_s` bounds the wait of each of its calls for a lease, in seconds; None: the
+    process's default. `parameters` are the extra wire fields that its requests may carry.
+    `tolerance` is the expected quality that may be given up for an expert that is resident.
     """
 
     id: str
@@ -129,6 +189,9 @@ class Policy:
     threshold: float = 0.0
     cost_weight: float = 0.0
     k: int = 1
+    max_wait_s: float | None = None
+    parameters: frozenset[str] = SAFE_PARAMETERS
+    tolerance: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,6 +205,7 @@ class Catalog:
     experts: Mapping[str, Expert]
     policies: Mapping[str, Policy]
     default_policy: str = "auto"
+    devices: Mapping[str, Device] = field(default_factory=empty)
 
 
 # --- what is asked -------------------------------------------------------------------
@@ -188,7 +252,9 @@ class Request:
     """What the caller asked, validated. Exactly one of `messages` and `prompt` is set.
 
     `needs` are the abilities an expert must have; `extra` holds the wire fields an engine
-    passes through untouched (tools, tool_choice, response_format).
+    passes through untouched (tools, tool_choice, response_format, extra parameters);
+    `parameters` names those of them that are beyond OpenAI's core. `max_wait_s` is the caller's
+    own bound on the wait for a lease; it can only tighten the policy's.
     """
 
     id: str
@@ -198,18 +264,16 @@ class Request:
     sampling: Sampling = Sampling()
     needs: frozenset[Ability] = frozenset()
     extra: Mapping[str, Any] = field(default_factory=empty)
+    parameters: frozenset[str] = frozenset()
     exclude: frozenset[str] = frozenset()
     stream: bool = False
+    priority: Priority = "interactive"
+    max_wait_s: float | None = None
 
     @property
     def text(self) -> str:
         """The text a router reads: the prompt, or the last user message."""
-        if self.prompt is not None:
-            return self.prompt
-        for message in reversed(self.messages):
-            if message["role"] == "user":
-                return message_text(message)
-        return message_text(self.messages[-1]) if self.messages else ""
+        return self.prompt if self.prompt is not None else last_user_text(self.messages)
 
     @property
     def n_chars(self) -> int:
@@ -227,6 +291,14 @@ def message_text(message: Message) -> str:
     if isinstance(content, str):
         return content
     return "\n".join(part["text"] for part in content if part.get("type") == "text")
+
+
+def last_user_text(messages: Sequence[Message]) -> str:
+    """The text of the last user message; without one, of the last message."""
+    for message in reversed(messages):
+        if message["role"] == "user":
+            return message_text(message)
+    return message_text(messages[-1]) if messages else ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -259,12 +331,26 @@ class Plan:
 
 
 @dataclass(frozen=True, slots=True)
+class Forward:
+    """The caller streams and nobody reads the text on the way, so an engine may hand on its
+    server's events as bytes. `id` and `model` are what they must say."""
+
+    id: str
+    model: str
+
+
+@dataclass(frozen=True, slots=True)
 class Call:
     """One call of one expert, as scheduler and engine see it: already rendered.
 
     `adapter` None is the base model alone. Exactly one of `messages` and `prompt` is set.
     `max_tokens_asked` is False where `sampling.max_tokens` is the expert's default: an engine
     then clips it to the room left, where it refuses what a caller asked for.
+
+    `stream` is whether the answer is wanted piece by piece; `forward` further allows an engine
+    to yield `Chunk.raw`. `max_wait_s` bounds the wait for a lease from `arrived` (the scheduler's
+    clock, set at the first attempt, so that a retry keeps its bound); None: no bound. `later`
+    are the servers that the same request is known to call after this one.
     """
 
     id: str
@@ -277,6 +363,12 @@ class Call:
     context_window: int
     extra: Mapping[str, Any] = field(default_factory=empty)
     max_tokens_asked: bool = True
+    stream: bool = False
+    forward: Forward | None = None
+    priority: Priority = "interactive"
+    max_wait_s: float | None = None
+    arrived: float | None = None
+    later: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -309,7 +401,12 @@ FinishReason = Literal["stop", "length", "tool_calls", "content_filter"]
 class Chunk:
     """A piece of an answer. `index` is the choice (0..n−1) it belongs to; each choice ends
     with one chunk that has a finish reason; the last chunk of a call carries its usage.
-    `expert` names who wrote it."""
+    `expert` names who wrote it. `delta` holds the other fields of OpenAI's `delta` (of a streamed
+    answer) or `message` (of a whole one), such as `tool_calls` and `reasoning_content`.
+
+    `raw` is one server-sent event, `data: …\\n\\n`, in OpenAI's shape and ready to be sent, where
+    the call allows it (`Call.forward`); text, delta and logprobs are then empty.
+    """
 
     text: str = ""
     index: int = 0
@@ -317,6 +414,8 @@ class Chunk:
     finish_reason: FinishReason | None = None
     usage: Usage | None = None
     expert: str = ""
+    delta: Mapping[str, Any] = field(default_factory=empty)
+    raw: bytes | None = None
 
 
 class Ask(Protocol):
@@ -328,8 +427,12 @@ class Ask(Protocol):
         *,
         messages: Sequence[Message] | None = None,
         sampling: Sampling | None = None,
+        later: Sequence[str] = (),
+        verbatim: bool = False,
     ) -> AsyncGenerator[Chunk, None]:
-        """Without `messages` the expert reads the request's own; without `sampling`, its own."""
+        """`later` are the experts that this request will surely ask after this one. `verbatim`:
+        every chunk is passed on unread, so they may come as the server's own events. Without
+        `messages` the expert reads the request's own; without `sampling`, its own."""
         ...
 
 

@@ -3,12 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import AsyncGenerator, Collection, Sequence
+from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol
 
 from pydantic import BaseModel
 
 from composer.adapters.lora_config import AdapterFeature
-from composer.types import Ability, Adapter, Call, Chunk, Message, Tier
+from composer.types import Ability, Adapter, Call, Chunk, Message, Placement, Tier
+
+
+@dataclass(frozen=True, slots=True)
+class Capacity:
+    """Calls a server runs at once, calls that may wait for it before new ones are refused, and
+    how many distinct adapters the running ones may use (None: no limit)."""
+
+    in_flight: int
+    queue: int
+    adapters: int | None = None
 
 
 class Engine(Protocol):
@@ -16,8 +27,8 @@ class Engine(Protocol):
 
     `honours` are the abilities this engine can give an expert, `adapter_features` what it can do
     with adapters beyond plain LoRA, `model_field` the setting that names its weights (None:
-    somebody else's). Adapters are known by digest: the same weights are loaded once, whatever
-    experts use them.
+    somebody else's), `parameters` the wire fields beyond OpenAI's core that it understands.
+    Adapters are known by digest: the same weights are loaded once, whatever experts use them.
     """
 
     name: ClassVar[str]
@@ -27,21 +38,35 @@ class Engine(Protocol):
     adapter_features: ClassVar[frozenset[AdapterFeature]]
     takes_adapters: ClassVar[bool]
     model_field: ClassVar[str | None]
+    parameters: ClassVar[frozenset[str]]
 
-    def __init__(self, server: str, settings: Any) -> None: ...
-
-    @property
-    def capacity(self) -> tuple[int, int]:
-        """Calls it runs at once, and calls that may wait for it before new ones are refused."""
+    @classmethod
+    def check(cls, settings: Any, placement: Placement | None) -> None:
+        """Raises ValueError ("what is wrong; the remedy") for settings that do not fit a
+        placement, such as somebody else's server that we were to stop. Quick, and pure."""
         ...
 
+    def __init__(
+        self, server: str, settings: Any, *, placement: Placement | None = None
+    ) -> None: ...
+
+    @property
+    def capacity(self) -> Capacity: ...
+
     async def start(self) -> None:
-        """Ready to run calls on the base model. Raises EngineUnavailable with the remedy."""
+        """Ready to run calls, on the base model and on every adapter prepared so far. At once
+        where it is ready; joins a start under way; brings back what was stopped or has died.
+        Raises EngineUnavailable with the remedy."""
+        ...
+
+    async def stop(self) -> None:
+        """Frees the device's memory; `start` brings it back. Calls that still run end with
+        EngineUnavailable. What was prepared is remembered. At once where it is stopped."""
         ...
 
     async def prepare(self, adapters: Collection[Adapter]) -> None:
         """Loads those not loaded yet; running calls go on. All or nothing: on EngineError
-        none of them has been added."""
+        none of them has been added. On a server that is stopped they are loaded at its start."""
         ...
 
     async def retain(self, adapters: Collection[Adapter]) -> None:
@@ -52,14 +77,17 @@ class Engine(Protocol):
         """Streams the answer. Closing the generator cancels the call and frees its place.
 
         Raises Unsupported for what the engine cannot honour, ContextTooLong when the exact
-        token count exceeds the window, EngineError when the server fails."""
+        token count exceeds the window, EngineUnavailable when the server is gone (so that another
+        attempt may succeed once it is back), EngineError when it fails otherwise."""
         ...
 
     async def count_tokens(self, messages: Sequence[Message], prompt: str | None) -> int:
         """Exact prompt length in tokens, as `run` would count it."""
         ...
 
-    async def healthy(self) -> bool: ...
+    async def healthy(self) -> bool:
+        """Whether it does what it should: also while it is stopped to make room for others."""
+        ...
 
     async def close(self) -> None:
         """Cancels what runs; safe to call twice."""

@@ -14,9 +14,10 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from composer.adapters.lora_config import AdapterFeature
+from composer.engines.base import Capacity
 from composer.engines.prompts import encode, refuse
 from composer.errors import ComposerError, EngineError, EngineUnavailable
-from composer.types import Ability, Adapter, Call, Chunk, Message, Tier
+from composer.types import Ability, Adapter, Call, Chunk, Message, Placement, Tier
 
 if TYPE_CHECKING:
     from composer.engines.model import LocalModel
@@ -68,15 +69,27 @@ class EmbeddedEngine:
     takes_adapters: ClassVar[bool] = True
     model_field: ClassVar[str | None] = "model"
 
-    def __init__(self, server: str, settings: EmbeddedSettings) -> None:
+    parameters: ClassVar[frozenset[str]] = frozenset()
+
+    @classmethod
+    def check(cls, settings: EmbeddedSettings, placement: Placement | None) -> None:
+        if placement is not None and placement.sleep_level is not None:
+            raise ValueError("an embedded model cannot sleep; remove `sleep_level`")
+
+    def __init__(
+        self, server: str, settings: EmbeddedSettings, *, placement: Placement | None = None
+    ) -> None:
         self._server = server
         self._settings = settings
         self._worker: Worker | None = None
+        self._prepared: dict[str, Adapter] = {}
+        self._changing = asyncio.Lock()
+        self._stopped = True
         self._closed = False
 
     @property
-    def capacity(self) -> tuple[int, int]:
-        return self._settings.max_batch, self._settings.queue
+    def capacity(self) -> Capacity:
+        return Capacity(self._settings.max_batch, self._settings.queue)
 
     async def start(self) -> None:
         # Seconds of imports: off the event loop, and only where an embedded server is used.
@@ -87,32 +100,56 @@ class EmbeddedEngine:
             raise self._not_running()
         if self._worker is None or not self._worker.alive:
             self._worker = Worker(self._server, self._settings)
+        self._stopped = False
         worker = self._worker
         try:
             await asyncio.wrap_future(worker.started)
+            async with self._changing:
+                if worker.alive:
+                    await self._load(worker, self._prepared.values())
         except asyncio.CancelledError:
             worker.stop()  # it ends when what it loads is loaded; `close` waits for that
             raise
         except BaseException:
-            self._worker = None  # its thread has ended, and holds what it had loaded
+            worker.stop()
+            self._worker = None  # its thread ends, and with it what it had loaded
             raise
-        if not worker.alive:  # closed meanwhile
+        if not worker.alive:  # closed or stopped meanwhile
             raise self._not_running()
 
+    async def stop(self) -> None:
+        self._stopped = True
+        worker, self._worker = self._worker, None
+        if worker is not None:
+            worker.stop()
+            await asyncio.to_thread(worker.join)
+
     async def prepare(self, adapters: Collection[Adapter]) -> None:
-        def load(model: LocalModel) -> None:
-            wanted = model.digests | {adapter.digest for adapter in adapters}
+        if self._closed:
+            raise self._not_running()
+        async with self._changing:
+            wanted = self._prepared | {adapter.digest: adapter for adapter in adapters}
             if len(wanted) > self._settings.max_adapters:
                 raise EngineError(
                     f"server {self._server!r} would hold {len(wanted)} adapters; its "
                     f"max_adapters is {self._settings.max_adapters}"
                 )
-            model.load(adapters)
-
-        await asyncio.wrap_future(self._running().do(load))
+            if not self._stopped:
+                await self._load(self._running(), adapters)
+            self._prepared = wanted
 
     async def retain(self, adapters: Collection[Adapter]) -> None:
-        await asyncio.wrap_future(self._running().do(lambda model: model.forget(adapters)))
+        async with self._changing:
+            kept = {adapter.digest for adapter in adapters}
+            if not self._stopped:
+                forget = self._running().do(lambda model: model.forget(adapters))
+                await asyncio.wrap_future(forget)
+            self._prepared = {d: a for d, a in self._prepared.items() if d in kept}
+
+    @staticmethod
+    async def _load(worker: Worker, adapters: Collection[Adapter]) -> None:
+        wanted = tuple(adapters)
+        await asyncio.wrap_future(worker.do(lambda model: model.load(wanted)))
 
     async def run(self, call: Call) -> AsyncGenerator[Chunk, None]:
         refuse(call, self._settings.max_batch)
@@ -136,13 +173,13 @@ class EmbeddedEngine:
         return int(counted)
 
     async def healthy(self) -> bool:
-        return self._worker is not None and self._worker.ready
+        if self._closed:
+            return False
+        return self._stopped or (self._worker is not None and self._worker.ready)
 
     async def close(self) -> None:
         self._closed = True
-        if self._worker is not None:
-            self._worker.stop()
-            await asyncio.to_thread(self._worker.join)
+        await self.stop()
 
     def _running(self) -> Worker:
         if self._worker is None or self._closed or not self._worker.started.done():
@@ -150,5 +187,5 @@ class EmbeddedEngine:
         return self._worker
 
     def _not_running(self) -> EngineUnavailable:
-        state = "closed" if self._closed else "not started"
+        state = "closed" if self._closed else "not running"
         return EngineUnavailable(f"the embedded engine of server {self._server!r} is {state}")

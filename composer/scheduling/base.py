@@ -4,24 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Protocol, TypedDict
+from typing import Any, Protocol
 
+from composer.scheduling.events import Model
 from composer.types import Call
-
-
-@dataclass(frozen=True, slots=True)
-class Limits:
-    """Of one server: calls running at once, and calls waiting before new ones are refused."""
-
-    in_flight: int
-    queue: int
-
-    def __post_init__(self) -> None:
-        if self.in_flight < 1 or self.queue < 0:
-            raise ValueError(
-                f"in_flight must be at least 1 and queue at least 0, not {self.in_flight} "
-                f"and {self.queue}"
-            )
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,32 +20,60 @@ class Lease:
     queue_s: float
 
 
-class ServerLoad(TypedDict):
-    """Calls of one server at this moment, beside its limits."""
+class Mover(Protocol):
+    """Brings one server's weights onto its device and off it again. An engine is one."""
 
-    running: int
-    waiting: int
-    in_flight: int
-    queue: int
+    async def start(self) -> None:
+        """Ready to run calls when it returns; also brings back a server that has died. Raises
+        EngineUnavailable."""
+        ...
+
+    async def stop(self) -> None:
+        """Frees the device's memory; running calls end with EngineUnavailable."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """One server as the scheduler sees it. A server that stands alone is its own device."""
+
+    device: str
+    model: Model
+    mover: Mover
 
 
 class Scheduler(Protocol):
-    """One owner of every server's capacity. Cancelling `acquire` leaves the queue at once."""
+    """One owner of every device. Cancelling `acquire` leaves the queue at once."""
 
     async def acquire(self, call: Call) -> Lease:
-        """Waits for room. Raises Overloaded (with `retry_after`) when the queue is full and
-        EngineUnavailable when the call's server is not known (any more)."""
+        """Waits for room, at most until the call's bound. Raises Overloaded (with `retry_after`)
+        when the queue is full or the bound cannot be met, and EngineUnavailable when the call's
+        server is not known (any more)."""
         ...
 
-    def release(self, lease: Lease) -> None:
-        """Exactly once per lease, from any exit. Raises ValueError for an unknown lease."""
+    def release(self, lease: Lease, *, lost: bool = False) -> None:
+        """Exactly once per lease, from any exit; `lost` where the call found its server gone.
+        Raises ValueError for an unknown lease."""
         ...
 
-    def configure(self, servers: Mapping[str, Limits]) -> None:
-        """Sets the servers and their limits; running leases and queued calls are kept for
-        servers that stay, queued calls of servers that left fail with EngineUnavailable."""
+    def configure(self, places: Mapping[str, Place], memory_gb: Mapping[str, float]) -> None:
+        """Sets the servers, by id, and the memory of the devices. Running leases and queued
+        calls are kept for servers that stay; queued calls of servers that left fail with
+        EngineUnavailable."""
         ...
 
-    def stats(self) -> Mapping[str, ServerLoad]:
-        """A snapshot per configured server, for /health and metrics."""
+    def resident(self, server: str) -> bool:
+        """Whether a call there would need no load first."""
+        ...
+
+    def now(self) -> float:
+        """The clock of `Call.arrived`, in seconds."""
+        ...
+
+    def stats(self) -> Mapping[str, Any]:
+        """A snapshot per device, for /health."""
+        ...
+
+    async def close(self) -> None:
+        """Starts nothing any more, and waits for what moves. Safe to call twice."""
         ...

@@ -34,6 +34,6 @@ class Single:
 
     async def run(self, request: Request, plan: Plan, ask: Ask) -> AsyncGenerator[Chunk, None]:
         expert = plan.best
-        async with aclosing(ask(expert)) as chunks:
+        async with aclosing(ask(expert, verbatim=True)) as chunks:
             async for chunk in chunks:
                 yield chunk if chunk.expert else dataclasses.replace(chunk, expert=expert)

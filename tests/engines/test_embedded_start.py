@@ -18,13 +18,14 @@ import torch
 from composer.engines.local import EmbeddedEngine, EmbeddedSettings
 from composer.engines.model import LocalModel
 from composer.engines.worker import Worker
-from composer.errors import EngineUnavailable
+from composer.errors import EngineError, EngineUnavailable
+from composer.types import Adapter
 from tests.engines.conftest import make_call, reference, text
 
 
 async def test_close_fails_what_runs_and_may_be_called_twice(base: Path) -> None:
     engine = EmbeddedEngine("tiny", EmbeddedSettings(model=str(base), max_batch=1))
-    with pytest.raises(EngineUnavailable, match="not started"):
+    with pytest.raises(EngineUnavailable, match="not running"):
         await text(engine, make_call())
     await engine.start()
     assert await engine.healthy()
@@ -113,7 +114,7 @@ async def test_closing_while_it_loads_fails_the_start(base: Path, slow_load: Slo
     starting = asyncio.create_task(engine.start())
     assert await asyncio.to_thread(slow_load.begun.wait, 30)
     assert not await engine.healthy()
-    with pytest.raises(EngineUnavailable, match="not started"):
+    with pytest.raises(EngineUnavailable, match="not running"):
         await text(engine, make_call())
     closing = asyncio.create_task(engine.close())
     await asyncio.sleep(0)
@@ -122,6 +123,34 @@ async def test_closing_while_it_loads_fails_the_start(base: Path, slow_load: Slo
     with pytest.raises(EngineUnavailable, match="closed"):
         await starting
     assert not [t for t in threading.enumerate() if t.name == "embedded-tiny"]
+
+
+async def test_stopped_it_is_healthy_keeps_its_adapters_and_comes_back(
+    base: Path, adapters: tuple[Adapter, ...]
+) -> None:
+    expected = reference(base, adapters[0], "hello", 12)
+    engine = EmbeddedEngine("tiny", EmbeddedSettings(model=str(base), max_adapters=2))
+    await engine.prepare(adapters[:1])  # before it has a model: remembered
+    await engine.start()
+    assert await text(engine, make_call(adapter=adapters[0])) == expected
+    running = engine.run(make_call(max_tokens=80))
+    await anext(running)
+    await engine.stop()
+    with pytest.raises(EngineUnavailable):
+        [chunk async for chunk in running]
+    assert await engine.healthy()
+    assert not [t for t in threading.enumerate() if t.name == "embedded-tiny"]
+    with pytest.raises(EngineUnavailable, match="not running"):
+        await text(engine, make_call())
+    await engine.prepare(adapters[1:2])
+    with pytest.raises(EngineError, match="max_adapters"):
+        await engine.prepare(adapters[2:3])
+    await asyncio.gather(engine.start(), engine.start())
+    assert len([t for t in threading.enumerate() if t.name == "embedded-tiny"]) == 1
+    assert await text(engine, make_call(adapter=adapters[0])) == expected
+    assert await text(engine, make_call(adapter=adapters[1])) != expected
+    await engine.close()
+    assert not await engine.healthy()
 
 
 async def test_a_start_can_be_tried_again_after_it_was_cancelled(
