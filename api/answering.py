@@ -8,6 +8,9 @@ choice's ending comes when all is done and carries the `composer` field; with
 `stream_options.include_usage` one more without choices, which carries `composer` too; `[DONE]`.
 `composer` rides on a chunk that has a choice because many clients read `choices[0]` of every
 chunk. An error after the first byte is an event with `error`, and no `[DONE]` follows.
+
+Events that come ready from the expert's server (`Chunk.raw`) are sent as they are, undecoded; to
+the one that ends the last choice `composer` is added as bytes.
 """
 
 from __future__ import annotations
@@ -15,7 +18,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncGenerator, Coroutine
+from collections.abc import AsyncGenerator, Coroutine, Iterator
 from contextlib import aclosing, suppress
 from typing import Any, TypeVar
 
@@ -23,8 +26,8 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from api.errors import logged
-from api.responses import DONE, Json, event
-from api.wire import Wire, answered_by, collect, composer_body, usage_body
+from api.responses import DONE, Json, event, with_field
+from api.wire import Wire, answered_by, beside, collect, composer_body, usage_body
 from composer.errors import EngineError
 from composer.pipeline import Answer, Pipeline
 from composer.types import Chunk, Request
@@ -62,14 +65,8 @@ class Answering(Response):
     # --- whole ---------------------------------------------------------------------------
 
     async def _whole(self) -> Response:
-        async with await self._pipeline.answer(self._request) as answer, _each(answer) as chunks:
-            seen = [chunk async for chunk in chunks]
-            choices = collect(seen, self._request.sampling.n)
-        body = self._head(answer, self._wire.whole) | {
-            "choices": [self._wire.choice(i, choice) for i, choice in enumerate(choices)],
-            "usage": usage_body(answer.outcome.usage),
-            "composer": composer_body(answer.outcome),
-        }
+        answer = await self._pipeline.answer(self._request)
+        body = await whole(answer, self._request, self._wire, self._created)
         return Json(body, headers=_headers(answer))
 
     # --- streamed ------------------------------------------------------------------------
@@ -91,53 +88,82 @@ class Answering(Response):
     async def _events(
         self, answer: Answer, first: Chunk, chunks: AsyncGenerator[Chunk, None], send: Send
     ) -> None:
-        wire, head = self._wire, self._head(answer, self._wire.part)
+        head = self._head(answer, self._wire.part)
         if self._include_usage:
             head["usage"] = None
         opened: set[int] = set()
-        ends: dict[int, dict[str, Any]] = {}
+        ended: set[int] = set()
+        held = b""
 
         chunk: Chunk | None = first
         while chunk is not None:
-            out: list[dict[str, Any]] = []
-            if chunk.index not in opened:
+            out: list[bytes] = []
+            if chunk.raw is not None:
                 opened.add(chunk.index)
-                opening = wire.opening(chunk.index)
-                out += [opening] if opening is not None else []
-            if chunk.text or chunk.logprobs:
-                out.append(wire.piece(chunk))
+                out.append(chunk.raw)
+            else:
+                parts = self._parts(chunk, opened)
+                out += [event(head | {"choices": [part]}) for part in parts]
             if chunk.finish_reason is not None:
-                ends[chunk.index] = wire.ending(chunk.index, chunk.finish_reason)
-                if len(ends) < self._request.sampling.n:
-                    out.append(ends[chunk.index])
+                ended.add(chunk.index)
+                if len(ended) == self._request.sampling.n and not held:
+                    held = out.pop()  # the last choice's ending waits for `composer`
             if out:
-                await _send(send, b"".join(event(head | {"choices": [part]}) for part in out))
+                await _send(send, b"".join(out))
             chunk = await anext(chunks, None)
 
-        if len(ends) < self._request.sampling.n:
-            raise EngineError(f"the answer ended with {len(ends)} of its choices finished")
+        if not held:
+            raise EngineError(f"the answer ended with {len(ended)} of its choices finished")
         # Closed, and so recorded, before the client can know the end and send feedback.
         await answer.aclose()
-        last = list(ends)[-1]
-        more = {"composer": composer_body(answer.outcome)}
-        tail = event(head | {"choices": [ends[last]]} | more)
+        body = composer_body(answer.outcome)
+        tail = with_field(held, "composer", body)
         if self._include_usage:
-            usage = {"choices": [], "usage": usage_body(answer.outcome.usage)}
-            tail += event(head | usage | more)
+            usage = {"choices": [], "usage": usage_body(answer.outcome.usage), "composer": body}
+            tail += event(head | usage)
         await _send(send, tail + DONE)
 
+    def _parts(self, chunk: Chunk, opened: set[int]) -> Iterator[dict[str, Any]]:
+        """The choices of the events that a chunk makes: one event each."""
+        if chunk.index not in opened:
+            opened.add(chunk.index)
+            opening = self._wire.opening(chunk.index)
+            if opening is not None:
+                yield opening
+        if chunk.text or chunk.logprobs or chunk.delta:
+            yield self._wire.piece(chunk)
+        if chunk.finish_reason is not None:
+            yield self._wire.ending(chunk.index, chunk.finish_reason)
+
     def _head(self, answer: Answer, kind: str) -> dict[str, Any]:
-        """What every body begins with. `model` is what was asked for; who answered is in
-        `composer`. The fingerprint is the catalog's: equal ones mean equal experts."""
-        outcome = answer.outcome
-        assert outcome.plan is not None
-        return {
-            "id": self._request.id,
-            "object": kind,
-            "created": self._created,
-            "model": self._request.model or outcome.plan.policy,
-            "system_fingerprint": f"fp_{outcome.catalog_digest.removeprefix('sha256:')[:12]}",
-        }
+        return _head(answer, self._request, kind, self._created)
+
+
+async def whole(answer: Answer, request: Request, wire: Wire, created: int) -> dict[str, Any]:
+    """The body of an answer that is not streamed; closes it. `created` is in Unix seconds."""
+    async with answer, _each(answer) as chunks:
+        seen = [chunk async for chunk in chunks]
+        choices = collect(seen, request.sampling.n)
+    return _head(answer, request, wire.whole, created) | {
+        "choices": [wire.choice(i, choice) for i, choice in enumerate(choices)],
+        "usage": usage_body(answer.outcome.usage),
+        "composer": composer_body(answer.outcome),
+        **beside(choices),
+    }
+
+
+def _head(answer: Answer, request: Request, kind: str, created: int) -> dict[str, Any]:
+    """What every body begins with. `model` is what was asked for; who answered is in
+    `composer`. The fingerprint is the catalog's: equal ones mean equal experts."""
+    outcome = answer.outcome
+    assert outcome.plan is not None
+    return {
+        "id": request.id,
+        "object": kind,
+        "created": created,
+        "model": request.model or outcome.plan.policy,
+        "system_fingerprint": f"fp_{outcome.catalog_digest.removeprefix('sha256:')[:12]}",
+    }
 
 
 def _each(answer: Answer) -> aclosing[AsyncGenerator[Chunk, None]]:

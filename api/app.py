@@ -10,8 +10,21 @@ from importlib.metadata import version
 from fastapi import FastAPI
 
 from api import errors
+from api.batching import make_batches
 from api.edge import Edge
-from api.routes import chat, completions, embeddings, experts, feedback, health, models
+from api.routes import batches as batches_route
+from api.routes import (
+    chat,
+    completions,
+    embeddings,
+    experts,
+    feedback,
+    health,
+    metrics,
+    models,
+    scheduler,
+)
+from api.routes import files as files_route
 from api.schemas import ErrorBody
 from composer.errors import SettingsError
 from composer.service import Service
@@ -26,12 +39,16 @@ def create_app(service: Service) -> FastAPI:
     if service.settings.api_key is not None and not service.settings.api_key.strip():
         raise SettingsError("COMPOSER_API_KEY is empty; unset it, or give it a key")
 
+    files, batches = make_batches(service)
+
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         await service.start()
         try:
+            await batches.start()
             yield
         finally:
+            await batches.close()  # first: what it has begun would fail with the service
             await service.close()
 
     app = FastAPI(
@@ -44,8 +61,25 @@ def create_app(service: Service) -> FastAPI:
     )
     app.state.service = service
     app.state.created = int(time.time())
-    app.add_middleware(Edge, api_key=service.settings.api_key)
+    app.state.files, app.state.batches = files, batches
+    app.add_middleware(
+        Edge,
+        api_key=service.settings.api_key,
+        larger={files_route.PATH: service.settings.max_file_mb * 2**20 + files_route.FORM_BYTES},
+    )
     errors.install(app)
-    for module in (chat, completions, embeddings, models, experts, feedback, health):
+    for module in (
+        chat,
+        completions,
+        files_route,
+        batches_route,
+        embeddings,
+        models,
+        experts,
+        feedback,
+        scheduler,
+        metrics,
+        health,
+    ):
         app.include_router(module.router)
     return app

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hmac
 import logging
+from collections.abc import Mapping
 from uuid import uuid4
 
 from starlette.datastructures import Headers, MutableHeaders
@@ -29,10 +30,19 @@ class Edge:
     """Gives the request its id (32 hex digits) in `request.state.request_id` and the
     `x-request-id` header. The id of an answer is the same digits behind OpenAI's prefix."""
 
-    def __init__(self, app: ASGIApp, *, api_key: str | None, max_body: int = MAX_BODY) -> None:
+    def __init__(
+        self,
+        app: ASGIApp,
+        *,
+        api_key: str | None,
+        max_body: int = MAX_BODY,
+        larger: Mapping[str, int] | None = None,
+    ) -> None:
+        """`max_body` in bytes; `larger` are the limits of paths that have their own."""
         self._app = app
         self._key = None if api_key is None else api_key.encode()
         self._max_body = max_body
+        self._larger = larger or {}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -54,7 +64,7 @@ class Edge:
             await refusal.response()(scope, receive, send_with_id)
             return
         try:
-            await self._app(scope, self._limited(receive), send_with_id)
+            await self._app(scope, self._limited(receive, self._limit(scope)), send_with_id)
         except Exception as error:
             if started:
                 raise  # half an answer is out: only closing the connection tells the client
@@ -76,15 +86,15 @@ class Edge:
                 )
         length = headers.get("content-length", "")
         # Ten digits are beyond any limit, and int() itself refuses very long numbers.
-        if length.isdecimal() and (len(length) > 10 or int(length) > self._max_body):
-            return WireError(413, self._too_large, INVALID, HTTP_CODES[413])
+        limit = self._limit(scope)
+        if length.isdecimal() and (len(length) > 10 or int(length) > limit):
+            return WireError(413, _too_large(limit), INVALID, HTTP_CODES[413])
         return None
 
-    @property
-    def _too_large(self) -> str:
-        return f"the body exceeds {self._max_body} bytes; send less"
+    def _limit(self, scope: Scope) -> int:
+        return self._larger.get(scope["path"], self._max_body)
 
-    def _limited(self, receive: Receive) -> Receive:
+    def _limited(self, receive: Receive, limit: int) -> Receive:
         """`receive`, counting: a body in chunks declares no length beforehand."""
         seen = 0
 
@@ -93,8 +103,12 @@ class Edge:
             message = await receive()
             if message["type"] == "http.request":
                 seen += len(message.get("body", b""))
-                if seen > self._max_body:
-                    raise HTTPException(413, self._too_large)
+                if seen > limit:
+                    raise HTTPException(413, _too_large(limit))
             return message
 
         return limited
+
+
+def _too_large(limit: int) -> str:
+    return f"the body exceeds {limit} bytes; send less"

@@ -28,6 +28,7 @@ from composer.errors import (
     ContextTooLong,
     EngineError,
     EngineUnavailable,
+    NotFound,
     Overloaded,
     RequestError,
     SettingsError,
@@ -44,6 +45,9 @@ SERVER = "server_error"
 
 UNAVAILABLE_RETRY_S = 5
 """Advice where nobody knows better: about what a server needs to come back."""
+
+LONGEST_RETRY_S = 3600
+"""Nobody knows the queue of in an hour; and an estimate may be infinite."""
 
 HTTP_CODES = {404: "not_found", 405: "method_not_allowed", 413: "content_too_large"}
 """Of what the framework itself refuses."""
@@ -69,6 +73,7 @@ TABLE: Mapping[type[ComposerError], Row] = {
     ComposerError: Row(500, SERVER, INTERNAL),
     RequestError: Row(400, INVALID),
     UnknownModel: Row(404, INVALID),
+    NotFound: Row(404, INVALID),
     Unsupported: Row(400, INVALID),
     ContextTooLong: Row(400, INVALID),
     Conflict: Row(409, INVALID),
@@ -128,8 +133,7 @@ def wire_error(error: Exception) -> WireError:
     retry_after: float | None = row.retry_after
     if isinstance(error, Overloaded):
         retry_after = error.retry_after
-    # Whole seconds, rounded up: clients that come back early only meet the same queue.
-    headers = {} if retry_after is None else {"retry-after": str(max(1, math.ceil(retry_after)))}
+    headers = {} if retry_after is None else {"retry-after": str(_seconds(retry_after))}
     more: dict[str, Any] = {}
     if isinstance(error, CatalogError):
         more["problems"] = [
@@ -149,6 +153,11 @@ def wire_error(error: Exception) -> WireError:
         headers=headers,
         more=more,
     )
+
+
+def _seconds(retry_after: float) -> int:
+    """Whole seconds, rounded up: clients that come back early only meet the same queue."""
+    return math.ceil(min(max(retry_after, 1), LONGEST_RETRY_S))
 
 
 def _in_words(error: ComposerError) -> str:

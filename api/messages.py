@@ -70,8 +70,8 @@ class UserMessage(_Model):
 
 
 class AssistantMessage(_Model):
-    """An earlier answer. The fields that must be null are those that clients send back
-    unchanged from an answer's message."""
+    """An earlier answer. Its last fields are those that clients send back unchanged from an
+    answer's message; experts are not shown them."""
 
     role: Literal["assistant"]
     content: TextContent | None = None
@@ -81,6 +81,8 @@ class AssistantMessage(_Model):
     annotations: list[Any] | None = None
     audio: None = None
     function_call: None = None
+    reasoning: str | None = None
+    reasoning_content: str | None = None
 
     @model_validator(mode="after")
     def _says_something(self) -> AssistantMessage:
@@ -103,11 +105,19 @@ AnyMessage = Annotated[
 ]
 
 
+_NOT_SHOWN = {
+    "refusal",
+    "annotations",
+    "audio",
+    "function_call",
+    "reasoning",
+    "reasoning_content",
+}
+
+
 def plain(message: AnyMessage) -> Message:
     """The message as experts read it: OpenAI's shape without what was left out."""
-    fields: dict[str, Any] = message.model_dump(
-        exclude_none=True, exclude={"refusal", "annotations", "audio", "function_call"}
-    )
+    fields: dict[str, Any] = message.model_dump(exclude_none=True, exclude=_NOT_SHOWN)
     if isinstance(message, SystemMessage):
         fields["role"] = "system"
     elif isinstance(message, AssistantMessage):

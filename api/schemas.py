@@ -1,25 +1,29 @@
 """What callers may send, in OpenAI's field names, and how it becomes a Request.
 
-Knows nothing about experts or engines. Three kinds of fields: honoured; `Ignored`, which
-change nothing in an answer; and `Refused`, which would change it and cannot be honoured, so
-that only the value meaning "off" passes. A field that is in none of them is refused as unknown.
+Knows nothing about experts or engines. Four kinds of fields: honoured; `Parameters`, which some
+engines honour; `Ignored`, which change nothing in an answer; and those that would change it and
+that no engine here can honour, so that only the value meaning "off" passes. A field that is in
+none of them is refused as unknown.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 from pydantic_core import PydanticCustomError
 
 from api.messages import AnyMessage, needs_of, plain
+from api.parameters import ChatParameters, Parameters
 from composer.errors import RequestError
 from composer.types import Ability, Request, Sampling
 
 MAX_N = 8
 MAX_STOP = 4
 MAX_TOP_LOGPROBS = 20
+MAX_WAIT_S = 86_400
 LEGACY_MAX_TOKENS = 16
 """What OpenAI's /v1/completions takes when `max_tokens` is left out."""
 
@@ -56,18 +60,21 @@ class Ignored(Body):
     prompt_cache_retention: str | None = None
 
 
-class Refused(Body):
-    """Would change the answer, and no engine here can honour it."""
-
-    frequency_penalty: Annotated[Any, off(0, 0.0)] = None
-    presence_penalty: Annotated[Any, off(0, 0.0)] = None
-    logit_bias: Annotated[Any, off({})] = None
-
-
 class ComposerField(Body):
     """The `composer` field of a request."""
 
     exclude: list[str] = Field([], description="Experts that must not answer this request.")
+    priority: Literal["interactive", "batch"] = Field(
+        "interactive", description="A batch request gives way to all others, and waits for them."
+    )
+    max_wait_s: float | None = Field(
+        None,
+        gt=0,
+        le=MAX_WAIT_S,
+        allow_inf_nan=False,
+        description="Most seconds that each of its calls may wait for its expert before the "
+        "request is refused (503). It can only shorten what the policy allows.",
+    )
 
 
 class StreamOptions(Body):
@@ -87,7 +94,7 @@ Stop = Annotated[
 ]
 
 
-class Generation(Ignored, Refused):
+class Generation(Ignored, Parameters):
     """What chat and plain completions share."""
 
     model: Annotated[str | None, Field(max_length=512)] = None
@@ -112,10 +119,17 @@ class Generation(Ignored, Refused):
         max_tokens: int | None,
         logprobs: int | None,
         needs: frozenset[Ability] = frozenset(),
+        extra: Mapping[str, Any] = MappingProxyType({}),
         **rest: Any,
     ) -> Request:
         if self.stream_options is not None and not self.stream:
             raise RequestError("only a stream has stream_options", param="stream_options")
+        parameters = self.asked()
+        if max_tokens is not None and parameters.get("min_tokens", 0) > max_tokens:
+            raise RequestError(
+                f"min_tokens exceeds max_tokens, which is {max_tokens}", param="min_tokens"
+            )
+        ours = self.composer or ComposerField()
         given = {
             name: value
             for name in ("temperature", "top_p", "seed", "n")
@@ -129,8 +143,12 @@ class Generation(Ignored, Refused):
             model=self.model or "",
             sampling=sampling,
             needs=needs | ({"logprobs"} if logprobs is not None else frozenset()),
-            exclude=frozenset(self.composer.exclude if self.composer else ()),
+            extra={**extra, **parameters},
+            parameters=frozenset(parameters),
+            exclude=frozenset(ours.exclude),
             stream=bool(self.stream),
+            priority=ours.priority,
+            max_wait_s=ours.max_wait_s,
             **rest,
         )
 
@@ -154,7 +172,7 @@ class ResponseFormat(BaseModel):
     json_schema: dict[str, Any] | None = None
 
 
-class ChatBody(Generation):
+class ChatBody(Generation, ChatParameters):
     """POST /v1/chat/completions."""
 
     messages: Annotated[list[AnyMessage], Field(min_length=1)]
@@ -172,8 +190,6 @@ class ChatBody(Generation):
     modalities: Annotated[Any, off(["text"])] = None
     moderation: Annotated[Any, off()] = None
     prediction: Annotated[Any, off()] = None
-    reasoning_effort: Annotated[Any, off()] = None
-    verbosity: Annotated[Any, off()] = None
     web_search_options: Annotated[Any, off()] = None
 
     def request(self, id: str) -> Request:

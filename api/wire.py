@@ -23,6 +23,7 @@ class Collected:
 
     text: list[str] = field(default_factory=list)
     logprobs: list[TokenLogprob] = field(default_factory=list)
+    more: dict[str, Any] = field(default_factory=dict)
     finish_reason: FinishReason | None = None
 
 
@@ -33,10 +34,58 @@ def collect(chunks: Sequence[Chunk], n: int) -> list[Collected]:
         choice = choices[chunk.index]
         choice.text.append(chunk.text)
         choice.logprobs.extend(chunk.logprobs)
+        add_delta(choice.more, chunk.delta)
         choice.finish_reason = chunk.finish_reason or choice.finish_reason
     if unfinished := [i for i, choice in enumerate(choices) if choice.finish_reason is None]:
         raise EngineError(f"the answer ended without a finish reason for choices {unfinished}")
     return choices
+
+
+def beside(choices: Sequence[Collected]) -> dict[str, Any]:
+    """What a server said of the prompt, which stands beside the choices of a whole chat."""
+    return {key: choices[0].more[key] for key in _OF_PROMPT if key in choices[0].more}
+
+
+_OF_PROMPT = ("prompt_logprobs",)
+
+
+def add_delta(message: dict[str, Any], delta: Mapping[str, Any]) -> None:
+    """Adds a chunk's further fields to those of the message so far, as OpenAI's clients do:
+    texts go on, tool calls are told apart by their index, lists grow."""
+    for key, value in delta.items():
+        known = message.get(key)
+        if key == "tool_calls":
+            calls: list[dict[str, Any]] = message.setdefault(key, [])
+            for call in value or ():
+                _add_call(calls, call)
+        elif known is None:
+            message[key] = list(value) if isinstance(value, list) else value
+        elif isinstance(known, str) and isinstance(value, str):
+            message[key] = known + value
+        elif isinstance(known, list) and isinstance(value, list):
+            known.extend(value)
+        elif value is not None:
+            message[key] = value
+
+
+def _add_call(calls: list[dict[str, Any]], part: Mapping[str, Any]) -> None:
+    """One without an index is whole, and another one than those before. Of the parts of one,
+    only the arguments go on; some servers repeat the rest."""
+    index = part.get("index")
+    call = next((one for one in calls if index is not None and one["index"] == index), None)
+    if call is None:
+        call = {"index": index, "type": "function", "function": {"name": "", "arguments": ""}}
+        calls.append(call)
+    function = part.get("function") or {}
+    call["function"]["name"] = call["function"]["name"] or function.get("name") or ""
+    call["function"]["arguments"] += function.get("arguments") or ""
+    rest = {key: value for key, value in part.items() if key != "function" and value is not None}
+    call.update(rest)
+
+
+def _whole_call(call: Mapping[str, Any]) -> dict[str, Any]:
+    """A tool call as a whole message has it."""
+    return {key: value for key, value in call.items() if key != "index"}
 
 
 class Wire(Protocol):
@@ -64,7 +113,7 @@ class Wire(Protocol):
         ...
 
     def piece(self, chunk: Chunk) -> dict[str, Any]:
-        """The choice in a chunk of text."""
+        """The choice in a chunk of text, or of other fields of the answer."""
         ...
 
     def ending(self, index: int, reason: FinishReason) -> dict[str, Any]:
@@ -81,9 +130,14 @@ class ChatWire:
         self._logprobs = logprobs
 
     def choice(self, index: int, choice: Collected) -> dict[str, Any]:
+        content: str | None = "".join(choice.text)
+        more = {key: value for key, value in choice.more.items() if key not in _OF_PROMPT}
+        if calls := more.get("tool_calls"):
+            more["tool_calls"] = [_whole_call(call) for call in calls]
+            content = content or None  # as OpenAI has it where there are calls alone
         return {
             "index": index,
-            "message": {"role": "assistant", "content": "".join(choice.text), "refusal": None},
+            "message": {"role": "assistant", "content": content, "refusal": None, **more},
             "logprobs": self._of(choice.logprobs),
             "finish_reason": choice.finish_reason,
         }
@@ -92,8 +146,14 @@ class ChatWire:
         return self._delta(index, {"role": "assistant", "content": "", "refusal": None})
 
     def piece(self, chunk: Chunk) -> dict[str, Any]:
-        delta = self._delta(chunk.index, {"content": chunk.text})
-        return delta | {"logprobs": self._of(chunk.logprobs)}
+        said: dict[str, Any] = dict(chunk.delta)
+        if "tool_calls" in said:
+            said["tool_calls"] = [
+                {"index": i} | call for i, call in enumerate(said["tool_calls"] or ())
+            ]
+        if chunk.text or not said:
+            said["content"] = chunk.text
+        return self._delta(chunk.index, said) | {"logprobs": self._of(chunk.logprobs)}
 
     def ending(self, index: int, reason: FinishReason) -> dict[str, Any]:
         return self._delta(index, {}) | {"finish_reason": reason}
@@ -127,6 +187,7 @@ class CompletionWire:
             "text": "".join(choice.text),
             "logprobs": self._of(index, choice.logprobs),
             "finish_reason": choice.finish_reason,
+            **{key: value for key, value in choice.more.items() if key in _OF_PROMPT},
         }
 
     def opening(self, index: int) -> dict[str, Any] | None:

@@ -6,6 +6,7 @@ Adding one is a class in its own file and a line here.
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from functools import cache, partial
@@ -18,15 +19,19 @@ from composer.eligibility import Eligibility
 from composer.embedder import TextEmbedder, load_embedder
 from composer.engines.base import Engine
 from composer.engines.local import EmbeddedEngine
-from composer.errors import Problem
+from composer.engines.openai import OpenAIEngine
+from composer.engines.replay import ReplayEngine
+from composer.engines.vllm import VllmEngine
+from composer.errors import EngineUnavailable, Problem
 from composer.generations import Generation, Way, adapters_on, let_go
 from composer.registry import EngineFamily, Families, Loaded, RegistryError, load_catalog
 from composer.routing.base import Embedder, Router
 from composer.routing.neighbours import NeighboursRouter
 from composer.scheduling.base import Place
 from composer.scheduling.events import Model
-from composer.scheduling.policy import PolicySettings, SwapPolicy
+from composer.scheduling.policy import SwapPolicy
 from composer.scheduling.scheduler import DeviceScheduler
+from composer.scheduling.state import PolicySettings
 from composer.service import Service
 from composer.settings import Settings
 from composer.store import Recorder, Store
@@ -35,9 +40,16 @@ from composer.strategies.single import Single
 from composer.strategies.vote import Vote
 from composer.types import Catalog, Component, Expert, Policy, Server
 
+log = logging.getLogger(__name__)
+
+LOOK_S = 5.0
+"""How long a boot or a reload waits for a server that somebody else runs."""
+
 ROUTERS: Mapping[str, type[Router]] = {c.name: c for c in (NeighboursRouter,)}
 STRATEGIES: Mapping[str, type[Strategy]] = {c.name: c for c in (Single, Vote)}
-ENGINES: Mapping[str, type[Engine]] = {c.name: c for c in (EmbeddedEngine,)}
+ENGINES: Mapping[str, type[Engine]] = {
+    c.name: c for c in (EmbeddedEngine, OpenAIEngine, ReplayEngine, VllmEngine)
+}
 
 
 def families() -> Families:
@@ -52,6 +64,10 @@ def families() -> Families:
                 adapter_features=engine.adapter_features,
                 takes_adapters=engine.takes_adapters,
                 model_field=engine.model_field,
+                path_fields=engine.path_fields,
+                program_fields=engine.program_fields,
+                parameters=engine.parameters,
+                check=engine.check,
             )
             for name, engine in ENGINES.items()
         },
@@ -188,14 +204,28 @@ async def _engine_for(server: Server, live: Sequence[Generation]) -> tuple[Engin
             await engine.start()
         return engine, place
     engine = ENGINES[server.engine](server.id, server.settings, placement=server.placement)
-    if server.placement is None:
-        try:
-            await engine.start()
-        except BaseException:
-            await engine.close()
-            raise
+    try:
+        there = server.placement is None and await _started(engine)
+    except BaseException:
+        await engine.close()
+        raise
     taken = {g.place(server.id) for g in live if server.id in g.engines}
-    return engine, place_of(server, engine, taken)
+    return engine, replace(place_of(server, engine, taken), there=there)
+
+
+async def _started(engine: Engine) -> bool:
+    """Somebody else's server may be away: the scheduler then waits for it, and its calls with
+    it, up to their bounds."""
+    if not engine.external:
+        await engine.start()
+        return True
+    try:
+        async with asyncio.timeout(LOOK_S):
+            await engine.start()
+    except (EngineUnavailable, TimeoutError) as error:
+        log.warning("not there yet: %s", error or "no answer")
+        return False
+    return True
 
 
 async def build_ways(catalog: Catalog, embedder: Embedder) -> dict[str, Way]:

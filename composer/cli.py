@@ -1,4 +1,4 @@
-"""The command line: serve · check · route · experts · schema. Parses, prints, decides nothing."""
+"""The command line: serve · check · route · batch · experts · schema. Decides nothing."""
 
 from __future__ import annotations
 
@@ -125,6 +125,53 @@ def route(
     out.print(
         f"policy {decision['policy']} → {', '.join(chosen)} ({plan['strategy']}; {rule}; "
         f"{decision['decision_ms']:.1f} ms)",
+        markup=False,
+        highlight=False,
+        soft_wrap=True,
+    )
+
+
+@app.command()
+def batch(
+    source: Annotated[Path, typer.Argument(help="Requests in OpenAI's batch format, one a line.")],
+    target: Annotated[Path, typer.Argument(help="The answers' file, in the requests' order.")],
+    experts: ExpertsOption = None,
+    fresh: Annotated[
+        bool, typer.Option("--fresh", help="Ask everything anew; else only what has no answer.")
+    ] = False,
+    concurrency: Annotated[
+        int | None, typer.Option(min=1, help="Most requests begun at once; 4096.")
+    ] = None,
+) -> None:
+    """Answer a file of requests. What was interrupted, even killed, goes on where it stopped."""
+    settings = _settings(experts=experts)
+    from api.batching import WireCodec
+    from composer.batch.command import answer_file
+    from composer.build import make_service
+    from composer.telemetry import configure_logging
+
+    try:
+        configure_logging("warning")
+        done = answer_file(
+            lambda: make_service(settings),
+            WireCodec(),
+            source,
+            target,
+            fresh=fresh,
+            concurrency=concurrency,
+            console=err,
+        )
+    except ComposerError as error:
+        _fail(error)
+    except (KeyboardInterrupt, asyncio.CancelledError):
+        err.print("stopped; the same command goes on from here")
+        raise typer.Exit(130) from None
+    if done is None:
+        out.print(f"{target} is complete; --fresh asks everything anew", soft_wrap=True)
+        return
+    counts = f"{done.requests} requests, {done.failed} of them failed; {done.now} answered now"
+    out.print(
+        f"{counts} → {target}",
         markup=False,
         highlight=False,
         soft_wrap=True,

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import get_args
 
 import numpy as np
 
-from composer.errors import ContextTooLong, Unsupported
+from composer.errors import ContextTooLong, RequestError, Unsupported
 from composer.types import Ability, BoolArray, Expert, FloatArray, Request
 
 MOST_CHARS_PER_TOKEN = 16
@@ -20,8 +20,8 @@ class Eligibility:
     """A policy's experts as columns, so that filtering 10,000 of them is a few array operations.
 
     `window` (E,) tokens, `chars_per_token` (E,), `templated` (E,) whether the expert reads a
-    filled template instead of the conversation, `able` one (E,) mask per ability, all in the
-    order of `experts`.
+    filled template instead of the conversation, `able` one (E,) mask per ability and `takes` one
+    per extra parameter that any of them takes, all in the order of `experts`.
     """
 
     experts: tuple[str, ...]
@@ -30,6 +30,7 @@ class Eligibility:
     chars_per_token: FloatArray
     templated: BoolArray
     able: Mapping[Ability, BoolArray]
+    takes: Mapping[str, BoolArray] = field(default_factory=dict)
 
     @classmethod
     def of(cls, experts: Sequence[Expert]) -> Eligibility:
@@ -43,6 +44,10 @@ class Eligibility:
             able={
                 ability: np.array([ability in e.abilities for e in experts], np.bool_)
                 for ability in get_args(Ability)
+            },
+            takes={
+                name: np.array([name in e.parameters for e in experts], np.bool_)
+                for name in frozenset().union(*(e.parameters for e in experts))
             },
         )
 
@@ -70,6 +75,14 @@ class Eligibility:
                     f"request; leave it out or ask another model",
                     param=_FIELD[ability],
                 )
+        for name in sorted(request.parameters):
+            mask &= self.takes.get(name, False)
+            if not mask.any():
+                raise Unsupported(
+                    f"no expert of this policy can honour {name!r} together with the rest of the "
+                    f"request; leave it out or ask another model",
+                    param=name,
+                )
         chars = np.where(self.templated, len(request.text), request.n_chars)  # (E,)
         room = self.window - (request.sampling.max_tokens or 1)
         fits = mask & (chars / self.chars_per_token <= room)
@@ -84,6 +97,16 @@ class Eligibility:
                 param="messages" if request.prompt is None else "prompt",
             )
         return fits
+
+
+def check_exclude(exclude: frozenset[str], experts: Mapping[str, Expert]) -> None:
+    """Raises RequestError for an excluded id that no expert of the catalog has: misspelt, it
+    would exclude nobody, and the caller would not know."""
+    for expert in sorted(exclude - experts.keys()):
+        raise RequestError(
+            f"there is no expert {expert!r} to exclude; GET /v1/experts lists them",
+            param="composer.exclude",
+        )
 
 
 _FIELD: Mapping[Ability, str] = {

@@ -3,6 +3,7 @@
 ComposerError
 ├── RequestError            the caller's to mend
 │   ├── UnknownModel        the `model` is neither a policy nor an expert
+│   ├── NotFound            there is no such file or batch
 │   ├── Unsupported         no eligible expert (or not this one) can honour what was asked
 │   ├── ContextTooLong      the prompt and `max_tokens` exceed the expert's context window
 │   └── Conflict            the change contradicts what the catalog already holds
@@ -42,6 +43,10 @@ class RequestError(ComposerError):
 
 class UnknownModel(RequestError):
     code = "model_not_found"
+
+
+class NotFound(RequestError):
+    code = "not_found"
 
 
 class Unsupported(RequestError):

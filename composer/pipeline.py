@@ -18,6 +18,7 @@ from typing import Any, Literal
 import numpy as np
 
 from composer.calling import CallRun, call_of
+from composer.eligibility import check_exclude
 from composer.errors import ComposerError, UnknownModel, Unsupported
 from composer.generations import Generation, Generations, Hold, Way
 from composer.routing.base import Query
@@ -168,6 +169,7 @@ async def decide(
 ) -> tuple[Way, Plan]:
     """The plan for a request, nothing run. `resident` says of a server whether its weights are
     loaded. Raises RequestError when no plan is possible."""
+    check_exclude(request.exclude, generation.catalog.experts)
     way = way_of(request, generation)
     check_parameters(request, way.policy)
     way.strategy.check(request)

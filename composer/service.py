@@ -26,6 +26,7 @@ from composer.errors import (
     UnknownModel,
 )
 from composer.generations import Generation, Generations, let_go
+from composer.metrics import Metrics
 from composer.pipeline import Outcome, Pipeline
 from composer.recording import record_of
 from composer.registry import Loaded, RegistryError
@@ -74,10 +75,11 @@ class Service:
         self.embedder = embedder
         self.scheduler = scheduler
         self.generations = Generations(self._retired)
+        self.metrics = Metrics(scheduler, self._policies)
         self.pipeline = Pipeline(
             self.generations,
             scheduler,
-            self._record,
+            self._ended,
             max_wait_s=settings.max_wait_s,
             reads_text=settings.log_content,
         )
@@ -301,7 +303,12 @@ class Service:
 
     # --- records and health ----------------------------------------------------------------
 
-    def _record(self, outcome: Outcome) -> None:
+    def _policies(self) -> Collection[str]:
+        live = self.generations.live
+        return live[-1].catalog.policies.keys() if live else ()
+
+    def _ended(self, outcome: Outcome) -> None:
+        self.metrics.answered(outcome)
         content = self.settings.log_content
         embedding = self.embedder.cached(outcome.request.text) if content else None
         self.recorder.put(record_of(outcome, content=content, embedding=embedding))

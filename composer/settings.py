@@ -51,11 +51,11 @@ class Settings(BaseSettings):
         "nothing; one that could not be begun in time is refused (503).",
     )
     patience: float = Field(
-        1.0,
+        0.1,
         gt=0,
         le=1,
         description="The part of that time which a device may let pass before it swaps models: "
-        "1 swaps least, less answers the waiting sooner.",
+        "1 swaps least, less answers those who wait sooner.",
     )
     drain_s: float = Field(
         30.0,

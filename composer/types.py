@@ -45,6 +45,7 @@ SAFE_PARAMETERS: frozenset[str] = frozenset(
         "spaces_between_special_tokens",
         "include_stop_str_in_output",
         "reasoning_effort",
+        "verbosity",
     }
 )
 """Wire fields that shape an answer and nothing else, which a policy allows unless it says

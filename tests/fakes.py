@@ -4,6 +4,9 @@ the query, a scheduler that only counts. First-class, so that the core is tested
 from __future__ import annotations
 
 import asyncio
+import itertools
+import time
+from collections import Counter, deque
 from collections.abc import AsyncGenerator, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -11,10 +14,14 @@ from typing import Any, ClassVar
 import numpy as np
 from pydantic import BaseModel, ConfigDict
 
+from composer.adapters.lora_config import AdapterFeature
 from composer.eligibility import Eligibility
+from composer.engines.base import Capacity
+from composer.errors import Overloaded
 from composer.generations import Generation, Way
 from composer.routing.base import Query, Scores
-from composer.scheduling.base import Lease, Limits
+from composer.scheduling.base import Lease, Place
+from composer.scheduling.events import Model
 from composer.strategies.single import Single
 from composer.types import (
     Ability,
@@ -26,6 +33,7 @@ from composer.types import (
     Component,
     Expert,
     Message,
+    Placement,
     Policy,
     Request,
     Server,
@@ -48,9 +56,24 @@ class FakeEngine:
     tier: ClassVar[Tier] = "supported"
     settings: ClassVar[type[BaseModel]] = FakeSettings
     honours: ClassVar[frozenset[Ability]] = frozenset({"logprobs"})
+    adapter_features: ClassVar[frozenset[AdapterFeature]] = frozenset()
+    takes_adapters: ClassVar[bool] = True
+    model_field: ClassVar[str | None] = None
+    path_fields: ClassVar[tuple[str, ...]] = ()
+    program_fields: ClassVar[tuple[str, ...]] = ()
+    parameters: ClassVar[frozenset[str]] = frozenset()
 
-    def __init__(self, server: str, settings: Any = None) -> None:
+    @classmethod
+    def check(cls, settings: Any, placement: Placement | None) -> None:
+        """Fits everywhere."""
+
+    def __init__(
+        self, server: str, settings: Any = None, *, placement: Placement | None = None
+    ) -> None:
         self.server = server
+        self.placement = placement
+        self.capacity = Capacity(in_flight=64, queue=64)
+        self.moves: list[str] = []
         self.loaded: dict[str, Adapter] = {}
         self.calls: list[Call] = []
         self.cancelled: list[str] = []
@@ -58,7 +81,15 @@ class FakeEngine:
         self.gate: asyncio.Event | None = None
         self.fail: Exception | None = None
 
-    async def start(self) -> None: ...
+    @property
+    def external(self) -> bool:
+        return False
+
+    async def start(self) -> None:
+        self.moves.append("start")
+
+    async def stop(self) -> None:
+        self.moves.append("stop")
 
     async def prepare(self, adapters: Collection[Adapter]) -> None:
         self.loaded |= {adapter.digest: adapter for adapter in adapters}
@@ -114,26 +145,91 @@ class FakeRouter:
 
 
 class FakeScheduler:
-    """Grants everything at once and counts what is out."""
+    """Keeps to `in_flight` and `queue` of the servers it was told of, first come, first served,
+    and moves nothing; other servers have room for everything. `lost` are the servers of leases
+    that were given back as lost."""
 
     def __init__(self) -> None:
         self.out: dict[int, Lease] = {}
         self.granted = 0
+        self.lost: list[str] = []
+        self.places: Mapping[str, Place] = {}
+        self.closed = False
+        self._waiting: dict[str, deque[asyncio.Future[None]]] = {}
+        self._running: Counter[str] = Counter()
+        self._numbers = itertools.count(1)
 
     async def acquire(self, call: Call) -> Lease:
+        server, arrived = call.server, self.now()
+        model = self._model(server)
+        waiting = self._waiting.setdefault(server, deque())
+        if model is not None and self._running[server] >= model.in_flight:
+            if len(waiting) >= model.queue:
+                raise Overloaded(f"server {server!r} is full", retry_after=1.0)
+            turn = asyncio.get_running_loop().create_future()
+            waiting.append(turn)
+            try:
+                await turn
+            except BaseException:
+                if turn in waiting:
+                    waiting.remove(turn)
+                elif not turn.cancelled():  # its turn came in the very step it was cancelled
+                    self._next(server)
+                raise
+        else:
+            self._running[server] += 1
         self.granted += 1
-        lease = Lease(self.granted, call.server, call.expert, 0.0)
+        lease = Lease(next(self._numbers), server, call.expert, self.now() - arrived)
         self.out[lease.id] = lease
         return lease
 
-    def release(self, lease: Lease) -> None:
+    def release(self, lease: Lease, *, lost: bool = False) -> None:
         if self.out.pop(lease.id, None) is None:
             raise ValueError(f"lease {lease.id} is not out")
+        if lost:
+            self.lost.append(lease.server)
+        self._next(lease.server)
 
-    def configure(self, servers: Mapping[str, Limits]) -> None: ...
+    def configure(self, places: Mapping[str, Place], memory_gb: Mapping[str, float]) -> None:
+        self.places = dict(places)
+
+    def resident(self, server: str) -> bool:
+        return True
+
+    def now(self) -> float:
+        return time.monotonic()
 
     def stats(self) -> dict[str, Any]:
-        return {"running": len(self.out)}
+        return {
+            server: {
+                "in_flight": place.model.in_flight,
+                "running": self._running[server],
+                "waiting": len(self._waiting.get(server, ())),
+            }
+            for server, place in self.places.items()
+        }
+
+    async def close(self) -> None:
+        self.closed = True
+
+    def _model(self, server: str) -> Model | None:
+        place = self.places.get(server)
+        return None if place is None else place.model
+
+    def _next(self, server: str) -> None:
+        """The lease's room goes to the next in line, or is free."""
+        waiting = self._waiting.get(server)
+        while waiting:
+            turn = waiting.popleft()
+            if not turn.done():
+                turn.set_result(None)
+                return
+        self._running[server] -= 1
+
+
+def place(engine: FakeEngine, *, in_flight: int = 64, queue: int = 64, device: str = "") -> Place:
+    """The place of a server that is always there."""
+    return Place(device or engine.server, Model(engine.server, in_flight, queue), engine)
 
 
 @dataclass
@@ -180,7 +276,8 @@ def stage(
         policies={"auto": auto},
     )
     ways = {"auto": way(auto, FakeRouter(auto.experts))}
-    return Stage(Generation(catalog, ways, named, {"server": engine}), engine)
+    places = {"server": place(engine)}
+    return Stage(Generation(catalog, ways, named, {"server": engine}, places), engine)
 
 
 def request(text: str = "please alpha", **fields: Any) -> Request:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from composer.eligibility import Eligibility
-from composer.errors import ContextTooLong, Unsupported
+from composer.eligibility import Eligibility, check_exclude
+from composer.errors import ContextTooLong, RequestError, Unsupported
 from composer.prompting import PromptSpec
 from composer.types import Expert, Sampling
 from tests.fakes import request
@@ -32,9 +32,35 @@ def test_abilities_narrow_the_choice() -> None:
     assert names(mask) == ["tools"]
 
 
-def test_excluded_experts_are_left_out_and_unknown_ones_ignored() -> None:
-    mask = Eligibility.of(EXPERTS).mask(request("hi", exclude=frozenset({"plain", "nobody"})))
+def test_excluded_experts_are_left_out_and_those_of_other_policies_ignored() -> None:
+    mask = Eligibility.of(EXPERTS).mask(request("hi", exclude=frozenset({"plain", "elsewhere"})))
     assert names(mask) == ["tools", "long"]
+
+
+def test_an_excluded_id_that_nobody_has_is_refused_by_name() -> None:
+    experts = {expert.id: expert for expert in EXPERTS}
+    check_exclude(frozenset({"plain"}), experts)
+    with pytest.raises(RequestError, match="there is no expert 'plane' to exclude") as refused:
+        check_exclude(frozenset({"plain", "plane"}), experts)
+    assert refused.value.param == "composer.exclude"
+
+
+def test_parameters_narrow_the_choice_to_those_who_understand_all_of_them() -> None:
+    experts = [
+        Expert(id="none", server="s"),
+        Expert(id="some", server="s", parameters=frozenset({"top_k"})),
+        Expert(id="more", server="s", parameters=frozenset({"top_k", "min_p"})),
+        Expert(id="other", server="s", parameters=frozenset({"ignore_eos"})),
+    ]
+    eligibility = Eligibility.of(experts)
+    asked = request("hi", parameters=frozenset({"top_k"}))
+    assert eligibility.mask(asked).tolist() == [False, True, True, False]
+    asked = request("hi", parameters=frozenset({"top_k", "min_p"}))
+    assert eligibility.mask(asked).tolist() == [False, False, True, False]
+    for parameters, named in (({"cache_salt"}, "cache_salt"), ({"ignore_eos", "top_k"}, "top_k")):
+        with pytest.raises(Unsupported, match=f"this policy can honour '{named}'") as refused:
+            eligibility.mask(request("hi", parameters=frozenset(parameters)))
+        assert refused.value.param == named
 
 
 @pytest.mark.parametrize(

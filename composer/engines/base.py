@@ -27,7 +27,8 @@ class Engine(Protocol):
 
     `honours` are the abilities this engine can give an expert, `adapter_features` what it can do
     with adapters beyond plain LoRA, `model_field` the setting that names its weights (None:
-    somebody else's), `parameters` the wire fields beyond OpenAI's core that it understands.
+    somebody else's), `path_fields` and `program_fields` further settings that name files and
+    programs (dotted where they lie deeper), `parameters` the wire fields beyond OpenAI's core that it understands.
     Adapters are known by digest: the same weights are loaded once, whatever experts use them.
     """
 
@@ -38,6 +39,8 @@ class Engine(Protocol):
     adapter_features: ClassVar[frozenset[AdapterFeature]]
     takes_adapters: ClassVar[bool]
     model_field: ClassVar[str | None]
+    path_fields: ClassVar[tuple[str, ...]]
+    program_fields: ClassVar[tuple[str, ...]]
     parameters: ClassVar[frozenset[str]]
 
     @classmethod
@@ -52,6 +55,12 @@ class Engine(Protocol):
 
     @property
     def capacity(self) -> Capacity: ...
+
+    @property
+    def external(self) -> bool:
+        """Whether somebody else starts and ends it: that it is away is then no fault of the
+        registry's, and is waited for."""
+        ...
 
     async def start(self) -> None:
         """Ready to run calls, on the base model and on every adapter prepared so far. At once

@@ -69,6 +69,8 @@ class EmbeddedEngine:
     takes_adapters: ClassVar[bool] = True
     model_field: ClassVar[str | None] = "model"
 
+    path_fields: ClassVar[tuple[str, ...]] = ()
+    program_fields: ClassVar[tuple[str, ...]] = ()
     parameters: ClassVar[frozenset[str]] = frozenset()
 
     @classmethod
@@ -90,6 +92,10 @@ class EmbeddedEngine:
     @property
     def capacity(self) -> Capacity:
         return Capacity(self._settings.max_batch, self._settings.queue)
+
+    @property
+    def external(self) -> bool:
+        return False
 
     async def start(self) -> None:
         # Seconds of imports: off the event loop, and only where an embedded server is used.

@@ -16,7 +16,7 @@ from pydantic_core import ErrorDetails
 
 from composer.errors import Problem
 from composer.registry.source import Document, Path
-from composer.registry.specs import DIGEST, ID
+from composer.registry.specs import DIGEST, ID, PARAMETER, SERVER_PATH
 
 M = TypeVar("M", bound=BaseModel)
 
@@ -72,13 +72,16 @@ def block_at(place: Place, data: Any) -> tuple[Block | None, list[Problem]]:
     ]
 
 
-def validate(model: type[M], block: Block) -> tuple[M | None, list[Problem]]:
-    """The block as `model`, or every problem that keeps it from being one."""
+def validate(
+    model: type[M], block: Block, *, beside: Sequence[str] = ()
+) -> tuple[M | None, list[Problem]]:
+    """The block as `model`, or every problem that keeps it from being one. `beside` are keys that
+    may stand there too and have been taken out."""
     try:
         return model.model_validate(dict(block.data)), []
     except ValidationError as error:
         details = error.errors(include_url=False)
-        return None, [_problem(model, block, one) for one in details if not _follows(one)]
+        return None, [_problem(model, block, one, beside) for one in details if not _follows(one)]
     except (ArithmeticError, RecursionError) as error:  # an absurd value in a family's validator
         return None, [
             block.problem((), f"it cannot be read: {error}", "Use values of an ordinary size.")
@@ -104,7 +107,9 @@ def _follows(error: ErrorDetails) -> bool:
     return bool(len(error["input"]) >= error["ctx"]["min_length"])
 
 
-def _problem(model: type[BaseModel], block: Block, error: ErrorDetails) -> Problem:
+def _problem(
+    model: type[BaseModel], block: Block, error: ErrorDetails, beside: Sequence[str]
+) -> Problem:
     kind, loc = error["type"], error["loc"]
     if kind == "missing":
         parent = _in_data(block.data, loc[:-1], Mapping)
@@ -116,12 +121,14 @@ def _problem(model: type[BaseModel], block: Block, error: ErrorDetails) -> Probl
     path = _in_data(block.data, loc)
     if kind == "extra_forbidden":
         fields = _fields_at(model, path[:-1])
-        close = _closest(str(path[-1]), list(fields))
-        known = ", ".join(f"`{name}`" for name in fields)
+        names = [*fields, *(beside if len(path) == 1 else ())]
+        close = _closest(str(path[-1]), names)
+        known = ", ".join(f"`{name}`" for name in names)
         remedy = f"Did you mean `{close}`?" if close else f"Known here: {known}."
         return block.problem(path, "unknown key", remedy)
-    if kind == "value_error":  # "what is wrong: how to mend it", where its author wrote so
-        message, _, remedy = error["msg"].removeprefix("Value error, ").rpartition(": ")
+    if kind == "value_error":  # "what is wrong; how to mend it", where its author wrote so
+        text = error["msg"].removeprefix("Value error, ")
+        message, _, remedy = text.partition("; ") if "; " in text else text.rpartition(": ")
         if message:
             return block.problem(path, message, _ended(remedy[:1].upper() + remedy[1:]))
     return block.problem(path, _message(error), _ended(_remedy(model, path, error)))
@@ -182,6 +189,10 @@ def _remedy(model: type[BaseModel], path: Path, error: ErrorDetails) -> str:
             return "Fill it in, or remove the key."
         case "string_pattern_mismatch" if context.get("pattern") == ID:
             return ID_REMEDY
+        case "string_pattern_mismatch" if context.get("pattern") == SERVER_PATH:
+            return "Write a path from the top, such as /mnt/adapters/…."
+        case "string_pattern_mismatch" if context.get("pattern") == PARAMETER:
+            return "Write a field's name, such as `top_k`, or `+top_k` to add to the default."
         case "string_pattern_mismatch" if context.get("pattern") == DIGEST:
             return "Write `sha256:` and 64 hexadecimal digits, as `composer check` prints them."
     name = str(path[-1]) if path else ""

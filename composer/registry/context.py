@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 from composer.adapters.cache import FileCache
 from composer.errors import Problem
@@ -14,12 +14,22 @@ from composer.registry.source import Document
 from composer.registry.stamps import Stamp, stamp
 
 
+@dataclass(frozen=True, slots=True)
+class Mount:
+    """What a server sees as `seen` in place of our `folder`."""
+
+    server: str
+    folder: Path
+    seen: PurePosixPath
+
+
 @dataclass(slots=True)
 class Context:
     """`folder` is where relative paths start. The rest grows as the load goes on: `problems` of
     the file, those of run-time experts by id (`""`: of a spec without one), and the stamp of
-    each path from before it was first read. `experts_missing`: some experts could not be
-    gathered, so that a name that is not there may be one of theirs."""
+    each path from before it was first read, the folders that servers see elsewhere.
+    `experts_missing`: some experts could not be gathered, so that a name that is not there may be
+    one of theirs."""
 
     file: Document
     folder: Path
@@ -29,6 +39,7 @@ class Context:
     problems: list[Problem] = field(default_factory=list)
     of_runtime: dict[str, list[Problem]] = field(default_factory=dict)
     watched: dict[Path, Stamp] = field(default_factory=dict)
+    mounts: list[Mount] = field(default_factory=list)
     experts_missing: bool = False
 
     def add_runtime(self, id_: str, problems: Sequence[Problem]) -> None:
@@ -41,6 +52,20 @@ class Context:
         reading is the one that tells of every change since."""
         if path not in self.watched:
             self.watched.setdefault(path, stamp(path))
+
+    def seen_by(self, server: str, folder: Path) -> str | None:
+        """`folder` as the server sees it, where that has been said; of several ways, the one
+        with the longest part of the path in common."""
+        absolute = Path(os.path.abspath(folder))
+        mounts = [
+            mount
+            for mount in self.mounts
+            if mount.server == server and absolute.is_relative_to(mount.folder)
+        ]
+        if not mounts:
+            return None
+        best = max(mounts, key=lambda mount: len(mount.folder.parts))
+        return str(best.seen / absolute.relative_to(best.folder))
 
     def located(self, path: str, start: Path | None = None) -> Path:
         """`path` from `start` (default: the registry's folder), `~` expanded."""

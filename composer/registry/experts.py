@@ -95,11 +95,24 @@ def _prepare(
         message = "it pins an adapter, but the expert has none"
         problem = block.problem(("digest",), message, "Remove it, or add the `adapter`.")
         result.problems.append(problem)
+    if spec.server_path is not None and folder is None:
+        message = "it is an adapter's folder, but the expert has none"
+        problem = block.problem(("server_path",), message, "Remove it, or add the `adapter`.")
+        result.problems.append(problem)
+    if spec.server_path is not None and entry.source == "runtime":
+        # What the server loads from its disk is the operator's to say, not an API caller's.
+        message = "an expert that is added at run time cannot say it"
+        remedy = "Remove it; `server_path` of an `adapters_from` entry holds for its folder."
+        result.problems.append(block.problem(("server_path",), message, remedy))
     adapter = None
     if folder is not None and server is not None:
         adapter = _verified(context, block, folder, roots, server, spec.digest, result)
     if server is None:
         return result
+    if adapter is not None and folder is not None:
+        ours = isinstance(spec.adapter, str)  # one of the hub lies in its cache
+        mounted = context.seen_by(spec.server, folder) if ours else None
+        adapter = replace(adapter, server_path=spec.server_path or mounted)
     abilities = _abilities(block, spec, server, result)
     window = _window(block, spec, server, result)
     if not result.problems:
@@ -116,6 +129,7 @@ def _prepare(
             context_window=window,
             chars_per_token=spec.chars_per_token,
             abilities=abilities,
+            parameters=server.family.parameters,
             cost=_cost(spec),
             source=entry.source,
         )

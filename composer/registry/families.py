@@ -5,13 +5,21 @@ The registry knows them by name and settings alone, so it imports none of them.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 from pydantic import BaseModel
 
 from composer.adapters.lora_config import AdapterFeature
-from composer.types import Ability
+from composer.types import Ability, Placement
+
+SERVER_KEYS = ("engine", "placement")
+"""Keys of a server that are the registry's own; all others are its engine's settings."""
+
+
+def fits_anywhere(settings: Any, placement: Placement | None) -> None:
+    """The `check` of an engine that has nothing to say about placements."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,6 +31,12 @@ class EngineFamily:
     `revision` its hub revision, so that adapters can be checked against them; None, or a server
     that leaves it empty: somebody else's weights, adapters are checked by themselves alone. A
     setting `model_name` adds a name the base goes by, `max_lora_rank` bounds its adapters.
+
+    `path_fields` are further settings that hold a path or a list of them, dotted where they lie
+    deeper: relative ones start at the registry file's folder. So do those of `program_fields`
+    that have a slash; a bare name there is a program for the system to find. `parameters` are the
+    wire fields beyond OpenAI's core that its experts understand. `check` raises ValueError ("what
+    is wrong; the remedy") for settings that do not fit a placement.
     """
 
     settings: type[BaseModel]
@@ -30,12 +44,17 @@ class EngineFamily:
     adapter_features: frozenset[AdapterFeature] = frozenset()
     takes_adapters: bool = True
     model_field: str | None = "model"
+    path_fields: tuple[str, ...] = ()
+    program_fields: tuple[str, ...] = ()
+    parameters: frozenset[str] = frozenset()
+    check: Callable[[Any, Placement | None], None] = fits_anywhere
 
 
 @dataclass(frozen=True, slots=True)
 class Families:
     """Settings models by registered name. Raises ValueError for one that would ignore unknown
-    keys, since a misspelt setting would then silently have no effect."""
+    keys, since a misspelt setting would then silently have no effect, and for an engine's that
+    has a key of the registry's own."""
 
     routers: Mapping[str, type[BaseModel]]
     strategies: Mapping[str, type[BaseModel]]
@@ -52,4 +71,10 @@ class Families:
                 raise ValueError(
                     f"the settings of {name} accept unknown keys; set extra='forbid' in "
                     f"{model.__name__}.model_config"
+                )
+        for name, family in self.engines.items():
+            if taken := [key for key in SERVER_KEYS if key in family.settings.model_fields]:
+                raise ValueError(
+                    f"the settings of engine {name} have {taken[0]!r}, a key that is the "
+                    "registry's own; rename it"
                 )

@@ -5,16 +5,17 @@ All become blocks of the same form, so that what follows is one path.
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
 from composer.errors import Problem
 from composer.registry.blocks import ID_REMEDY, Block, Place, block_at, validate
 from composer.registry.cards import scan
-from composer.registry.context import Context
+from composer.registry.context import Context, Mount
 from composer.registry.source import Document
 from composer.registry.specs import ID, AdaptersFrom
 
@@ -159,6 +160,9 @@ def _scanned(context: Context, place: Place, item: object, servers: Sequence[str
             path_place.problem(f"this pattern cannot be searched: {error}", "Correct it.")
         )
         return []
+    if spec.server_path is not None:
+        start = Path(os.path.abspath(context.folder / _before_marks(Path(pattern))))
+        context.mounts.append(Mount(spec.server, start, PurePosixPath(spec.server_path)))
     if not folders and not _still_empty(searched):
         message = f"no folder matches {spec.path}"
         remedy = "Correct the pattern; it is relative to the folder of this file."
@@ -176,6 +180,13 @@ def _scanned(context: Context, place: Place, item: object, servers: Sequence[str
         )
         for folder in folders
     ]
+
+
+def _before_marks(pattern: Path) -> Path:
+    """The folder that all matches have in common: what comes before the first part that is a
+    pattern, or before the last part where none is."""
+    marked = (i for i, part in enumerate(pattern.parts) if any(mark in part for mark in "*?["))
+    return Path(*pattern.parts[: next(marked, len(pattern.parts) - 1)])
 
 
 def _still_empty(searched: Collection[Path]) -> bool:

@@ -18,6 +18,7 @@ from composer.adapters.cache import FileCache
 from composer.errors import CatalogError, Problem
 from composer.registry.blocks import Place, block_at, unknown_name, validate
 from composer.registry.context import Context
+from composer.registry.devices import make_devices
 from composer.registry.experts import prepare
 from composer.registry.families import Families
 from composer.registry.gather import gather
@@ -26,14 +27,14 @@ from composer.registry.servers import KnownServer, make_servers
 from composer.registry.source import Document, parse_yaml
 from composer.registry.specs import FileSpec
 from composer.registry.stamps import Stamp, Stamps, stamp
-from composer.types import Catalog, Component, Expert, Policy
+from composer.types import Catalog, Component, Device, Expert, Policy
 
 _CACHE = FileCache()
 """Shared by all loads of a process: its keys are the files' own stamps, so it holds no state
 that another load could notice."""
 
 
-_OTHER_KEYS = {"version", "servers", "policies", "default_policy"}
+_OTHER_KEYS = {"version", "devices", "servers", "policies", "default_policy"}
 """Top-level keys that are wrong without any expert being lost by it."""
 
 
@@ -128,7 +129,8 @@ def _make_catalog(
     context: Context, file: _Shell, runtime: Sequence[Mapping[str, Any]], version: int
 ) -> Catalog | None:
     """None where there are problems; the context has them."""
-    servers = make_servers(context, file.servers)
+    devices = make_devices(context, file.devices)
+    servers = make_servers(context, file.servers, devices, file.devices)
     names = file.servers.keys()
     entries = gather(context, file.experts, file.adapters_from, runtime, names)
     broken = names - servers.keys() if names else None  # that there is none is told once
@@ -140,11 +142,12 @@ def _make_catalog(
     experts = {result.entry.id: result.expert for result in prepared if result.expert is not None}
     return Catalog(
         version=version,
-        digest=_digest(servers, experts, policies, file.default_policy),
+        digest=_digest(devices, servers, experts, policies, file.default_policy),
         servers=MappingProxyType({id_: known.server for id_, known in servers.items()}),
         experts=MappingProxyType(experts),
         policies=MappingProxyType(policies),
         default_policy=file.default_policy,
+        devices=MappingProxyType(devices),
     )
 
 
@@ -164,6 +167,7 @@ def _read(path: Path) -> Document:
 class _Shell:
     """The file's top level, its blocks not yet looked into."""
 
+    devices: Mapping[str, Any]
     servers: Mapping[str, Any]
     experts: Mapping[str, Any]
     adapters_from: object
@@ -188,6 +192,7 @@ def _shell(document: Document) -> tuple[_Shell, list[Problem]]:
 
     default = block.data.get("default_policy", FileSpec.model_fields["default_policy"].default)
     return _Shell(
+        devices=mapping("devices"),
         servers=mapping("servers"),
         experts=mapping("experts"),
         adapters_from=block.data.get("adapters_from"),
@@ -225,17 +230,23 @@ def _in_order(problems: Sequence[Problem]) -> list[Problem]:
 
 
 def _digest(
+    devices: Mapping[str, Device],
     servers: Mapping[str, KnownServer],
     experts: Mapping[str, Expert],
     policies: Mapping[str, Policy],
     default_policy: str,
 ) -> str:
     """`sha256:…` over what is served, equal on every machine for equal content: adapters count
-    by their digest, servers by their settings as written. A base model counts by its name, so
-    replacing its weights in place needs a restart."""
+    by their digest, servers by their settings as written, paths as servers see them likewise. A
+    base model counts by its name, so replacing its weights in place needs a restart."""
     content = {
+        "devices": {id_: device.memory_gb for id_, device in devices.items()},
         "servers": {
-            id_: {"engine": known.server.engine, "settings": known.written}
+            id_: {
+                "engine": known.server.engine,
+                "settings": known.written,
+                "placement": asdict(placed) if (placed := known.server.placement) else None,
+            }
             for id_, known in servers.items()
         },
         "experts": {id_: _expert_content(expert) for id_, expert in experts.items()},
@@ -253,11 +264,13 @@ def _expert_content(expert: Expert) -> dict[str, Any]:
         "skills": expert.skills,
         "examples": expert.examples,
         "adapter": expert.adapter.digest if expert.adapter else None,
+        "server_path": expert.adapter.server_path if expert.adapter else None,
         "prompt": expert.prompt.model_dump(mode="json") if expert.prompt else None,
         "sampling": asdict(expert.sampling),
         "context_window": expert.context_window,
         "chars_per_token": expert.chars_per_token,
         "abilities": sorted(expert.abilities),
+        "parameters": sorted(expert.parameters),
         "cost": [cost.input_per_1m, cost.output_per_1m] if (cost := expert.cost) else None,
         "source": expert.source,
     }
@@ -272,6 +285,9 @@ def _policy_content(policy: Policy) -> dict[str, Any]:
         "threshold": policy.threshold,
         "cost_weight": policy.cost_weight,
         "k": policy.k,
+        "max_wait_s": policy.max_wait_s,
+        "parameters": sorted(policy.parameters),
+        "tolerance": policy.tolerance,
     }
 
 

@@ -15,7 +15,7 @@ from composer.registry.context import Context
 from composer.registry.experts import Prepared
 from composer.registry.gather import Entry
 from composer.registry.specs import ID, PolicySpec
-from composer.types import Component, Policy
+from composer.types import SAFE_PARAMETERS, Component, Policy
 
 _SHOWN = 5
 
@@ -64,6 +64,7 @@ def _make_policy(
     experts = _matched(context, block, spec, list(prepared))
     _check_default(context, block, spec, experts, list(prepared))
     _check_costs(context, block, id_, spec, experts, prepared)
+    parameters = _parameters(context, block, spec)
     if router is None or strategy is None:
         return None
     _check_texts(context, block, id_, spec, experts, prepared)
@@ -76,6 +77,9 @@ def _make_policy(
         threshold=spec.threshold,
         cost_weight=spec.cost_weight,
         k=spec.k,
+        max_wait_s=spec.max_wait_s,
+        parameters=parameters,
+        tolerance=spec.tolerance,
     )
 
 
@@ -130,6 +134,26 @@ def _matched(
         )
         context.problems.append(block.problem(("experts",), message, remedy))
     return tuple(id_ for id_ in ids if id_ in found and id_ not in left_out)
+
+
+def _parameters(context: Context, block: Block, spec: PolicySpec) -> frozenset[str]:
+    """What the policy allows: the default, with what is added by `+`, or what stands in its
+    place."""
+    if spec.parameters is None:
+        return SAFE_PARAMETERS
+    known = sorted(
+        SAFE_PARAMETERS.union(*(f.parameters for f in context.families.engines.values()))
+    )
+    for number, written in enumerate(spec.parameters):
+        if written.removeprefix("+") not in known:
+            message, remedy = unknown_name("parameter", written.removeprefix("+"), known)
+            context.problems.append(block.problem(("parameters", number), message, remedy))
+    added = {written.removeprefix("+") for written in spec.parameters if written[:1] == "+"}
+    if added and len(added) < len(set(spec.parameters)):
+        message = "some names begin with `+` and some do not, so they both add and replace"
+        remedy = "Write `+` before all of them, or before none."
+        context.problems.append(block.problem(("parameters",), message, remedy))
+    return SAFE_PARAMETERS | added if added else frozenset(spec.parameters)
 
 
 def _check_default(

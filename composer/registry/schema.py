@@ -10,9 +10,22 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, Field, create_model
 
 from composer.registry.families import Families
-from composer.registry.specs import AdaptersFrom, ExpertSpec, FileSpec, Id, PolicySpec, Text
+from composer.registry.specs import (
+    AdaptersFrom,
+    DeviceSpec,
+    ExpertSpec,
+    FileSpec,
+    Id,
+    PlacementSpec,
+    PolicySpec,
+    Text,
+)
 
 DIALECT = "https://json-schema.org/draft/2020-12/schema"
+
+PLACEMENT = Field(
+    None, description="Its place on a device that servers share; without, it is always there."
+)
 
 
 def registry_json_schema(families: Families) -> dict[str, Any]:
@@ -25,25 +38,36 @@ def registry_json_schema(families: Families) -> dict[str, Any]:
         router=_tagged("name", "Router", families.routers),
         strategy=_tagged("name", "Strategy", families.strategies),
     )
+    server = _tagged("engine", "Server", engines, placement=(PlacementSpec | None, PLACEMENT))
     file = _extended(
         "Experts",
         FileSpec,
-        servers=dict[Id, _tagged("engine", "Server", engines)],  # type: ignore[misc]
+        devices=dict[Id, DeviceSpec],
+        servers=dict[Id, server],  # type: ignore[valid-type]
         experts=dict[Id, ExpertSpec],
         adapters_from=Text | list[Text | AdaptersFrom],
         policies=dict[Id, policy],  # type: ignore[valid-type]
     )
     schema = file.model_json_schema()
-    for keyed in ("servers", "experts", "policies"):  # by id: another kind of key is a mistake
+    for keyed in (
+        "devices",
+        "servers",
+        "experts",
+        "policies",
+    ):  # by id: another kind of key is a mistake
         schema["properties"][keyed]["additionalProperties"] = False
     return {"$schema": DIALECT, **schema}
 
 
-def _tagged(tag: str, kind: str, models: Mapping[str, type[BaseModel]]) -> Any:
-    """The union of the models, each with its registered name under the key `tag`."""
-    branches = [
-        _extended(f"{kind}_{name}", model, **{tag: Literal[name]}) for name, model in models.items()
-    ]
+def _tagged(tag: str, kind: str, models: Mapping[str, type[BaseModel]], /, **fields: Any) -> Any:
+    """The union of the models, each with its registered name under the key `tag`, and with these
+    fields besides."""
+    branches: list[Any] = []
+    for name, model in models.items():
+        definitions: dict[str, Any] = {tag: (Literal[name], ...), **fields}
+        branches.append(
+            create_model(f"{kind}_{name}", __base__=model, __doc__=model.__doc__, **definitions)
+        )
     if len(branches) == 1:
         return branches[0]
     return Annotated[reduce(or_, branches), Field(discriminator=tag)]

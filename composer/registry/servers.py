@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
@@ -15,9 +16,10 @@ from composer.adapters.hub import fetch_base_model, is_hub_name
 from composer.errors import CatalogError
 from composer.registry.blocks import ID_REMEDY, Block, Place, block_at, unknown_name, validate
 from composer.registry.context import Context
-from composer.registry.families import EngineFamily
+from composer.registry.devices import make_placement
+from composer.registry.families import SERVER_KEYS, EngineFamily
 from composer.registry.specs import ID
-from composer.types import Server
+from composer.types import Device, Placement, Server
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,8 +42,14 @@ _fetch_base_model = lru_cache(maxsize=64)(fetch_base_model)
 """A base on the hub is looked at once: the engine that serves it does not follow it either."""
 
 
-def make_servers(context: Context, entries: Mapping[str, Any]) -> dict[str, KnownServer]:
-    """Those servers that are right, by id; the problems of the others go to the context."""
+def make_servers(
+    context: Context,
+    entries: Mapping[str, Any],
+    devices: Mapping[str, Device],
+    named: Collection[str],
+) -> dict[str, KnownServer]:
+    """Those servers that are right, by id; the problems of the others go to the context. `named`
+    are the devices of the file, those included that are wrong themselves."""
     servers = {}
     for id_, data in entries.items():
         place = Place(context.file, ("servers", id_))
@@ -50,12 +58,18 @@ def make_servers(context: Context, entries: Mapping[str, Any]) -> dict[str, Know
             continue
         block, problems = block_at(place, data)
         context.problems += problems
-        if block is not None and (server := _make_server(context, id_, block)) is not None:
+        if block is None:
+            continue
+        placement, placed = make_placement(context, block, devices, named)
+        server = _make_server(context, id_, block, placement, placed)
+        if server is not None:
             servers[id_] = server
     return servers
 
 
-def _make_server(context: Context, id_: str, block: Block) -> KnownServer | None:
+def _make_server(
+    context: Context, id_: str, block: Block, placement: Placement | None, placed: bool
+) -> KnownServer | None:
     known = list(context.families.engines)
     engine = block.data.get("engine")
     if engine is None:
@@ -69,28 +83,93 @@ def _make_server(context: Context, id_: str, block: Block) -> KnownServer | None
         context.problems.append(block.problem(("engine",), *unknown_name("engine", engine, known)))
         return None
 
-    data = {key: value for key, value in block.data.items() if key != "engine"}
-    field = family.model_field
-    written = data.get(field) if field is not None else None
-    if field is not None and isinstance(written, str) and _is_path(context, written):
-        data[field] = str(context.located(written).resolve())
-    settings, problems = validate(family.settings, replace(block, data=data))
+    data = {key: value for key, value in block.data.items() if key not in SERVER_KEYS}
+    as_written = _locate(context, data, family)
+    settings, problems = validate(family.settings, replace(block, data=data), beside=SERVER_KEYS)
     context.problems += problems
     if settings is None:
         return None
+    if placed:
+        _check_fit(context, block, family, settings, placement)
     dump = settings.model_dump(mode="json")
-    if isinstance(written, str) and field is not None:
-        dump[field] = written
+    for path, value in as_written.items():
+        _put(dump, path, value)
+    field = family.model_field
+    written = block.data.get(field) if field is not None else None
     base = _read_base(context, block, field, written, settings)
     windows = (getattr(settings, "context_window", None), base.context_window if base else None)
     return KnownServer(
-        server=Server(id=id_, engine=str(engine), settings=settings),
+        server=Server(id=id_, engine=str(engine), settings=settings, placement=placement),
         family=family,
         base=base,
         max_rank=getattr(settings, "max_lora_rank", None),
         context_window=min((tokens for tokens in windows if tokens is not None), default=None),
         written=dump,
     )
+
+
+def _check_fit(
+    context: Context,
+    block: Block,
+    family: EngineFamily,
+    settings: BaseModel,
+    placement: Placement | None,
+) -> None:
+    try:
+        family.check(settings, placement)
+    except ValueError as error:
+        message, _, remedy = str(error).partition("; ")
+        path = () if placement is None else ("placement",)
+        context.problems.append(block.problem(path, message, f"{remedy[:1].upper()}{remedy[1:]}."))
+
+
+def _locate(
+    context: Context, data: dict[str, Any], family: EngineFamily
+) -> dict[tuple[str, ...], Any]:
+    """Makes the paths among the settings start at the registry's folder; returns those that it
+    changed as they were written. A program's path is not resolved: a virtual environment's
+    python is a link, and what it is depends on where the link lies."""
+
+    def start(written: Any, *, may_be_bare: bool) -> Any:
+        if isinstance(written, list):
+            return [start(one, may_be_bare=may_be_bare) for one in written]
+        if not isinstance(written, str) or not written:
+            return written
+        if may_be_bare and "/" not in written and not written.startswith("~"):
+            return written
+        return os.path.abspath(context.located(written))
+
+    as_written: dict[tuple[str, ...], Any] = {}
+    for dotted in (*family.path_fields, *family.program_fields):
+        path = tuple(dotted.split("."))
+        written = _get(data, path)
+        started = start(written, may_be_bare=dotted in family.program_fields)
+        if started != written:
+            as_written[path] = written
+            _put(data, path, started)
+    field = family.model_field
+    written = data.get(field) if field is not None else None
+    if field is not None and isinstance(written, str):
+        as_written[(field,)] = written
+        if _is_path(context, written):
+            data[field] = str(context.located(written).resolve())
+    return as_written
+
+
+def _get(data: Mapping[str, Any], path: Sequence[str]) -> Any:
+    at: Any = data
+    for step in path:
+        at = at.get(step) if isinstance(at, Mapping) else None
+    return at
+
+
+def _put(data: dict[str, Any], path: Sequence[str], value: Any) -> None:
+    """Sets what is there, in copies: what is below `data` may be somebody else's."""
+    *steps, last = path
+    for step in steps:
+        data[step] = dict(data[step])
+        data = data[step]
+    data[last] = value
 
 
 def _read_base(

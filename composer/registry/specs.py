@@ -21,9 +21,12 @@ from composer.types import Ability
 
 ID = r"^[a-z0-9][a-z0-9._/-]{0,63}$"
 DIGEST = r"^sha256:[0-9a-f]{64}$"
+SERVER_PATH = r"^/"
+PARAMETER = r"^\+?[a-z][a-z0-9_]{0,63}$"
 
 Id = Annotated[str, Field(pattern=ID)]
 Text = Annotated[str, Field(min_length=1)]
+ServerPath = Annotated[str, Field(pattern=SERVER_PATH)]
 
 
 class Spec(BaseModel):
@@ -38,6 +41,44 @@ class HubAdapter(Spec):
         min_length=1,
         description="Commit hash, tag or branch; a commit hash stays the same and is not asked "
         "for again.",
+    )
+
+
+class DeviceSpec(Spec):
+    """A GPU, or whatever else has memory for some of the servers placed on it at a time."""
+
+    memory_gb: float = Field(
+        gt=0, le=1e6, strict=True, description="Memory for the servers placed on it, in GB."
+    )
+
+
+class PlacementSpec(Spec):
+    """Where a server stands among others, and what moving it costs: without one, it is always
+    there. The seconds are first estimates, which what is observed replaces."""
+
+    device: Id = Field(description="Id of the device, under `devices`.")
+    memory_gb: float = Field(
+        gt=0,
+        le=1e6,
+        strict=True,
+        description="What it takes there while it is loaded, caches included, in GB.",
+    )
+    start_s: float = Field(
+        60.0, ge=0, le=86_400, strict=True, description="Seconds that a cold start takes."
+    )
+    stop_s: float = Field(
+        5.0, ge=0, le=86_400, strict=True, description="Seconds that stopping it takes."
+    )
+    sleep_level: Literal[1, 2] | None = Field(
+        None,
+        description="Put it to sleep instead of stopping it (vLLM's sleep mode): at 1 its "
+        "weights go to main memory, at 2 they are dropped.",
+    )
+    sleep_s: float = Field(
+        2.0, ge=0, le=86_400, strict=True, description="Seconds that falling asleep takes."
+    )
+    wake_s: float = Field(
+        5.0, ge=0, le=86_400, strict=True, description="Seconds that waking up takes."
     )
 
 
@@ -122,6 +163,11 @@ class ExpertSpec(CardSpec):
         description="LoRA adapter: a folder, or `{hub: org/name, revision: …}`; without, the "
         "expert is the server's base model.",
     )
+    server_path: ServerPath | None = Field(
+        None,
+        description="The adapter's folder as the server sees it, where that is another "
+        "(its own container); default: by `adapters_from`, else as here.",
+    )
 
 
 class AdaptersFrom(Spec):
@@ -131,6 +177,11 @@ class AdaptersFrom(Spec):
     server: Id = Field(description="Id of the server that runs them.")
     id_prefix: str = Field(
         "", pattern=r"^[a-z0-9._/-]*$", description="Put before the folder's name to make the id."
+    )
+    server_path: ServerPath | None = Field(
+        None,
+        description="What the server sees (its own container) in place of the folder before the "
+        "pattern's first `*`: /mnt/adapters makes ./adapters/fox into /mnt/adapters/fox there.",
     )
 
 
@@ -160,6 +211,26 @@ class PolicySpec(Spec):
         description="Quality given up to save one US dollar per million answer tokens.",
     )
     k: int = Field(1, ge=1, le=1000, strict=True, description="How many experts a plan may hold.")
+    max_wait_s: float | None = Field(
+        None,
+        gt=0,
+        le=86_400,
+        strict=True,
+        description="Most seconds that a call may wait for its expert, swaps included, before it "
+        "is refused (503); default: the service's own.",
+    )
+    parameters: tuple[Annotated[str, Field(pattern=PARAMETER)], ...] | None = Field(
+        None,
+        description="Extra fields that requests may carry (top_k …): names replace the default, "
+        "which is all that shape an answer and nothing else; names that begin with `+` add to it.",
+    )
+    tolerance: float = Field(
+        0.0,
+        ge=0,
+        le=1,
+        strict=True,
+        description="Expected quality given up for an expert that is loaded already.",
+    )
 
 
 def _no_bool(value: Any) -> Any:
@@ -174,6 +245,9 @@ class FileSpec(Spec):
 
     version: Annotated[Literal[1], BeforeValidator(_no_bool)] = Field(
         description="The version of this file's format, which is 1."
+    )
+    devices: dict[str, Any] = Field(
+        default_factory=dict, description="What servers share by turns, by id."
     )
     servers: dict[str, Any] = Field(description="Processes that run models, by id.")
     experts: dict[str, Any] = Field(default_factory=dict, description="Experts by id.")

@@ -5,15 +5,20 @@ from __future__ import annotations
 from rich.markup import escape
 from rich.table import Table
 
-from composer.types import Catalog, Expert, Policy
+from composer.types import Catalog, Device, Expert, Policy
 
 
 def catalog_table(catalog: Catalog) -> Table:
-    """One row per expert; the policies below. Digests are given whole, to be pinned."""
+    """One row per expert; devices and policies below. Digests are given whole, to be pinned."""
     table = Table(
         title=f"catalog {catalog.digest[:19]}…: {len(catalog.experts)} experts on "
         f"{len(catalog.servers)} servers",
-        caption="\n".join(_policy(catalog, policy) for policy in catalog.policies.values()),
+        caption="\n".join(
+            [
+                *(_device(catalog, device) for device in catalog.devices.values()),
+                *(_policy(catalog, policy) for policy in catalog.policies.values()),
+            ]
+        ),
         caption_justify="left",
     )
     table.add_column("expert", no_wrap=True)
@@ -47,6 +52,16 @@ def _adapter(expert: Expert) -> str:
     if expert.adapter is None:
         return "[dim]none: the base model[/]"
     return f"rank {expert.adapter.rank} {expert.adapter.digest}"
+
+
+def _device(catalog: Catalog, device: Device) -> str:
+    placed = [
+        f"{server.id} ({server.placement.memory_gb:g} GB)"
+        for server in catalog.servers.values()
+        if server.placement is not None and server.placement.device == device.id
+    ]
+    room = f"device {device.id}: {device.memory_gb:g} GB"
+    return escape(f"{room}, shared by {', '.join(placed)}" if placed else f"{room}, unused")
 
 
 def _policy(catalog: Catalog, policy: Policy) -> str:

@@ -35,11 +35,13 @@ class Mover(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """One server as the scheduler sees it. A server that stands alone is its own device."""
+    """One server as the scheduler sees it. A server that stands alone is its own device.
+    `there`: where it takes no turns on a device, whether it is ready now; else it is started."""
 
     device: str
     model: Model
     mover: Mover
+    there: bool = True
 
 
 class Scheduler(Protocol):
@@ -71,7 +73,11 @@ class Scheduler(Protocol):
         ...
 
     def stats(self) -> Mapping[str, Any]:
-        """A snapshot per device, for /health."""
+        """Per server "running", "waiting", "in_flight" and "queue", for /health."""
+        ...
+
+    def snapshot(self, *, events: int = 0) -> Mapping[str, Any]:
+        """Everything there is to see, as plain data, with so many of the newest events."""
         ...
 
     async def close(self) -> None:

@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 import httpx
 import pytest
@@ -26,6 +27,12 @@ def no_files_to_watch(monkeypatch: pytest.MonkeyPatch) -> None:
         await stop.wait()
 
     monkeypatch.setattr("composer.registry.watch.Watcher.run", idle)
+
+
+@pytest.fixture(autouse=True)
+def no_batches_of_somebody_elses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An app goes on with the batches that it finds where it runs."""
+    monkeypatch.setenv("COMPOSER_FILES_DIR", str(tmp_path / "files"))
 
 
 @pytest.fixture

@@ -7,25 +7,27 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import json
 from collections.abc import AsyncGenerator, Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from composer.build import make_scheduler
 from composer.eligibility import Eligibility
+from composer.engines.base import Capacity
 from composer.errors import CatalogError, Conflict, Problem, UnknownResponse
 from composer.generations import Generation, Way
 from composer.registry import Loaded
 from composer.routing.base import Query, Scores
-from composer.scheduling.base import Limits
-from composer.scheduling.fifo import FifoScheduler
 from composer.service import Service
 from composer.settings import Settings
 from composer.store import Feedback, Receipt, Record
 from composer.strategies.single import Single
 from composer.strategies.vote import Vote, VoteSettings
 from composer.types import (
+    SAFE_PARAMETERS,
     Adapter,
     BoolArray,
     Call,
@@ -41,7 +43,7 @@ from composer.types import (
     Usage,
     message_text,
 )
-from tests.fakes import FakeEngine, FakeRouter, FakeSettings
+from tests.fakes import FakeEngine, FakeRouter, FakeSettings, place
 
 SECRET = "/srv/very/secret"
 
@@ -106,6 +108,49 @@ class ScriptedEngine(FakeEngine):
         return (TokenLogprob(word, -0.5, tuple((f"{word}{j}", float("-inf")) for j in range(k))),)
 
 
+class RelayEngine(ScriptedEngine):
+    """Says `deltas` in each choice, in turn: as a server's own events where the call allows it.
+    `reason` ends each choice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.deltas: list[dict[str, Any]] = [{"content": "one"}, {"content": " two"}]
+        self.reason: FinishReason = "stop"
+
+    async def run(self, call: Call) -> AsyncGenerator[Chunk, None]:
+        self.calls.append(call)
+        for i, delta in enumerate(self.deltas):
+            for index in range(call.sampling.n):
+                await self._pause(i)
+                yield self._said(call, index, delta)
+        if self.ends:
+            for index in range(call.sampling.n):
+                yield self._said(call, index, {}, self.reason)
+        yield Chunk(usage=Usage(7, len(self.deltas) * call.sampling.n))
+
+    @staticmethod
+    def _said(
+        call: Call, index: int, delta: dict[str, Any], reason: FinishReason | None = None
+    ) -> Chunk:
+        if call.forward is None:
+            rest = {key: value for key, value in delta.items() if key != "content"}
+            text = delta.get("content") or ""
+            return Chunk(text=text, index=index, delta=rest, finish_reason=reason)
+        choice: dict[str, Any] = {"index": index, "logprobs": None, "finish_reason": reason}
+        choice |= {"delta": delta} if call.prompt is None else {"text": delta.get("content", "")}
+        event = {
+            "id": call.forward.id,
+            "object": "chat.completion.chunk" if call.prompt is None else "text_completion",
+            "created": 1,
+            "model": call.forward.model,
+            "choices": [choice],
+        }
+        return Chunk(raw=RAW % json.dumps(event).encode(), index=index, finish_reason=reason)
+
+
+RAW = b"data: %b\n\n"
+
+
 def _text(call: Call) -> str:
     return call.prompt if call.prompt is not None else message_text(call.messages[-1])
 
@@ -134,6 +179,9 @@ class FakeEmbedder:
     async def embed(self, text: str) -> FloatArray:
         row: FloatArray = self.encode([text])[0]
         return row
+
+    def cached(self, text: str) -> FloatArray | None:
+        return None
 
     def count_tokens(self, texts: Sequence[str]) -> list[int]:
         return [len(text.split()) for text in texts]
@@ -207,34 +255,50 @@ EXPERTS = (
 )  # fmt: skip
 
 
-def policies(experts: Sequence[str]) -> dict[str, Policy]:
+def policies(experts: Sequence[str], allowed: frozenset[str] | None) -> dict[str, Policy]:
+    """`auto` and `panel`; `open` allows these parameters, None: there is no such policy."""
     router = Component("fake", FakeSettings())
     single = Component("single", None)
     vote = Component("vote", VoteSettings(weights="majority"))
-    return {
+    found = {
         "auto": Policy("auto", router, single, tuple(experts)),
         "panel": Policy("panel", router, vote, tuple(experts), k=2),
     }
+    if allowed is not None:
+        found["open"] = Policy("open", router, single, tuple(experts), parameters=allowed)
+    return found
 
 
 class World:
     """The service and everything in it that a test turns or reads."""
 
-    def __init__(self, limits: Limits, settings: Settings) -> None:
-        self.engine = ScriptedEngine()
+    def __init__(
+        self,
+        capacity: Capacity,
+        settings: Settings,
+        engine: ScriptedEngine | None = None,
+        experts: Sequence[Expert] = EXPERTS,
+    ) -> None:
+        self.engine = engine or ScriptedEngine()
+        self.engine.capacity = capacity
+        self.experts = experts
+        self.allowed: frozenset[str] | None = None
+        self.scheduler = make_scheduler(settings)
         self.store = FakeStore()
         self.recorder = FakeRecorder()
-        self.limits = limits
         self.service = Service(
             settings,
             store=self.store,  # type: ignore[arg-type]
             recorder=self.recorder,  # type: ignore[arg-type]
             embedder=FakeEmbedder(),  # type: ignore[arg-type]
-            scheduler=FifoScheduler(),
+            scheduler=self.scheduler,
             load=self._load,
             build=self._build,
-            limits=lambda generation: {"box": self.limits},
         )
+
+    def limit(self, *, in_flight: int, queue: int) -> None:
+        """From now on that many calls run at once, and that many may wait."""
+        self.scheduler.configure({"box": place(self.engine, in_flight=in_flight, queue=queue)}, {})
 
     def _load(
         self, rows: Sequence[Mapping[str, Any]], version: int, may_skip: Collection[str]
@@ -249,13 +313,13 @@ class World:
                     ]
                 )
             added.append(Expert(**row, context_window=100, source="runtime"))
-        experts = {expert.id: expert for expert in (*EXPERTS, *added)}
+        experts = {expert.id: expert for expert in (*self.experts, *added)}
         catalog = Catalog(
             version=version,
             digest=f"sha256:{'-'.join(experts)}",
             servers={"box": Server("box", "fake", FakeSettings())},
             experts=experts,
-            policies=policies(list(experts)),
+            policies=policies(list(experts), self.allowed),
         )
         return Loaded(catalog, {})
 
@@ -278,14 +342,31 @@ class World:
             return way(policy, routed=False)
 
         ways = {policy.id: way(policy) for policy in catalog.policies.values()}
-        return Generation(catalog, ways, named, {"box": self.engine})
+        capacity = self.engine.capacity
+        box = place(self.engine, in_flight=capacity.in_flight, queue=capacity.queue)
+        return Generation(catalog, ways, named, {"box": self.engine}, {"box": box})
 
 
 def make_world(*, in_flight: int = 64, queue: int = 64, settings: Settings | None = None) -> World:
-    return World(Limits(in_flight, queue), settings or Settings(api_key=None))
+    return World(Capacity(in_flight, queue), settings or Settings(api_key=None))
 
 
-async def until(true: Callable[[], Any], timeout_s: float = 10.0) -> None:
+REMOTE = (
+    Expert(
+        id="caller", server="box", description="Calls tools.", context_window=4096,
+        abilities=frozenset({"tools", "json", "vision", "logprobs"}),
+        parameters=SAFE_PARAMETERS | {"cache_salt", "prompt_logprobs"},
+    ),
+    Expert(id="plain", server="box", description="Knows text alone.", context_window=4096),
+)  # fmt: skip
+
+
+def make_remote(settings: Settings | None = None) -> World:
+    """A world of experts on a remote server; `caller` can do all that such servers can."""
+    return World(Capacity(64, 64), settings or Settings(api_key=None), RelayEngine(), REMOTE)
+
+
+async def until(true: Callable[[], Any], timeout_s: float = 30.0) -> None:
     """Waits for the server's other tasks; the bound only ends a test that has failed."""
     async with asyncio.timeout(timeout_s):
         while not true():

@@ -10,7 +10,6 @@ import httpx
 import pytest
 
 from api.app import create_app
-from composer.scheduling.base import Limits
 from tests.api.fakes import SECRET, World, until
 
 HELLO = [{"role": "user", "content": "hello shout"}]
@@ -339,7 +338,7 @@ async def test_what_no_expert_can_do_is_refused(
 async def test_a_full_queue_is_a_503_with_retry_after(
     client: httpx.AsyncClient, world: World
 ) -> None:
-    world.service.scheduler.configure({"box": Limits(in_flight=1, queue=1)})
+    world.limit(in_flight=1, queue=1)
     world.engine.held = True
     one = asyncio.create_task(post(client))
     await until(lambda: world.engine.running == 1)

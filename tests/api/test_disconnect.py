@@ -11,7 +11,6 @@ import httpx
 import pytest
 
 from api.app import create_app
-from composer.scheduling.base import Limits
 from tests.api.conftest import Live
 from tests.api.fakes import World, until
 
@@ -69,7 +68,7 @@ async def test_leaving_in_mid_answer_cancels(live: Live, stream: bool) -> None:
 @pytest.mark.parametrize("stream", [False, True])
 async def test_leaving_the_queue_frees_the_place(live: Live, stream: bool) -> None:
     world = live.world
-    world.service.scheduler.configure({"box": Limits(in_flight=1, queue=1)})
+    world.limit(in_flight=1, queue=1)
     world.engine.held = True
     first = leave(live, HELLO)
     await until(lambda: world.engine.running == 1)
@@ -104,7 +103,7 @@ async def test_a_reader_that_stops_reading_and_leaves_is_noticed(live: Live) -> 
 
 async def test_many_that_leave_at_random_leave_nothing_behind(live: Live) -> None:
     world = live.world
-    world.service.scheduler.configure({"box": Limits(in_flight=4, queue=100)})
+    world.limit(in_flight=4, queue=100)
 
     async def one(i: int) -> None:
         async with httpx.AsyncClient(base_url=live.url, timeout=0.001 * (i % 40 + 1)) as client:

@@ -72,8 +72,17 @@ LIKELY = st.fixed_dictionaries(
         "top_logprobs": st.integers(-1, 21),
         "seed": st.integers(-(2**63), 2**64 - 1),
         "composer": st.fixed_dictionaries(
-            {}, optional={"exclude": st.lists(st.sampled_from(["shout", "team/sort", "x"]))}
+            {},
+            optional={
+                "exclude": st.lists(st.sampled_from(["shout", "team/sort", "x"])),
+                "priority": st.sampled_from(["interactive", "batch", "now"]),
+                "max_wait_s": st.floats(-1, 10, allow_nan=False),
+            },
         ),
+        "presence_penalty": st.floats(-1, 3),
+        "logit_bias": st.dictionaries(st.text("0123456789x", max_size=3), st.floats(-101, 101)),
+        "top_k": st.integers(-2, 3),
+        "cache_salt": st.text(max_size=3),
         "stream_options": st.none() | st.fixed_dictionaries({"include_usage": st.booleans()}),
         "tools": JSON,
         "response_format": JSON,

@@ -8,9 +8,9 @@ from collections.abc import Iterator
 import openai
 import pytest
 
-from composer.scheduling.base import Limits
+from api.app import create_app
 from composer.settings import Settings
-from tests.api.conftest import Live
+from tests.api.conftest import Live, Serving
 from tests.api.fakes import World, make_world, until
 
 
@@ -150,26 +150,26 @@ def test_an_error_in_mid_stream_is_raised(ai: openai.OpenAI, live: Live) -> None
         list(stream)
 
 
-async def test_overload_is_retried_by_the_client_after_retry_after(live: Live) -> None:
-    world = live.world
-    world.service.scheduler.configure({"box": Limits(in_flight=1, queue=0)})
+async def test_overload_is_retried_by_the_client_after_retry_after() -> None:
+    world = make_world(in_flight=1, queue=0)
     world.engine.held = True
-    async with openai.AsyncOpenAI(
-        base_url=f"{live.url}/v1", api_key="the-key", max_retries=0
-    ) as ai:
-        first = asyncio.create_task(ai.chat.completions.create(model="auto", messages=HELLO))  # type: ignore[call-overload]
-        await until(lambda: world.engine.running == 1)
-        with pytest.raises(openai.InternalServerError) as caught:
-            await ai.chat.completions.create(model="auto", messages=HELLO)  # type: ignore[arg-type]
-        assert caught.value.status_code == 503
-        assert int(caught.value.response.headers["retry-after"]) >= 1
-        patient = asyncio.create_task(
-            ai.with_options(max_retries=3).chat.completions.create(model="auto", messages=HELLO)  # type: ignore[call-overload]
-        )
-        await until(lambda: len(world.recorder.records) >= 2)
-        world.engine.held = False
-        assert (await first).choices[0].message.content == "SHOUT: HELLO SHOUT"
-        assert (await patient).choices[0].message.content == "SHOUT: HELLO SHOUT"
+    with Serving(create_app(world.service)) as url:
+        async with openai.AsyncOpenAI(base_url=f"{url}/v1", api_key="-", max_retries=0) as ai:
+            first = asyncio.create_task(ai.chat.completions.create(model="auto", messages=HELLO))  # type: ignore[call-overload]
+            await until(lambda: world.engine.running == 1)
+            with pytest.raises(openai.InternalServerError) as caught:
+                await ai.chat.completions.create(model="auto", messages=HELLO)  # type: ignore[arg-type]
+            assert caught.value.status_code == 503
+            assert int(caught.value.response.headers["retry-after"]) >= 1
+            patient = asyncio.create_task(
+                ai.with_options(max_retries=3).chat.completions.create(  # type: ignore[call-overload]
+                    model="auto", messages=HELLO
+                )
+            )
+            await until(lambda: len(world.recorder.records) >= 2)
+            world.engine.held = False
+            assert (await first).choices[0].message.content == "SHOUT: HELLO SHOUT"
+            assert (await patient).choices[0].message.content == "SHOUT: HELLO SHOUT"
 
 
 async def test_closing_a_stream_early_cancels(live: Live) -> None:

@@ -14,7 +14,7 @@ import pytest
 
 from composer.errors import CatalogError
 from composer.registry import load_catalog
-from tests.registry.world import FAMILIES, REGISTRY, write_world
+from tests.registry.world import DEVICES, FAMILIES, FULL, PLACED, REGISTRY, write_world
 
 
 @dataclass(frozen=True)
@@ -22,7 +22,7 @@ class Broken:
     """How the sound registry is broken, and all that is said of it.
 
     `edits` are (old, new) pieces of its text, each there exactly where it is replaced first;
-    `text` replaces the whole; `files` are written, or removed where None.
+    `text` replaces the whole, before the edits; `files` are written, or removed where None.
     """
 
     says: list[str]
@@ -560,6 +560,169 @@ BROKEN: dict[str, Broken] = {
             "TMP/experts.yaml:32: policies.twice.experts: every expert is left out again. Narrow the patterns that begin with `!`.",
         ],
     ),
+    "device_without_memory": Broken(
+        text=FULL,
+        edits=[("gpu: {memory_gb: 24}", "gpu: {}")],
+        says=[
+            "TMP/experts.yaml:3: devices.gpu.memory_gb: it is missing. Add `memory_gb`: memory for the servers placed on it, in GB.",
+        ],
+    ),
+    "device_of_no_memory": Broken(
+        text=FULL,
+        edits=[("gpu: {memory_gb: 24}", "gpu: {memory_gb: 0}")],
+        says=[
+            "TMP/experts.yaml:3: devices.gpu.memory_gb: it should be greater than 0, not 0. Write more than 0.",
+        ],
+    ),
+    "device_id_with_a_colon": Broken(
+        text=FULL,
+        edits=[("  spare:", '  "cuda:1":')],
+        says=[
+            "TMP/experts.yaml:4: devices.cuda:1: 'cuda:1' cannot be an id. Use lower-case letters, digits and . _ / - (64 at most), beginning with a letter or digit.",
+        ],
+    ),
+    "device_not_a_mapping": Broken(
+        text=FULL,
+        edits=[("spare: {memory_gb: 8.5}", "spare: 8.5")],
+        says=[
+            "TMP/experts.yaml:4: devices.spare: it should have keys below it, not 8.5. Write its keys below it, indented, or between { and }.",
+        ],
+    ),
+    "devices_not_a_mapping": Broken(
+        edits=[("version: 1\n", "version: 1\ndevices: [gpu]\n")],
+        says=[
+            "TMP/experts.yaml:2: devices: it should be a mapping, not a list. Write its keys below it, indented, or between { and }.",
+        ],
+    ),
+    "placement_on_an_unknown_device": Broken(
+        text=FULL,
+        edits=[("device: gpu,", "device: gpu0,")],
+        says=[
+            "TMP/experts.yaml:13: servers.far.placement.device: no device is called 'gpu0'. Did you mean `gpu`?",
+        ],
+    ),
+    "placement_where_there_is_no_device": Broken(
+        text=FULL.replace(DEVICES, ""),
+        says=[
+            "TMP/experts.yaml:10: servers.far.placement.device: no device is called 'gpu'. There is no device at all: add one.",
+        ],
+    ),
+    "placement_without_memory": Broken(
+        text=FULL,
+        edits=[("memory_gb: 16, ", "")],
+        says=[
+            "TMP/experts.yaml:13: servers.far.placement.memory_gb: it is missing. Add `memory_gb`: what it takes there while it is loaded, caches included, in GB.",
+        ],
+    ),
+    "placement_larger_than_its_device": Broken(
+        text=FULL,
+        edits=[("memory_gb: 16,", "memory_gb: 24.5,")],
+        says=[
+            "TMP/experts.yaml:13: servers.far.placement.memory_gb: 24.5 GB exceed the 24 GB of 'gpu'. Lower what the server takes, or name a larger device.",
+        ],
+    ),
+    "placement_key_unknown": Broken(
+        text=FULL,
+        edits=[("start_s: 40", "starts: 40")],
+        says=[
+            "TMP/experts.yaml:13: servers.far.placement.starts: unknown key. Did you mean `start_s`?",
+        ],
+    ),
+    "placement_of_an_unknown_sleep_level": Broken(
+        text=FULL,
+        edits=[("sleep_level: 1", "sleep_level: 3")],
+        says=[
+            "TMP/experts.yaml:13: servers.far.placement.sleep_level: it should be 1 or 2, not 3. Write 1 or 2.",
+        ],
+    ),
+    "placement_misspelt": Broken(
+        text=FULL,
+        edits=[("    placement:", "    placment:")],
+        says=[
+            "TMP/experts.yaml:13: servers.far.placment: unknown key. Did you mean `placement`?",
+        ],
+    ),
+    "placement_that_the_engine_refuses": Broken(
+        text=FULL,
+        edits=[("    launch: {python: ./venv/bin/python, log: logs/far.log}\n", "")],
+        says=[
+            "TMP/experts.yaml:12: servers.far.placement: this server is somebody else's to stop. Add `launch`, or remove it.",
+        ],
+    ),
+    "settings_that_the_engine_refuses_as_a_whole": Broken(
+        text=FULL,
+        edits=[("log: logs/far.log", "log: /dev/tty")],
+        says=[
+            "TMP/experts.yaml:13: servers.far.placement: the log cannot be the terminal. Name a file.",
+        ],
+    ),
+    "settings_refused_where_there_is_no_placement": Broken(
+        text=FULL,
+        edits=[("log: logs/far.log", "log: /dev/tty"), (PLACED.splitlines()[1] + "\n", "")],
+        says=[
+            "TMP/experts.yaml:9: servers.far: the log cannot be the terminal. Name a file.",
+        ],
+    ),
+    "a_broken_device_is_told_once": Broken(
+        text=FULL,
+        edits=[("gpu: {memory_gb: 24}", "gpu: {memory_gb: -24}")],
+        says=[
+            "TMP/experts.yaml:3: devices.gpu.memory_gb: it should be greater than 0, not -24. Write more than 0.",
+        ],
+    ),
+    "server_path_without_adapter": Broken(
+        edits=[("    context_window: 8192", "    server_path: /mnt/x\n    context_window: 8192")],
+        says=[
+            "TMP/experts.yaml:16: experts.general.server_path: it is an adapter's folder, but the expert has none. Remove it, or add the `adapter`.",
+        ],
+    ),
+    "server_path_that_is_relative": Broken(
+        edits=[("adapter: ./adapters/fox", "adapter: ./adapters/fox\n    server_path: mnt/fox")],
+        says=[
+            "TMP/experts.yaml:13: experts.fox.server_path: 'mnt/fox' is not of the form wanted here. Write a path from the top, such as /mnt/adapters/….",
+        ],
+    ),
+    "server_path_of_scanned_adapters_that_is_relative": Broken(
+        text=FULL,
+        edits=[("/mnt/owls", "mnt/owls")],
+        says=[
+            "TMP/experts.yaml:27: adapters_from[0].server_path: 'mnt/owls' is not of the form wanted here. Write a path from the top, such as /mnt/adapters/….",
+        ],
+    ),
+    "max_wait_of_nothing": Broken(
+        text=FULL,
+        edits=[("max_wait_s: 30", "max_wait_s: 0")],
+        says=[
+            "TMP/experts.yaml:40: policies.twice.max_wait_s: it should be greater than 0, not 0. Write more than 0.",
+        ],
+    ),
+    "parameter_unknown": Broken(
+        text=FULL,
+        edits=[("[top_k]", "[top_k, cashe_salt]")],
+        says=[
+            "TMP/experts.yaml:41: policies.twice.parameters[1]: no parameter is called 'cashe_salt'. Did you mean `cache_salt`?",
+        ],
+    ),
+    "parameters_that_add_and_replace": Broken(
+        text=FULL,
+        edits=[("[top_k]", "[top_k, +cache_salt]")],
+        says=[
+            "TMP/experts.yaml:41: policies.twice.parameters: some names begin with `+` and some do not, so they both add and replace. Write `+` before all of them, or before none.",
+        ],
+    ),
+    "parameter_that_is_no_name": Broken(
+        text=FULL,
+        edits=[("[top_k]", '["*"]')],
+        says=[
+            "TMP/experts.yaml:41: policies.twice.parameters[0]: '*' is not of the form wanted here. Write a field's name, such as `top_k`, or `+top_k` to add to the default.",
+        ],
+    ),
+    "tolerance_above_one": Broken(
+        edits=[("    k: 2", "    k: 2\n    tolerance: 2")],
+        says=[
+            "TMP/experts.yaml:34: policies.twice.tolerance: it should be less than or equal to 1, not 2. Write 1 or less.",
+        ],
+    ),
 }
 
 
@@ -585,9 +748,9 @@ def test_is_refused_with_place_and_remedy(name: str, tmp_path: Path) -> None:
     assert str(refused.value).replace(str(tmp_path), "TMP") == "\n".join(said)
 
 
-def test_the_registry_that_they_are_made_from_is_sound(tmp_path: Path) -> None:
-    assert set(load_catalog(write_world(tmp_path), FAMILIES, version=1).catalog.experts) == {
-        "fox",
-        "general",
-        "owl",
-    }
+@pytest.mark.parametrize("text", [REGISTRY, FULL], ids=["small", "full"])
+def test_the_registries_that_they_are_made_from_are_sound(text: str, tmp_path: Path) -> None:
+    file = write_world(tmp_path)
+    file.write_text(text)
+    experts = load_catalog(file, FAMILIES, version=1).catalog.experts
+    assert set(experts) == {"fox", "general", "owl"}

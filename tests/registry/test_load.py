@@ -22,6 +22,7 @@ from composer.types import Component, Cost
 from tests.registry.conftest import Load
 from tests.registry.world import (
     FAMILIES,
+    FULL,
     RABBIT,
     REGISTRY,
     EmbeddedSettings,
@@ -339,7 +340,7 @@ PIECES = [
 def test_no_mutation_raises_anything_but_catalog_errors(
     data: st.DataObject, load: Load, registry: Path
 ) -> None:
-    text = REGISTRY
+    text = data.draw(st.sampled_from([REGISTRY, FULL]))
     for _ in range(data.draw(st.integers(1, 3))):
         start = data.draw(st.integers(0, len(text)))
         end = data.draw(st.integers(start, min(len(text), start + 30)))
@@ -364,7 +365,7 @@ JSON = st.recursive(
 def test_no_value_in_any_place_raises_anything_but_catalog_errors(
     data: st.DataObject, load: Load, registry: Path
 ) -> None:
-    tree = parse_yaml(REGISTRY, "").data
+    tree = parse_yaml(data.draw(st.sampled_from([REGISTRY, FULL])), "").data
     at = tree
     while True:
         key = data.draw(st.sampled_from(list(at) if isinstance(at, dict) else list(range(len(at)))))

@@ -35,7 +35,7 @@ def test_each_engine_has_a_branch_with_its_settings() -> None:
     assert servers.keys() == {"embedded", "remote"}
     assert servers["embedded"]["properties"].keys() >= {"engine", "model", "queue"}
     assert set(servers["embedded"]["required"]) == {"engine", "model"}
-    assert servers["remote"]["properties"].keys() == {"engine", "url"}
+    assert servers["remote"]["properties"].keys() == {"engine", "url", "launch", "placement"}
     assert all(branch["additionalProperties"] is False for branch in servers.values())
 
 

@@ -46,8 +46,20 @@ def small_hub(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_the_gpu_example_as_it_comes() -> None:
     catalog = load_catalog(GPU, families(), version=1).catalog
     assert list(catalog.experts) == ["qwen", "llama"]
-    assert {server.settings.dtype for server in catalog.servers.values()} == {"bfloat16"}
-    assert {expert.context_window for expert in catalog.experts.values()} == {16_384}
+    assert {server.engine for server in catalog.servers.values()} == {"vllm"}
+    assert {expert.context_window for expert in catalog.experts.values()} == {8192}
+    assert all("tools" in expert.abilities for expert in catalog.experts.values())
+
+
+@pytest.mark.usefixtures("small_hub")
+def test_the_gpu_example_has_one_of_its_models_loaded_at_a_time() -> None:
+    catalog = load_catalog(GPU, families(), version=1).catalog
+    placements = [server.placement for server in catalog.servers.values()]
+    assert [placement.device for placement in placements if placement] == ["gpu", "gpu"]
+    needed = sum(placement.memory_gb for placement in placements if placement)
+    assert needed > catalog.devices["gpu"].memory_gb
+    for server in catalog.servers.values():
+        assert server.settings.launch.python.startswith("/")
 
 
 @pytest.mark.usefixtures("small_hub")

@@ -13,6 +13,7 @@ from safetensors.numpy import save_file
 
 from composer.errors import CatalogError
 from composer.registry import EngineFamily, Families
+from composer.types import Placement
 
 WIDTH, VOCABULARY, LAYERS, RANK = 8, 16, 2, 2
 BASE_NAME = "acme/tiny-llama"
@@ -66,6 +67,26 @@ composer:
 # {name}
 """
 
+DEVICES = """\
+devices:
+  gpu: {memory_gb: 24}
+  spare: {memory_gb: 8.5}
+"""
+
+PLACED = """\
+    launch: {python: ./venv/bin/python, log: logs/far.log}
+    placement: {device: gpu, memory_gb: 16, start_s: 40, sleep_level: 1}
+"""
+"""What a server of the engine `remote` may say besides."""
+
+FULL = (
+    REGISTRY.replace("servers:\n", DEVICES + "servers:\n", 1)
+    .replace("    url: http://127.0.0.1:9\n", "    url: http://127.0.0.1:9\n" + PLACED)
+    .replace("    k: 2\n", "    k: 2\n    max_wait_s: 30\n    parameters: [top_k]\n")
+    .replace("    server: local\npol", "    server: local\n    server_path: /mnt/owls\npol")
+)
+"""The same registry with one of everything that has to do with devices and remote servers."""
+
 RABBIT = {"id": "rabbit", "server": "local", "adapter": "./adapters/fox", "description": "rabbits"}
 """An expert as it is added at run time."""
 
@@ -91,8 +112,21 @@ class EmbeddedSettings(Strict):
     queue: int = Field(64, ge=0, description="Calls that may wait.")
 
 
+class LaunchSettings(Strict):
+    python: str = Field("python3", description="The interpreter.")
+    log: str | None = None
+
+
 class RemoteSettings(Strict):
     url: str = Field(description="Where the server listens.")
+    launch: LaunchSettings | None = Field(None, description="How it is started; None: it is not.")
+
+
+def check_remote(settings: RemoteSettings, placement: Placement | None) -> None:
+    if placement is not None and settings.launch is None:
+        raise ValueError("this server is somebody else's to stop; add `launch`, or remove it")
+    if settings.launch is not None and settings.launch.log == "/dev/tty":
+        raise ValueError("the log cannot be the terminal; name a file")
 
 
 FAMILIES = Families(
@@ -101,7 +135,13 @@ FAMILIES = Families(
     engines={
         "embedded": EngineFamily(EmbeddedSettings, frozenset({"logprobs"})),
         "remote": EngineFamily(
-            RemoteSettings, frozenset({"tools", "json", "logprobs"}), model_field=None
+            RemoteSettings,
+            frozenset({"tools", "json", "logprobs"}),
+            model_field=None,
+            path_fields=("launch.log",),
+            program_fields=("launch.python",),
+            parameters=frozenset({"top_k", "cache_salt"}),
+            check=check_remote,
         ),
     },
 )

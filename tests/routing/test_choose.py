@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from composer.routing.base import Scores
 from composer.routing.choose import SHOWN_SCORES, choose
-from composer.types import Component, Policy
+from composer.types import BoolArray, Component, Policy
 
 NAN = float("nan")
 
@@ -91,6 +91,135 @@ def test_an_excluded_default_expert_is_not_asked() -> None:
 def test_no_default_expert_means_no_threshold() -> None:
     found = scores(0.4, 0.1)
     assert choose(found, free(found), policy(threshold=0.9)).best == "e0"
+
+
+# --- residents within the tolerance ---------------------------------------------------
+
+
+def loaded(*where: int, n: int) -> BoolArray:
+    return np.isin(np.arange(n), where)
+
+
+def test_a_resident_within_the_tolerance_takes_the_place_of_the_best() -> None:
+    found = scores(0.2, 0.90, 0.86, 0.5, e2={"similarity": 0.8})
+    tolerant = policy(tolerance=0.05)
+    plan = choose(found, free(found), tolerant, loaded(0, 2, n=4))
+    assert plan.calls == ("e2",)
+    assert plan.choices[0].weight == 1.0
+    assert plan.reasons == {
+        "rule": "resident_within_tolerance",
+        "instead_of": ["e1"],
+        "gave_up": pytest.approx(0.04),
+        "evidence": {"e2": {"similarity": 0.8}},
+    }
+
+
+@pytest.mark.parametrize(
+    ("where", "tolerance"),
+    [
+        ((0, 3), 0.05),  # none is near enough
+        ((1, 2), 0.05),  # the best is resident
+        ((2,), 0.0),  # off by default
+        ((), 0.5),  # nobody is
+        ((4,), 0.9),  # not eligible
+    ],
+)
+def test_otherwise_nothing_changes(where: tuple[int, ...], tolerance: float) -> None:
+    found = scores(0.2, 0.90, 0.86, 0.5, NAN)
+    tolerant = policy(tolerance=tolerance)
+    assert choose(found, free(found), tolerant, loaded(*where, n=5)) == choose(
+        found, free(found), policy()
+    )
+
+
+def test_without_knowing_who_is_resident_nobody_is_preferred() -> None:
+    found = scores(0.9, 0.89)
+    assert choose(found, free(found), policy(tolerance=0.5)).best == "e0"
+
+
+def test_the_best_of_several_residents() -> None:
+    found = scores(0.80, 0.88, 0.90, 0.88)
+    assert choose(found, free(found), policy(tolerance=0.2), loaded(0, 1, 3, n=4)).best == "e1"
+
+
+def test_cost_counts_in_what_is_given_up() -> None:
+    found = scores(0.90, 0.89)
+    cost = np.array([0.0, 1.0], np.float32)
+    dear = policy(cost_weight=0.1, tolerance=0.05)
+    assert choose(found, cost, dear, loaded(1, n=2)).best == "e0"
+    assert choose(found, cost, policy(tolerance=0.05), loaded(1, n=2)).best == "e1"
+
+
+def test_of_several_experts_only_those_near_enough_give_way() -> None:
+    found = scores(0.90, 0.80, 0.78, 0.60)
+    plan = choose(found, free(found), policy(k=2, tolerance=0.05), loaded(2, 3, n=4))
+    assert plan.calls == ("e0", "e2")
+    assert plan.reasons["instead_of"] == ["e1"]
+    assert plan.reasons["gave_up"] == pytest.approx(0.01)  # 0.02 at one of two places
+
+
+def test_a_resident_below_the_threshold_is_not_preferred() -> None:
+    found = scores(0.52, 0.48, 0.1)
+    tolerant = policy(tolerance=0.2, threshold=0.5, default_expert="e2")
+    assert choose(found, free(found), tolerant, loaded(1, n=3)).best == "e0"
+
+
+def test_a_resident_further_down_is_shown() -> None:
+    found = scores(*np.linspace(0.9, 0.8, 30))
+    plan = choose(found, free(found), policy(30, tolerance=0.2), loaded(25, n=30))
+    assert plan.best == "e25"
+    assert list(plan.scores) == [*(f"e{i}" for i in range(SHOWN_SCORES)), "e25"]
+
+
+@given(
+    expert=st.lists(
+        st.tuples(
+            st.one_of(st.just(NAN), st.sampled_from([0.1, 0.5]), st.floats(0, 1, width=32)),
+            st.floats(0, 5, width=32),
+            st.booleans(),
+        ),
+        min_size=1,
+        max_size=30,
+    ),
+    k=st.integers(1, 6),
+    weight=st.floats(0, 1),
+    tolerance=st.floats(0, 0.5),
+)
+def test_what_residents_may_do(
+    expert: list[tuple[float, float, bool]], k: int, weight: float, tolerance: float
+) -> None:
+    quality, cost, resident = (np.array(column) for column in zip(*expert, strict=True))
+    assume(not np.isnan(quality).all())
+    found = scores(*quality)
+    cost = cost.astype(np.float32)
+    asked = policy(len(expert), k=k, cost_weight=weight, tolerance=tolerance)
+    plain = choose(found, cost, asked)
+    plan = choose(found, cost, asked, resident)
+    utility = np.float64(found.quality - weight * cost)
+    slack = 1e-6  # of float32
+
+    number = [int(e[1:]) for e in plan.calls]
+    before = [int(e[1:]) for e in plain.calls]
+    assert len(set(number)) == len(before)
+    assert not np.isnan(quality[number]).any()
+    assert sorted(number, key=lambda i: (-utility[i], i)) == number  # best first all the same
+    came, went = set(number) - set(before), set(before) - set(number)
+    assert all(resident[i] for i in came)
+    assert not any(resident[i] for i in went)
+    for here in came:
+        for gone in went:
+            assert utility[here] >= utility[gone] - tolerance - slack
+    for out in set(np.flatnonzero(resident & ~np.isnan(quality))) - set(number):
+        for here in number:
+            assert resident[here] or utility[out] < utility[here] - tolerance + slack
+    if came:
+        assert plan.reasons["rule"] == "resident_within_tolerance"
+        lost = (utility[before].sum() - utility[number].sum()) / len(number)
+        assert plan.reasons["gave_up"] == pytest.approx(lost, abs=1e-5)
+        assert plan.reasons["gave_up"] <= tolerance + slack
+    else:
+        assert plan == plain
+    assert sum(c.weight for c in plan.choices) == pytest.approx(1)
 
 
 @given(

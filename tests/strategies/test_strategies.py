@@ -45,6 +45,7 @@ class Experts:
     steps: dict[str, int] = field(default_factory=dict)
     asked: list[str] = field(default_factory=list)
     closed: list[str] = field(default_factory=list)
+    verbatim: list[str] = field(default_factory=list)
 
     async def __call__(
         self,
@@ -52,8 +53,12 @@ class Experts:
         *,
         messages: Sequence[Message] | None = None,
         sampling: Sampling | None = None,
+        later: Sequence[str] = (),
+        verbatim: bool = False,
     ) -> AsyncGenerator[Chunk, None]:
         self.asked.append(expert)
+        if verbatim:
+            self.verbatim.append(expert)
         answer = self.answers[expert]
         try:
             for _ in range(self.steps.get(expert, 0)):
@@ -89,7 +94,7 @@ async def test_single_passes_the_best_experts_stream_on() -> None:
     assert {c.expert for c in chunks} == {"e0"}
     assert chunks[0].logprobs == (TokenLogprob("a", -0.1),)
     assert (chunks[-1].finish_reason, chunks[-1].usage) == ("length", Usage(3, 3))
-    assert ask.asked == ask.closed == ["e0"]
+    assert ask.asked == ask.closed == ask.verbatim == ["e0"]
 
 
 async def test_single_closes_the_call_when_it_is_closed() -> None:
@@ -107,6 +112,7 @@ async def test_single_closes_the_call_when_it_is_closed() -> None:
 async def test_the_heaviest_answer_wins_in_its_best_experts_words() -> None:
     ask = Experts({"e0": "it is 7", "e1": "8", "e2": "so: 8.0"})
     (chunk,) = await collect(vote(extractor="number", early_stop=False), plan(0.4, 0.35, 0.25), ask)
+    assert ask.verbatim == []  # answers that are compared have to be read
     assert (chunk.text, chunk.expert, chunk.finish_reason) == ("8", "e1", "length")
     assert [t.token for t in chunk.logprobs] == ["8"]
     assert chunk.usage == Usage(9, 7 + 1 + 7)

@@ -1,0 +1,1 @@
+"""Swapping on one simulated device: workloads, baselines and the exact optimum, for swaps.py."""

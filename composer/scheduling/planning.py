@@ -1,0 +1,106 @@
+"""From the models' states to a `View` for plans. Decides nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+
+from composer.scheduling.plan import Demand, Holder, View
+from composer.scheduling.queues import Outlook, serve
+from composer.scheduling.state import ModelState, Phase
+
+MOST_USAGE = 0.9
+"""Share of its slots up to which a model's own arrivals are taken to prolong a visit."""
+
+
+def view_of(
+    models: Iterable[ModelState],
+    claims: Iterable[ModelState],
+    free_gb: float,
+    now: float,
+    margin: float,
+    may_leave: Callable[[ModelState], bool] | None = None,
+) -> View:
+    """The device as plans see it. `may_leave`: which of the residents may be told to."""
+    view = View(now, free_gb, [], {}, [], {}, margin=margin)
+    for state in models:
+        match state.phase:
+            case Phase.OFF:
+                if not state.model.movable:  # lost, and to be tried again
+                    ready = max(now, state.retry_at) + state.load.mean
+                    view.slack = min(view.slack, state.queue.fresh(state.service).slack - ready)
+            case Phase.RESIDENT:
+                slack, done = state.present(now)
+                _held(view, state, slack, done, may_leave)
+            case Phase.LOADING:
+                ready = max(now, state.moved + state.load.mean)
+                outlook = state.queue.fresh(state.service)
+                _held(view, state, outlook.slack - ready, ready + outlook.done, may_leave)
+            case Phase.CLOSING:
+                slack, done = state.present(now)
+                view.slack = min(view.slack, slack)
+                view.leaving.append((done + state.unload.mean, state.memory_gb))
+            case Phase.DRAINING:
+                ends = max((call.until for call in state.held(now)), default=now)
+                ends = max(now, min(ends, state.drain_by))
+                view.leaving.append((ends + state.unload.mean, state.memory_gb))
+            case Phase.UNLOADING:
+                ends = max(now, state.moved + state.unload.mean)
+                view.leaving.append((ends, state.memory_gb))
+        queue = state.queue
+        if not queue.order or not state.model.movable:
+            continue
+        if is_away(state):
+            if queue.now_on and not state.claimed:
+                view.demands[state.id, 0] = demand_of(state, queue.fresh(state.service), now)
+            if queue.now_on < len(queue.order):
+                view.demands[state.id, 1] = demand_of(
+                    state, serve(queue.later, state.service), now
+                )
+        elif queue.now_on < len(queue.order) and not state.claimed:
+            view.demands[state.id, 1] = demand_of(state, serve(queue.later, state.service), now)
+    view.claims = [_claim_of(state, now) for state in claims]
+    return view
+
+
+def is_away(state: ModelState) -> bool:
+    """Whether its present visit is one that is still to begin."""
+    return state.phase in (Phase.OFF, Phase.DRAINING, Phase.UNLOADING)
+
+
+def _claim_of(state: ModelState, now: float) -> Demand:
+    """A claimed model that is still there is to come back for the calls of a later visit."""
+    if is_away(state):
+        return demand_of(state, state.queue.fresh(state.service), now)
+    return demand_of(state, serve(state.queue.later, state.service), now)
+
+
+def _held(
+    view: View,
+    state: ModelState,
+    slack: float,
+    done: float,
+    may_leave: Callable[[ModelState], bool] | None,
+) -> None:
+    view.slack = min(view.slack, slack)
+    if state.model.movable and (may_leave is None or may_leave(state)):
+        variance = state.unload.spread**2 + (state.run.spread**2 if state.running else 0.0)
+        view.holders[state.id] = Holder(
+            state.id, state.memory_gb, state.unload.mean, done, state.regret(view.now), variance
+        )
+
+
+def demand_of(state: ModelState, outlook: Outlook, now: float) -> Demand:
+    usage = min(state.usage(now), MOST_USAGE)
+    return Demand(
+        state.id,
+        state.memory_gb,
+        state.load.mean,
+        state.unload.mean,
+        outlook.slack,
+        outlook.target_slack,
+        outlook.done,
+        state.regret(now),
+        usage / (1 - usage),
+        state.load.spread**2 + state.unload.spread**2 + state.run.spread**2,
+        state.retry_at,
+    )

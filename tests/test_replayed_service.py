@@ -1,0 +1,238 @@
+"""The whole service over replayed models that share a device: its accuracies are the table's."""
+
+from __future__ import annotations
+
+import asyncio
+import csv
+import gzip
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import httpx
+import numpy as np
+import pytest
+import yaml
+
+from composer.build import families
+from composer.registry import load_catalog
+from composer.service import Service
+from composer.strategies.extract import choice
+from composer.strategies.vote import winner
+from tests.tiny import ROOT, chat, serving
+
+SHARED = ROOT.parent / "shared" / "data"
+EXAMPLE = ROOT / "examples" / "replay" / "experts.yaml"
+ROOM = 2
+WAITS = {"max_wait_s": 60, "patience": 0.01}
+"""Nobody is refused, and a swap is put off for half a second or so."""
+
+TOPICS = {
+    "algebra": ("equation", "polynomial", "matrix", "root", "fraction"),
+    "cells": ("enzyme", "membrane", "protein", "mitochondrion", "gene"),
+    "courts": ("contract", "verdict", "lawsuit", "statute", "appeal"),
+    "markets": ("price", "inflation", "demand", "interest rate", "tariff"),
+}
+ASKS = ("Which is true of a {}?", "What does a {} need?", "What follows from every {}?")
+OPTIONS = "\nA. the first\nB. the second\nC. the third\nD. none of these"
+
+
+@dataclass(frozen=True, slots=True)
+class Recorded:
+    """Rows of a table: questions, right letters, and answers by model."""
+
+    path: Path
+    query: list[str]
+    gold: list[str]
+    answer: Mapping[str, list[str]]
+
+    def right(self, letters: Sequence[str | None]) -> float:
+        return float(np.mean([a == b for a, b in zip(letters, self.gold, strict=True)]))
+
+
+@pytest.fixture
+def recorded(tmp_path: Path) -> Recorded:
+    """60 questions of four topics, and four models of which each masters one."""
+    rng = np.random.default_rng(0)
+    asked = list(product(TOPICS.items(), range(5), ASKS))
+    asked = [asked[i] for i in rng.permutation(len(asked))]
+    query = [ask.format(words[n]) + OPTIONS for (_, words), n, ask in asked]
+    gold = rng.choice(list("ABCD"), len(asked)).tolist()
+
+    def answers(model: str) -> list[str]:
+        masters = np.array([topic == model for (topic, _), _, _ in asked])
+        right = rng.random(len(asked)) < np.where(masters, 0.9, 0.4)
+        return np.where(right, gold, rng.choice([*"ABCD", ""], len(asked))).tolist()
+
+    answer = {model: answers(model) for model in TOPICS}
+    path = tmp_path / "table.csv"
+    with path.open("w", newline="") as file:
+        rows = csv.writer(file)
+        rows.writerow(["query", "in_chars", *(f"answer|{model}" for model in TOPICS)])
+        for i, text in enumerate(query):
+            rows.writerow([text, len(text), *(answer[model][i] for model in TOPICS)])
+    return Recorded(path, query, gold, answer)
+
+
+def registry(path: Path) -> str:
+    def expert(topic: str) -> dict[str, Any]:
+        words = TOPICS[topic]
+        examples = [f"Explain what a {word} is, and what belongs to it." for word in words]
+        known_by = {"description": topic, "examples": examples}
+        return {"server": f"{topic}-server", "context_window": 4096, **known_by}
+
+    def server(topic: str) -> dict[str, Any]:
+        placement = {"device": "gpu", "memory_gb": 10, "start_s": 0.02, "stop_s": 0.01}
+        own = {"engine": "replay", "table": str(path), "model": topic, "time_scale": 0}
+        return {**own, "placement": placement}
+
+    neighbours = {"router": {"name": "neighbours"}}
+    vote = {"name": "vote", "extractor": "choice", "weights": "majority"}
+    return yaml.safe_dump(
+        {
+            "version": 1,
+            "devices": {"gpu": {"memory_gb": 10 * ROOM}},
+            "servers": {f"{topic}-server": server(topic) for topic in TOPICS},
+            "experts": {topic: expert(topic) for topic in TOPICS},
+            "policies": {
+                "auto": {**neighbours, "strategy": {"name": "single"}},
+                "near": {**neighbours, "strategy": {"name": "single"}, "tolerance": 1.0},
+                "vote": {**neighbours, "strategy": vote, "k": 3},
+            },
+        }
+    )
+
+
+async def ask_all(client: httpx.AsyncClient, query: Sequence[str], model: str) -> list[Any]:
+    """All at once; the bodies in the order of the questions."""
+    responses = await asyncio.gather(
+        *(client.post("/v1/chat/completions", json=chat(text, model)) for text in query)
+    )
+    assert [response.status_code for response in responses] == [200] * len(query), responses[0].text
+    return [response.json() for response in responses]
+
+
+def said(body: Any) -> str:
+    return str(body["choices"][0]["message"]["content"])
+
+
+def loads(service: Service, device: str = "gpu") -> int:
+    moved = service.scheduler.owners[device].residency.moved
+    return sum(moves.count for (_, kind), moves in moved.items() if kind == "load")
+
+
+def loads_in_order(experts: Sequence[str], room: int) -> int:
+    """Of the least recently used rule, one call after another."""
+    resident: list[str] = []
+    count = 0
+    for expert in experts:
+        if expert in resident:
+            resident.remove(expert)
+        else:
+            count += 1
+        resident = [*resident, expert][-room:]
+    return count
+
+
+async def test_one_expert_answers_what_was_recorded(tmp_path: Path, recorded: Recorded) -> None:
+    async with serving(tmp_path, registry(recorded.path), **WAITS) as (client, service):
+        bodies = await ask_all(client, recorded.query, "auto")
+        swaps = loads(service)
+    experts = [body["composer"]["expert"] for body in bodies]
+    expected = [recorded.answer[e][i] for i, e in enumerate(experts)]
+    assert [said(body) for body in bodies] == expected
+    alone = max(recorded.right(answers) for answers in recorded.answer.values())
+    assert recorded.right(expected) > alone  # the router earns its keep, and can be seen to
+    assert len(TOPICS) <= swaps < loads_in_order(experts, ROOM) / 2
+
+
+async def test_a_vote_gives_the_winner_of_the_recorded_answers(
+    tmp_path: Path, recorded: Recorded
+) -> None:
+    async with serving(tmp_path, registry(recorded.path), **WAITS) as (client, service):
+        bodies = await ask_all(client, recorded.query, "vote")
+        swaps = loads(service)
+    won = []
+    for i, body in enumerate(bodies):
+        best_first = sorted(body["composer"]["scores"].items(), key=lambda item: -item[1])[:3]
+        keys = [choice(recorded.answer[expert][i]) for expert, _ in best_first]
+        won.append(keys[winner([1.0] * 3, dict(enumerate(keys)))])
+    assert [choice(said(body)) for body in bodies] == won
+    assert recorded.right([choice(said(body)) for body in bodies]) == recorded.right(won)
+    assert len(TOPICS) <= swaps < len(recorded.query)
+
+
+async def test_a_tolerant_policy_stays_with_who_is_loaded(
+    tmp_path: Path, recorded: Recorded
+) -> None:
+    async with serving(tmp_path, registry(recorded.path), **WAITS) as (client, service):
+        first = await ask_all(client, recorded.query[:1], "near")
+        bodies = await ask_all(client, recorded.query, "near")
+        assert loads(service) == 1
+    (expert,) = {body["composer"]["expert"] for body in [*first, *bodies]}
+    assert [said(body) for body in bodies] == recorded.answer[expert]
+    for body in bodies:
+        scores, reasons = body["composer"]["scores"], body["composer"]["reasons"]
+        best = max(scores, key=scores.get)
+        if best == expert:
+            assert reasons["rule"] == "best_score"
+        else:
+            assert reasons["instead_of"] == [best]
+            assert reasons["gave_up"] == pytest.approx(scores[best] - scores[expert], abs=2e-4)
+
+
+def test_the_example_is_as_the_registry_wants_it() -> None:
+    catalog = load_catalog(EXAMPLE, families(), version=1).catalog
+    tables = {server.settings.table for server in catalog.servers.values()}
+    assert tables == {(SHARED / "mmlu_pro.dev.csv.gz",)}
+    assert catalog.policies["auto"].tolerance > 0
+    sizes = sorted(server.placement.memory_gb for server in catalog.servers.values())
+    assert sum(sizes[-2:]) > catalog.devices["gpu"].memory_gb > sum(sizes[:2])
+
+
+def test_tables_are_found_from_the_registrys_folder(tmp_path: Path) -> None:
+    config = yaml.safe_load(registry(Path("./one.csv")))
+    config["servers"]["cells-server"]["table"] = ["./one.csv", "deeper/two.csv.gz"]
+    (tmp_path / "experts.yaml").write_text(yaml.safe_dump(config))
+    servers = load_catalog(tmp_path / "experts.yaml", families(), version=1).catalog.servers
+    one, two = tmp_path / "one.csv", tmp_path / "deeper" / "two.csv.gz"
+    assert servers["cells-server"].settings.table == (one, two)
+    assert servers["courts-server"].settings.table == (one,)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not SHARED.is_dir(), reason=f"{SHARED} is not there: the shared outcome tables")
+async def test_the_example_over_real_outcomes(tmp_path: Path) -> None:
+    """examples/replay, but at once and without its tolerance: the scores recorded for whoever was
+    chosen."""
+    config = yaml.safe_load(EXAMPLE.read_text())
+    path = (EXAMPLE.parent / config["servers"]["phi-3-mini"]["table"]).resolve()
+    with gzip.open(path, "rt", encoding="utf-8", newline="") as file:
+        table = list(csv.DictReader(file))
+    rows = [table[i] for i in np.random.default_rng(0).permutation(len(table))[:60]]
+    for server in config["servers"].values():
+        server |= {"table": str(path), "time_scale": 0}
+        server["placement"] |= {"start_s": 0.05, "stop_s": 0.02}
+    for policy in config["policies"].values():
+        policy |= {"tolerance": 0.0}
+    model = {id_: config["servers"][e["server"]]["model"] for id_, e in config["experts"].items()}
+    async with serving(tmp_path, json.dumps(config), **WAITS) as (client, service):
+        single = await ask_all(client, [row["query"] for row in rows], "auto")
+        swaps = loads(service)
+        vote = await ask_all(client, [row["query"] for row in rows], "vote")
+    chosen = [body["composer"]["expert"] for body in single]
+    scores = [float(row[f"score|{model[e]}"]) for row, e in zip(rows, chosen, strict=True)]
+    right = [said(body) == row["gold"] for body, row in zip(single, rows, strict=True)]
+    assert right == [score == 1 for score in scores]
+    for body, row in zip(single, rows, strict=True):
+        expert = model[body["composer"]["expert"]]
+        assert said(body) == row[f"answer|{expert}"]
+        assert body["usage"]["completion_tokens"] == -(-int(row[f"out_chars|{expert}"]) // 4)
+    for body, row in zip(vote, rows, strict=True):
+        ranked = sorted(body["composer"]["scores"].items(), key=lambda item: -item[1])
+        keys = [choice(row[f"answer|{model[expert]}"]) for expert, _ in ranked]
+        assert choice(said(body)) == keys[winner([1.0] * 3, dict(enumerate(keys)))]
+    assert 1 <= swaps < loads_in_order(chosen, 2)
