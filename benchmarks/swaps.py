@@ -57,7 +57,6 @@ MISSES = 0.001
 """Share of misses up to which a point counts as keeping the bounds."""
 
 TOLERANCE = 0.03
-WINDOW_LIMIT_S = 30.0
 
 
 def _per_wait(share: float, work: Workload) -> float:
@@ -138,7 +137,7 @@ def run_point(task: tuple[Cell, str, float, int, int]) -> Point:
             )
         )
     *values, calls = np.mean(np.array(found, dtype=float), axis=0).tolist()
-    return Point(cell.name, cell.rho, rule, knob, *values, calls=round(calls))
+    return Point(cell.name, cell.rho, rule, knob, *values, round(calls))
 
 
 def sweep(
@@ -268,7 +267,7 @@ def _nearest(point: Point, ours: Sequence[Point]) -> str:
 
 def run_window(seed: int) -> dict[str, Any]:
     work = window(seed)
-    best = optimum(work, limit_s=WINDOW_LIMIT_S)
+    best = optimum(work)
     row: dict[str, Any] = {
         "seed": seed,
         "optimum": best.swap_s,
@@ -290,7 +289,7 @@ def against_optimum(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     bounds = np.array([row["bound"] for row in free])
     table = []
     for rule, (knobs, _) in RULES.items():
-        candidates = []
+        candidates: list[dict[str, Any]] = []
         for knob in knobs:
             swaps, misses, waits = np.array(
                 [row["results"][rule, knob] for row in free], dtype=float

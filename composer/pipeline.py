@@ -314,8 +314,8 @@ def check_parameters(request: Request, policy: Policy) -> None:
     """Raises Unsupported for a wire field beyond OpenAI's core that the policy does not allow."""
     if refused := sorted(request.parameters - policy.parameters):
         raise Unsupported(
-            f"{refused[0]!r} is not allowed by policy {policy.id!r}; leave it out, or have it "
-            "added to the policy's `parameters`",
+            f"{refused[0]!r} is not allowed for model {policy.id!r}; leave it out, or ask a policy "
+            "whose `parameters` name it",
             param=refused[0],
         )
 

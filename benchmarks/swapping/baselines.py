@@ -65,6 +65,7 @@ class Baseline:
         self.leaving: set[str] = set()  # no new leases; unloaded when idle
         self.coming: list[str] = []  # to be loaded, in this order, when there is room
         self.used: dict[str, float] = {}  # last grant
+        self.changed = True  # which models wait for what since when, or which are loaded
         self.alarm = inf
         self.actions: list[Action] = []
         self.now = 0.0
@@ -78,14 +79,17 @@ class Baseline:
                 self.arrivals += 1
                 self.queues[call.model].append(call)
                 self.waits[call.model] = self.waits.get(call.model, 0) + 1
+                self.changed |= self.waits[call.model] == 1
                 if call.deadline is not None:
                     heapq.heappush(self.deadlines, (call.deadline, call.id))
             case Finished(number):
                 self.running[self.where.pop(number)] -= 1
             case Loaded(name):
+                self.changed = True
                 self.loaded[name] = now
                 self.on_loaded(name)
             case Unloaded(name):
+                self.changed = True
                 del self.taking[name]
             case Configured(models, memory_gb, resident):
                 self._configure(models, memory_gb, resident)
@@ -175,6 +179,7 @@ class Baseline:
         return self.memory_gb + EPSILON - taken - sum(self.models[m].memory_gb for m in self.coming)
 
     def swap(self, target: str, victims: Iterable[str]) -> None:
+        self.changed = True
         self.leaving.update(victims)
         self.coming.append(target)
         self._move()
@@ -204,6 +209,7 @@ class Baseline:
         if call is None:
             return
         del self.place[number]
+        self.changed |= call.model not in self.loaded
         self.waits[call.model] -= 1
         if not self.waits[call.model]:
             del self.waits[call.model]
@@ -304,11 +310,10 @@ class ActiveSet(Baseline):
         for model in list(self.loaded):
             if self.serves(model):
                 self.grant_all(model)
-        for model in self.waits:
-            if model not in self.active and model not in self.pending:
-                self.pending.append(model)
-        for model in [m for m in self.pending if m not in self.waits]:
-            self.pending.remove(model)
+        known = {*self.active, *self.pending}
+        self.pending.extend(model for model in self.waits if model not in known)
+        if not self.waits.keys() >= set(self.pending):
+            self.pending = deque(model for model in self.pending if model in self.waits)
         while self.pending and (found := self.victims(self.pending[0], self._idle())) is not None:
             self._exchange(found)
         if not self.pending or not self.active:
@@ -355,35 +360,34 @@ class MergedWaits(Baseline):
     def __init__(self, hold_s: float) -> None:
         super().__init__()
         self.hold_s = hold_s
+        self.fronts: list[tuple[int, str, Waiting]] = []  # longest waits, of models not loaded
 
     def decide(self) -> None:
         for model in list(self.loaded):
             if self.serves(model):
                 self.grant_all(model)
-        fronts = [
-            (self.place[call.id], model, call)
-            for model in self.waits
-            if model not in self.taking
-            and model not in self.coming
-            and (call := self.front(model)) is not None
-        ]
-        if not fronts:
+        if self.changed:
+            self.fronts = sorted(
+                (self.place[call.id], model, call)
+                for model in self.waits
+                if model not in self.taking
+                and model not in self.coming
+                and (call := self.front(model)) is not None
+            )
+            self.changed = False
+        if not self.fronts:
             return
         staying = self._staying()
-        smallest = min(self.models[model].memory_gb for _, model, _ in fronts)
-        for _, model, call in sorted(fronts):
+        for _, model, call in self.fronts:
             due = call.arrived + self.hold_s
-            if self.now < due and not any(map(self._idle, staying)) and self.free() < smallest:
-                self.wake(due)  # nor does any later one get anywhere
-                return
+            if self.now < due:
+                self.wake(due)
+                if self.free() < self.models[model].memory_gb and not any(map(self._idle, staying)):
+                    continue
             found = self.victims(model, staying)
-            if found is None:
-                continue
-            if self.now >= due or all(map(self._idle, found)):
+            if found is not None and (self.now >= due or all(map(self._idle, found))):
                 self.swap(model, found)
                 staying = self._staying()
-            else:
-                self.wake(due)
 
     def _staying(self) -> list[str]:
         """Loaded models, the cheapest to bring back first."""

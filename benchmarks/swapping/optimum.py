@@ -56,8 +56,9 @@ class Optimum:
     stays: tuple[Stay, ...]
 
 
-def optimum(workload: Workload, *, limit_s: float = 20.0, workers: int = 1) -> Optimum:
-    """`limit_s` bounds each of up to three solves. Raises ValueError for a workload with noise, or
+def optimum(workload: Workload, *, limit: float = 60.0, workers: int = 1) -> Optimum:
+    """`limit` bounds each of up to three solves, in CP-SAT's deterministic seconds, so that a busy
+    machine changes nothing. Raises ValueError for a workload with noise, or
     with a model that could have more calls than its window, and RuntimeError where no plan was
     found in time."""
     if workload.noise:
@@ -69,20 +70,20 @@ def optimum(workload: Workload, *, limit_s: float = 20.0, workers: int = 1) -> O
                 f"{model.id} has {calls} calls for {model.in_flight} at once; raise in_flight"
             )
     program = _Program(workload, may_miss=False)
-    status, solver = program.solve(program.cost, limit_s, workers)
+    status, solver = program.solve(program.cost, limit, workers)
     misses, misses_proven = 0, True
     if status not in (cp_model.OPTIMAL, cp_model.FEASIBLE):
         all_missed = status == cp_model.INFEASIBLE  # unless time ran out
         program = _Program(workload, may_miss=True)
-        status, solver = program.solve(sum(program.missed), limit_s, workers)
+        status, solver = program.solve(sum(program.missed), limit, workers)
         if status not in (cp_model.OPTIMAL, cp_model.FEASIBLE):
-            raise RuntimeError(f"no plan for {workload.name!r} within {limit_s} s")
+            raise RuntimeError(f"no plan for {workload.name!r} within {limit} s")
         misses = round(solver.objective_value)
         misses_proven = status == cp_model.OPTIMAL and (all_missed or misses > 0)
         program.model.add(sum(program.missed) == misses)
-        status, solver = program.solve(program.cost, limit_s, workers)
+        status, solver = program.solve(program.cost, limit, workers)
         if status not in (cp_model.OPTIMAL, cp_model.FEASIBLE):
-            raise RuntimeError(f"no plan for {workload.name!r} within {limit_s} s")
+            raise RuntimeError(f"no plan for {workload.name!r} within {limit} s")
     return Optimum(
         swap_s=solver.objective_value * STEP_S,
         bound_s=solver.best_objective_bound * STEP_S,
@@ -184,9 +185,9 @@ class _Program:
             by = _steps(job.call.deadline)
             self.model.add(stay.loaded <= by).only_enforce_if(serves)
 
-    def solve(self, objective: Any, limit_s: float, workers: int) -> tuple[Any, cp_model.CpSolver]:
+    def solve(self, objective: Any, limit: float, workers: int) -> tuple[Any, cp_model.CpSolver]:
         solver = cp_model.CpSolver()
-        solver.parameters.max_time_in_seconds = limit_s
+        solver.parameters.max_deterministic_time = limit
         solver.parameters.num_workers = workers
         solver.parameters.random_seed = 0
         self.model.minimize(objective)

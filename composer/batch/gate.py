@@ -141,8 +141,8 @@ class Gate:
     def stats(self) -> Mapping[str, Any]:
         return self._scheduler.stats()
 
-    def snapshot(self) -> Mapping[str, Any]:
-        return self._scheduler.snapshot()
+    def snapshot(self, *, events: int = 0) -> Mapping[str, Any]:
+        return self._scheduler.snapshot(events=events)
 
     async def close(self) -> None:
         """Closes nothing: the scheduler is somebody else's."""

@@ -30,14 +30,14 @@ log = logging.getLogger(__name__)
 
 SECTION = 50_000
 """Lines planned and ordered at a time, so that memory does not grow with the file: a plan takes
-about 3 kB. Each section may load each model once more."""
+about 2 kB. Each section may load each model once more."""
 
 PLANNING = 32
 """Lines planned at once: the embedder makes batches of them, and an interactive request waits for
 one such batch at most."""
 
 CONCURRENCY = 4096
-"""Most lines begun and not ended: about 20 kB each, see `Backlog`."""
+"""Most lines begun and not ended: about 15 kB each, see `Backlog`."""
 
 WINDOW = 4
 """Calls kept begun per server, as a multiple of those it runs at once: those that run, twice as

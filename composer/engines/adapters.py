@@ -15,7 +15,7 @@ from typing import Any
 
 from composer.engines.http import Reply, refusal
 from composer.engines.upstream import Upstream
-from composer.errors import ComposerError, EngineError, EngineUnavailable
+from composer.errors import ComposerError, EngineError, EngineUnavailable, RequestError
 from composer.types import Adapter
 
 log = logging.getLogger(__name__)
@@ -218,7 +218,10 @@ class RuntimeAdapters:
         }
         if adapter is not None:
             body["model"] = name_of(adapter)
-        answer = await self._upstream.demand("POST", "/completions", body)
+        try:
+            answer = await self._upstream.demand("POST", "/completions", body)
+        except RequestError as error:
+            raise EngineError(f"server {self._server!r} refuses a probe: {error}") from error
         try:
             return Probe(dict(answer["choices"][0]["logprobs"]["top_logprobs"][0]))
         except (KeyError, IndexError, TypeError) as error:

@@ -209,7 +209,7 @@ class ManagedProcess:
             died = await self._watch()
             if time.monotonic() - since >= restarts.healthy_s:
                 pause = restarts.first_s
-            log.error("%s", self._failure(f"{died}; it is started again in {pause:.0f} s"))
+            log.error("%s", self._failure(f"{died}; it is started again in {pause:g} s"))
             while not await self._begin_again(pause):
                 pause = min(2 * pause, restarts.most_s)
             pause = min(2 * pause, restarts.most_s)

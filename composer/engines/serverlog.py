@@ -14,6 +14,12 @@ MAX_BYTES = 64 * 2**20
 TAIL_BYTES = 16 * 2**10
 MAX_LINE = 200
 
+_NOISE = re.compile(
+    r"- leaked |- \.\.\. skipped remainder|nanobind: |.*resource_tracker: There appear"
+)
+"""What C++ extensions and Python's resource tracker write at the end of many a vLLM, below the
+lines that say why it ended."""
+
 _ESCAPES = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]|[\x00-\x08\x0b-\x1f\x7f]")
 
 
@@ -41,7 +47,8 @@ class ServerLog:
         os.truncate(self.path, 0)
 
     def tail(self, lines: int) -> list[str]:
-        """The last lines that say something, without colours; fewer where there are not as many."""
+        """The last lines that say something, without colours; fewer where there are not as many in
+        its last kilobytes."""
         try:
             with self.path.open("rb") as file:
                 file.seek(0, os.SEEK_END)
@@ -52,7 +59,7 @@ class ServerLog:
         # A progress bar rewrites its line; what counts is its last state.
         said = (line.rstrip("\r").rpartition("\r")[2] for line in text.split("\n"))
         clean = (_ESCAPES.sub("", line).strip()[:MAX_LINE] for line in said)
-        return [line for line in clean if line][-lines:]
+        return [line for line in clean if line and not _NOISE.match(line)][-lines:]
 
     def _older(self, number: int) -> Path:
         return self.path.with_name(f"{self.path.name}.{number}")

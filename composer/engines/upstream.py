@@ -116,14 +116,16 @@ class Upstream:
         expert's default and does not fit is left out: the server then uses the room there is."""
         way = self._streamed if call.stream else self._whole
         limits = ("max_tokens", "max_completion_tokens")
+        begun = False
         for may_clip in (not call.max_tokens_asked, False):
             try:
                 async with aclosing(way(call, body, flight)) as chunks:
                     async for chunk in chunks:
+                        begun = True
                         yield chunk
                 return
             except ContextTooLong:
-                if not may_clip or not any(name in body for name in limits):
+                if begun or not may_clip or not any(name in body for name in limits):
                     raise
                 body = {name: value for name, value in body.items() if name not in limits}
 

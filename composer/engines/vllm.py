@@ -167,7 +167,7 @@ class VllmEngine:
             raise
 
     async def stop(self) -> None:
-        self._up = False
+        self._up = self._failed = False
         self._upstream.end_all("was stopped")
         await self._end_start()
         async with self._changing:
@@ -185,7 +185,7 @@ class VllmEngine:
             await self._upstream.close()
 
     async def healthy(self) -> bool:
-        """A server that is stopped, asleep or on its way is as it should be."""
+        """A server that is stopped, asleep or on its first way up is as it should be."""
         if self._closed or self._failed:
             return False
         return not self._up or (self._has_process() and await self._is_healthy())
@@ -207,9 +207,10 @@ class VllmEngine:
             self._failed, self._up = False, True
 
     async def _come_up(self) -> None:
-        if self._up and await self._is_still_there():
-            return
-        self._up = False
+        if self._up:
+            if await self._is_still_there():
+                return
+            self._up, self._failed = False, True
         if self._asleep:
             self._asleep = False
             if await self._wake():
@@ -229,7 +230,7 @@ class VllmEngine:
         if level is not None and self._settled and self._has_process():
             try:
                 await sleep(self._upstream, self._root(), level)
-            except EngineError as error:
+            except ComposerError as error:
                 log.warning("server %r does not sleep, and is stopped: %s", self._server, error)
             else:
                 self._asleep = True
@@ -254,7 +255,7 @@ class VllmEngine:
                 log.error("server %r woke up with other weights: starting anew", self._server)
                 return False
             failed = await self._adapters.restore(clean=True)
-        except EngineError as error:
+        except ComposerError as error:
             log.error("server %r does not wake up, starting anew: %s", self._server, error)
             return False
         for loss in failed:
@@ -368,18 +369,20 @@ class VllmEngine:
             raise self._not_running()
         with self._upstream.flight() as flight:
             body = await self._body(call, flight)
+            begun = False
             for again in (True, False):
                 load = await self._loaded(call, flight)
                 try:
                     async with aclosing(self._upstream.answer(call, body, flight)) as chunks:
                         async for chunk in chunks:
+                            begun = True
                             yield chunk
                     return
                 except UnknownUpstreamModel as error:
                     if call.adapter is None:
                         raise EngineError(f"{error}; correct the server's `served_name`") from None
                     self._adapters.forget(call.adapter, load)
-                    if not again:
+                    if begun or not again:
                         raise
                     log.warning(
                         "server %r has forgotten an adapter: it is loaded again", self._server

@@ -67,7 +67,9 @@ def _device(catalog: Catalog, device: Device) -> str:
 def _policy(catalog: Catalog, policy: Policy) -> str:
     default = " (default)" if policy.id == catalog.default_policy else ""
     fallback = f", else {policy.default_expert}" if policy.default_expert else ""
+    wait = f"; waits {policy.max_wait_s:g} s at most" if policy.max_wait_s is not None else ""
+    given_up = f"; gives up {policy.tolerance:g} for who is loaded" if policy.tolerance else ""
     return escape(
         f"policy {policy.id}{default}: {policy.router.name} over {len(policy.experts)} experts, "
-        f"k {policy.k}, {policy.strategy.name}{fallback}"
+        f"k {policy.k}, {policy.strategy.name}{fallback}{wait}{given_up}"
     )

@@ -32,20 +32,24 @@ class LoopClock:
         return time.monotonic()
 
     def call_at(self, at: float, ring: Callable[[], None]) -> Alarm:
-        loop = asyncio.get_running_loop()
+        return _LoopAlarm(at, ring)
 
-        def due() -> None:
-            # A loop may ring a clock tick early; nobody is told of a time that is still to come.
-            nonlocal handle
-            if (left := at - self.now()) > 0:
-                handle = loop.call_later(left, due)
-            else:
-                ring()
 
-        handle = loop.call_later(max(at - self.now(), 0.0), due)
+class _LoopAlarm:
+    def __init__(self, at: float, ring: Callable[[], None]) -> None:
+        self._at, self._ring = at, ring
+        self._loop = asyncio.get_running_loop()
+        self._handle = self._wait()
 
-        class _Handle:
-            def cancel(self) -> None:
-                handle.cancel()
+    def cancel(self) -> None:
+        self._handle.cancel()
 
-        return _Handle()
+    def _wait(self) -> asyncio.TimerHandle:
+        return self._loop.call_later(max(self._at - time.monotonic(), 0.0), self._due)
+
+    def _due(self) -> None:
+        # A loop may ring a clock tick early; nobody is told of a time that is still to come.
+        if time.monotonic() < self._at:
+            self._handle = self._wait()
+        else:
+            self._ring()

@@ -85,8 +85,8 @@ class DeviceOwner:
     def configure(self, places: Mapping[str, Place], memory_gb: float) -> None:
         """The device's servers from now on. One that is always there is taken to be there."""
         replaced = self._moves.place(places, self._calls_on)
-        for model in replaced:
-            self._lose(model)
+        for id_ in replaced:
+            self._lose(id_)
         models = tuple(place.model for place in places.values())
         for model in models:
             self._lines.setdefault(model.id, Line(model)).model = model

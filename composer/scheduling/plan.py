@@ -81,15 +81,13 @@ class View:
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """A load. `victims` must have ended their calls by `leave_by` at the latest, and should by
-    `leave_target`; for a load without victims these are the times to begin it. `ready` is when it
-    will be loaded if begun now."""
+    """A load. `victims` must have ended their calls by `leave_by` at the latest; for a load without
+    victims that is the time to begin it. `ready` is when it will be loaded if begun now."""
 
     visit: Visit
     victims: tuple[str, ...]
     ready: float
     leave_by: float
-    leave_target: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,7 +123,6 @@ class _Timed:
     begun: float
     ready: float
     spare: float
-    target_spare: float
 
 
 def evaluate(
@@ -187,10 +184,10 @@ def evaluate(
         for name in leave:
             total += holders[name].memory_gb
         if total < need - ROUNDING_GB:
-            more = _choose(
+            more = choose_victims(
                 [h for h in holders.values() if h.model not in leave],
                 need - total,
-                fast,
+                fast=fast,
                 search=len(timed) < SEARCHED_STEPS,
             )
             if more is None:
@@ -216,16 +213,15 @@ def evaluate(
                 start - unload_s,
                 ready,
                 demand.latest - ready - spare,
-                demand.target - ready - spare,
             )
         )
         ready_at[visit] = ready
         enter(demand, ready)
     steps: list[Step] = []
     leave_by: dict[str, float] = {}
-    rest = rest_target = math.inf
+    rest = math.inf
     for step in reversed(timed):
-        rest, rest_target = min(rest, step.spare), min(rest_target, step.target_spare)
+        rest = min(rest, step.spare)
         latest = step.begun + rest
         steps.append(
             Step(
@@ -233,7 +229,6 @@ def evaluate(
                 tuple(step.victims),
                 step.ready,
                 latest,
-                step.begun + min(rest, rest_target),
             )
         )
         for name in step.victims:
@@ -252,8 +247,8 @@ def _when(releases: list[tuple[float, float]], need: float) -> float:
     return math.inf
 
 
-def _choose(
-    holders: list[Holder], short: float, fast: bool, search: bool
+def choose_victims(
+    holders: list[Holder], short: float, *, fast: bool = False, search: bool = True
 ) -> Sequence[Holder] | None:
     """The models to leave so that `short` GB come free: of least regret, or gone first."""
     enough = short - ROUNDING_GB

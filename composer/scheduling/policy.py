@@ -43,7 +43,7 @@ from composer.scheduling.events import (
     Waiting,
     Wake,
 )
-from composer.scheduling.plan import ROUNDING_GB, Plan, View, best_plan, evaluate
+from composer.scheduling.plan import ROUNDING_GB, Plan, View, best_plan, choose_victims, evaluate
 from composer.scheduling.planning import demand_of, view_of
 from composer.scheduling.queues import Entry, Outlook, end_of, start_of
 from composer.scheduling.state import ModelState, Phase, PolicySettings
@@ -80,7 +80,8 @@ class SwapPolicy:
         self._planned = -math.inf
         self._view: View | None = None
         self._spare = math.inf
-        self._due: list[tuple[float, float]] = []
+        self._due: list[float] = []
+        self._early: list[tuple[float, str, int]] = []
         self._look_at = math.inf
         self._stale = False
         self._wake_at = math.inf
@@ -242,6 +243,9 @@ class SwapPolicy:
         if state.phase is Phase.RESIDENT:
             state.lost = self._stale = True
             self._load(state, now)
+        elif state.phase is Phase.CLOSING:
+            state.lost = self._stale = True
+            self._drain(state, now)
 
     def _known(self, name: str, phase: Phase) -> ModelState:
         state = self._models.get(name)
@@ -454,9 +458,7 @@ class SwapPolicy:
         for state in list(self._models.values()):
             phase = state.phase
             if phase is Phase.CLOSING and not state.queue.now_on:
-                state.phase = Phase.DRAINING
-                state.drain_by = max(now + self.settings.drain_s, state.leave_by)
-                state.queue.merge(grouped=state.model.adapters is not None)
+                self._drain(state, now)
             if (
                 state.phase is Phase.DRAINING
                 and state.model.movable
@@ -483,6 +485,11 @@ class SwapPolicy:
     def _close(self, state: ModelState, leave_by: float) -> None:
         """It is to leave, for somebody who would be late if it left after `leave_by`."""
         state.phase, state.leave_by = Phase.CLOSING, leave_by
+
+    def _drain(self, state: ModelState, now: float) -> None:
+        state.phase = Phase.DRAINING
+        state.drain_by = max(now + self.settings.drain_s, state.leave_by)
+        state.queue.merge(grouped=state.model.adapters is not None)
 
     def _load(self, state: ModelState, now: float) -> None:
         state.phase, state.moved = Phase.LOADING, now
@@ -553,13 +560,17 @@ class SwapPolicy:
             growing = evaluate(self._view, plan.order, plan.victims, growing=True)
             assert growing is not None
             self._due = [
-                (min(step.leave_by, late.leave_by), min(step.leave_target, late.leave_target))
+                min(step.leave_by, late.leave_by)
                 for step, late in zip(plan.steps, growing.steps, strict=True)
             ]
+        self._early = sorted(
+            (demand.target - demand.load_s - demand.unload_s, *visit)
+            for visit, demand in self._view.demands.items()
+        )
         self._look_again(now)
 
     def _look_again(self, now: float) -> None:
-        times = [at - GUARD_S for pair in self._due for at in pair]
+        times = [at - GUARD_S for at in self._due] + [at for at, *_ in self._early]
         self._look_at = min((at for at in times if at > now), default=math.inf)
 
     def _replan(self, now: float) -> None:
@@ -581,16 +592,22 @@ class SwapPolicy:
 
     def _swap(self, now: float) -> None:
         """Begins the steps of the plan whose time has come."""
-        while self._stale or now >= self._look_at or self._due_steps(now):
+        while (
+            self._stale
+            or now >= self._look_at
+            or self._due_steps(now)
+            or (self._early and self._early[0][0] <= now and self._idle(now))
+        ):
             self._replan(now)
             due = self._due_steps(now)
-            if not due:
+            if due:
+                for step in self._plan.steps[:due]:
+                    for name in step.victims:
+                        self._close(self._models[name], step.leave_by)
+                    self._claim(self._models[step.visit[0]])
+                self._stale = True
+            elif not self._swap_early(now):
                 break
-            for step in self._plan.steps[:due]:
-                for name in step.victims:
-                    self._close(self._models[name], step.leave_by)
-                self._claim(self._models[step.visit[0]])
-            self._stale = True
         if not self._plan.steps:
             self._swap_for_batch(now)
 
@@ -601,16 +618,54 @@ class SwapPolicy:
             victims = [self._models[name] for name in step.victims]
             if any([victim.phase is not Phase.RESIDENT for victim in victims]):
                 break  # it has yet to come itself
-            begin, target = self._due[index]
-            idle = not any([victim.queue.now_on for victim in victims])
             # Idle, with calls kept from running by the coming swap: waiting serves nobody.
-            blocked = any([victim.queue.order for victim in victims]) and not any(
-                [victim.running for victim in victims]
+            blocked = (
+                any([victim.queue.order for victim in victims])
+                and not any([victim.queue.now_on for victim in victims])
+                and not any([victim.running for victim in victims])
             )
-            at_once = blocked or not victims or now >= target - GUARD_S
-            if now >= begin - GUARD_S or (idle and at_once):
+            if now >= self._due[index] - GUARD_S or not victims or blocked:
                 due = index + 1
         return due
+
+    def _idle(self, now: float) -> list[ModelState]:
+        """Residents that nobody waits for."""
+        return [
+            s
+            for s in self._models.values()
+            if s.phase is Phase.RESIDENT and s.model.movable and not s.queue.order
+        ]
+
+    def _swap_early(self, now: float) -> bool:
+        """For calls that have waited as long as they should, though they could longer: a load in
+        the place of models that nobody waits for, if all others are still served in time."""
+        view = self._view
+        assert view is not None
+        idle = [view.holders[s.id] for s in self._idle(now) if s.id in view.holders]
+        promised = sum([claim.memory_gb for claim in view.claims])
+        free = view.free_gb + sum([gb for _, gb in view.leaving]) - promised
+        if not idle and free <= 0:
+            return False
+        for at, model, again in self._early:
+            if at > now:
+                return False
+            visit = (model, again)
+            victims = choose_victims(idle, view.demands[visit].memory_gb - free)
+            if victims is None:
+                continue
+            names = tuple(victim.model for victim in victims)
+            if model in names:
+                continue
+            order = [visit, *(other for other in self._plan.order if other != visit)]
+            plan = evaluate(view, order, {visit: names}, fast=True)
+            if plan is None or plan.slack < min(self._plan.slack, ADMIT_S):
+                continue
+            for name in names:
+                self._close(self._models[name], plan.leave_by[name])
+            self._claim(self._models[model])
+            self._stale = True
+            return True
+        return False
 
     def _swap_for_batch(self, now: float) -> None:
         """When no interactive call waits for a load: the model with the most batch calls for its
@@ -709,7 +764,6 @@ class SwapPolicy:
                     "model": step.visit[0],
                     "instead_of": list(step.victims),
                     "at_the_latest": step.leave_by,
-                    "at": step.leave_target,
                 }
                 for step in self._plan.steps
             ],

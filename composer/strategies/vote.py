@@ -90,6 +90,12 @@ class Vote:
                 "the strategy `single` for more",
                 param="n",
             )
+        if "tools" in request.needs:
+            raise Unsupported(
+                "a vote compares texts, and calls of tools are none; name an expert or a policy "
+                "with the strategy `single`",
+                param="tools",
+            )
 
     async def run(self, request: Request, plan: Plan, ask: Ask) -> AsyncGenerator[Chunk, None]:
         if len(plan.choices) == 1:  # nothing to count, so the stream need not wait for its end

@@ -80,6 +80,8 @@ def test_param_and_the_callers_words_are_kept() -> None:
 def test_retry_after_is_rounded_up_to_whole_seconds() -> None:
     assert wire_error(errors.Overloaded("x", retry_after=2.2)).headers == {"retry-after": "3"}
     assert wire_error(errors.Overloaded("x", retry_after=0.0)).headers == {"retry-after": "1"}
+    never = errors.Overloaded("x", retry_after=float("inf"))
+    assert wire_error(never).headers == {"retry-after": "3600"}
     assert int(wire_error(errors.EngineUnavailable("x")).headers["retry-after"]) > 0
     assert wire_error(errors.EngineError("x")).headers == {}
 

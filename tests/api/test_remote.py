@@ -172,7 +172,7 @@ async def test_what_reaches_beyond_the_answer_has_to_be_allowed_by_the_policy(
     assert refused.status_code == 400
     error = refused.json()["error"]
     assert (error["param"], error["code"]) == (field, "unsupported")
-    assert error["message"].startswith(f"{field!r} is not allowed by policy 'auto'; leave it out")
+    assert error["message"].startswith(f"{field!r} is not allowed for model 'auto'; leave it out")
     assert world.engine.calls == []
 
 

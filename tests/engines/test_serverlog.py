@@ -47,6 +47,7 @@ def test_the_tail_is_what_a_person_would_see(tmp_path: Path) -> None:
     assert log.tail(3) == []
     with log.open() as file:
         file.write(b"first\n\x1b[1;31mred\x1b[0m alert\r\n\n  \n")
+        file.write(b' - leaked type "x"\nnanobind: this is likely\n')
         file.write(b"loading:  10%\rloading:  90%\n\xff broken\n")
     assert log.tail(2) == ["loading:  90%", "\ufffd broken"]
     assert log.tail(9) == ["first", "red alert", "loading:  90%", "\ufffd broken"]

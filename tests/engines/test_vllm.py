@@ -18,7 +18,7 @@ from composer.engines.adapters import Probe, name_of
 from composer.engines.http import Timeouts
 from composer.engines.vllm import VllmEngine
 from composer.engines.vllm_launch import VllmSettings
-from composer.errors import ContextTooLong, EngineError, EngineUnavailable
+from composer.errors import ComposerError, ContextTooLong, EngineError, EngineUnavailable
 from composer.types import Adapter, Call, Chunk, Forward, Sampling, Usage
 from tests.engines.upstream import FakeVllm, Serving, serve
 
@@ -165,6 +165,29 @@ async def test_a_model_that_is_served_under_another_name(fake: FakeVllm) -> None
         await engine.start()
     assert not await engine.healthy()
     await engine.close()
+
+
+@pytest.mark.parametrize("message", ["context length 9", "The model `lora-x` does not exist."])
+async def test_what_fails_after_it_began_is_not_begun_again(
+    engine: VllmEngine, fake: FakeVllm, make_adapter: MakeAdapter, message: str
+) -> None:
+    red = make_adapter("red")
+    await engine.prepare([red])
+    code = 400 if "context" in message else 404
+    fake.faults.error_after = (2, {"message": message, "code": code})
+    seen = []
+
+    async def read() -> None:
+        asked = Sampling(max_tokens=9)
+        streamed = call(adapter=red, stream=True, sampling=asked, max_tokens_asked=False)
+        async with aclosing(engine.run(streamed)) as chunks:
+            async for chunk in chunks:
+                seen.append(chunk.text)
+
+    with pytest.raises(ComposerError, match=message):
+        await read()
+    assert "".join(seen) == "red: one"
+    assert len(fake.generations()) == 1
 
 
 # --- adapters ----------------------------------------------------------------------------------
@@ -333,6 +356,7 @@ async def test_a_server_that_comes_back_gets_its_adapters_back(make_adapter: Mak
     assert not await engine.healthy()
     coming = [asyncio.create_task(engine.start()) for _ in range(3)]
     await asyncio.sleep(0.05)
+    assert not await engine.healthy()
     await serving.start()
     await asyncio.gather(*coming)
     assert set(fake.registered) == {name_of(red)}

@@ -9,11 +9,27 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from composer.registry import EngineFamily, Families, RegistryError, catalog_table
+from composer.registry import (
+    EngineFamily,
+    Families,
+    RegistryError,
+    catalog_table,
+    load_catalog,
+)
 from composer.registry.specs import PlacementSpec
 from composer.types import SAFE_PARAMETERS, Device, Placement
 from tests.registry.conftest import Load
-from tests.registry.world import DEVICES, FULL, PLACED, RABBIT, REGISTRY, Strict, said
+from tests.registry.world import (
+    DEVICES,
+    FAMILIES,
+    FULL,
+    PLACED,
+    RABBIT,
+    REGISTRY,
+    Strict,
+    said,
+    write_world,
+)
 
 Edit = Callable[[str, str], None]
 
@@ -225,18 +241,21 @@ def test_the_digest_follows_all_of_it(old: str, new: str, load: Load, edit: Edit
 def test_the_digest_does_not_follow_where_the_file_lies(
     load: Load, full: Path, tmp_path: Path
 ) -> None:
-    before = load().catalog
-    moved = full.parent.rename(tmp_path.with_name(f"{tmp_path.name}-moved"))
-    full.parent.symlink_to(moved)  # so that the fixture's path still leads there
-    assert before.digest == load().catalog.digest
+    other = write_world(tmp_path / "elsewhere")
+    other.write_text(full.read_text())
+    moved = load_catalog(other, FAMILIES, version=1).catalog
+    assert moved.servers["far"].settings != load().catalog.servers["far"].settings
+    assert moved.digest == load().catalog.digest
 
 
-def test_the_table_shows_devices_and_who_shares_them(load: Load, full: Path) -> None:
+def test_the_table_shows_devices_and_who_shares_them(load: Load, full: Path, edit: Edit) -> None:
+    edit("max_wait_s: 30\n", "max_wait_s: 30\n    tolerance: 0.05\n")
     console = Console(width=200, record=True, file=open(os.devnull, "w"))  # noqa: SIM115
     console.print(catalog_table(load().catalog))
     text = console.export_text()
     assert "device gpu: 24 GB, shared by far (16 GB)" in text
     assert "device spare: 8.5 GB, unused" in text
+    assert "k 2, vote; waits 30 s at most; gives up 0.05 for who is loaded" in text
 
 
 def test_the_full_registry_differs_where_it_should() -> None:

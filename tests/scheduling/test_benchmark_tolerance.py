@@ -32,9 +32,9 @@ def test_without_tolerance_everybody_gets_the_best(setting: Setting) -> None:
 def test_with_all_tolerance_a_resident_keeps_all_that_come(setting: Setting) -> None:
     """Only calls that came while nothing was resident, at the start and during a swap, can ask for
     another model."""
-    found, plain = run(setting, 1.0), run(setting, 0.0)
+    found, plain = run(setting, 1.0, patience=1.0), run(setting, 0.0, patience=1.0)
     favourite = setting.quality.argmax(axis=1)[setting.asked]
-    assert found.changed.mean() > 0.5
+    assert found.changed.any()
     assert (found.changed == (found.chosen != favourite)).all()
     assert found.result.swaps < plain.result.swaps
 

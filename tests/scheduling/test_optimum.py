@@ -214,7 +214,7 @@ def test_it_equals_a_search_over_every_action_at_every_second(calls: int, seed: 
 def test_a_windows_plan_can_be_carried_out_and_no_rule_does_better(seed: int):
     assert len(recorded_lengths()) > 10
     workload = window(seed)
-    found = optimum(workload, limit_s=60)
+    found = optimum(workload)
     assert found.proven
     check(workload, found)
     rules = (LeastRecentlyUsed(40), ActiveSet(workload.max_wait_s or 0.0), MergedWaits(inf))

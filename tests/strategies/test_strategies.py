@@ -203,6 +203,8 @@ def test_a_vote_gives_one_answer() -> None:
     with pytest.raises(Unsupported) as refused:
         vote().check(Request(id="r", model="auto", prompt="?", sampling=Sampling(n=2)))
     assert refused.value.param == "n"
+    with pytest.raises(Unsupported, match="calls of tools"):
+        vote().check(Request(id="r", model="auto", prompt="?", needs=frozenset({"tools"})))
     vote().check(REQUEST)
 
 
