@@ -30,7 +30,7 @@ import math
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from functools import lru_cache
 from itertools import pairwise
 from pathlib import Path
@@ -67,20 +67,20 @@ def _per_wait(share: float, work: Workload) -> float:
 
 RULES: Mapping[str, tuple[Sequence[float], Callable[[float, Workload], DevicePolicy]]] = {
     OURS: (
-        (0.05, 0.1, 0.2, 0.35, 0.5, 0.7, 0.85, 1.0),
+        (0.02, 0.1, 0.25, 0.5, 0.75, 1.0),
         lambda knob, work: SwapPolicy(PolicySettings(patience=knob)),
     ),
-    "arrival order": ((1, 2, 4, 8), lambda knob, work: ArrivalOrder(int(knob))),
+    "arrival order": ((1, 8), lambda knob, work: ArrivalOrder(int(knob))),
     "LRU": (
-        (0.0, 0.02, 0.05, 0.1, 0.2, 0.4, 0.7, 1.0),
+        (0.0, 0.05, 0.15, 0.4, 0.7, 1.0),
         lambda knob, work: LeastRecentlyUsed(round(_per_wait(knob, work))),
     ),
     "LoRAX": (
-        (0.01, 0.02, 0.05, 0.1, 0.2, 0.4, 0.8),
+        (0.02, 0.05, 0.1, 0.3, 0.8),
         lambda knob, work: ActiveSet(knob * (work.max_wait_s or 0.0)),
     ),
     "llama-swap": (
-        (0.0, 0.1, 0.2, 0.4, 0.6, 0.8, math.inf),
+        (0.0, 0.3, 0.6, 0.8, math.inf),
         lambda knob, work: MergedWaits(knob * (work.max_wait_s or 0.0)),
     ),
 }
@@ -105,7 +105,11 @@ class Point:
     p99: float
     max_wait_s: float
     waits: float
-    calls: int
+    calls: float
+
+
+MEANS = tuple(field.name for field in fields(Point))[4:]
+"""What is meaned over seeds."""
 
 
 # --- the grid ---------------------------------------------------------------------------------
@@ -133,11 +137,11 @@ def run_point(task: tuple[Cell, str, float, int, int]) -> Point:
                 result.p99,
                 work.max_wait_s,
                 work.jobs[-1].call.arrived / (work.max_wait_s or math.inf),
-                len(work.jobs),
+                float(len(work.jobs)),
             )
         )
-    *values, calls = np.mean(np.array(found, dtype=float), axis=0).tolist()
-    return Point(cell.name, cell.rho, rule, knob, *values, round(calls))
+    means: dict[str, Any] = dict(zip(MEANS, np.mean(np.array(found), axis=0).tolist(), strict=True))
+    return Point(cell.name, cell.rho, rule, knob, **means)
 
 
 def sweep(
@@ -202,7 +206,7 @@ def least_swaps(points: Iterable[Point]) -> list[dict[str, Any]]:
         for rule, found in rules.items():
             if rule == OURS:
                 row["max_wait_s"] = round(found[0].max_wait_s)
-                row["calls"] = found[0].calls
+                row["calls"] = round(found[0].calls)
                 row["waits"] = round(found[0].waits, 1)
         for rule, found in rules.items():
             kept = [p for p in found if p.misses <= MISSES]

@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import cache, partial
 from itertools import count
 from typing import Any
@@ -143,7 +143,9 @@ def make_service(settings: Settings) -> Service:
 def make_scheduler(settings: Settings) -> DeviceScheduler:
     """One owner per device, each with the same policy."""
     policy = PolicySettings(patience=settings.patience, drain_s=settings.drain_s)
-    return DeviceScheduler(lambda: SwapPolicy(policy), log=settings.scheduler_log)
+    return DeviceScheduler(
+        lambda: SwapPolicy(policy), log=settings.scheduler_log, header=asdict(policy)
+    )
 
 
 def place_of(server: Server, engine: Engine, taken: Collection[str]) -> Place:

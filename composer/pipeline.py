@@ -26,6 +26,7 @@ from composer.routing.choose import choose
 from composer.scheduling.base import Scheduler
 from composer.types import (
     Ask,
+    Call,
     Choice,
     Chunk,
     Expert,
@@ -129,7 +130,7 @@ class Pipeline:
                 arrived=self._scheduler.now(),
                 max_wait_s=self._bound(request, policy),
                 later=tuple(generation.place(catalog.experts[one].server) for one in later),
-                forward=self._forward(request, policy) if verbatim else None,
+                forward=self._forward(request, call, policy) if verbatim else None,
             )
             engine = generation.engines[catalog.experts[expert].server]
             entry: dict[str, Any] = {"id": call.id, "expert": expert}
@@ -156,9 +157,13 @@ class Pipeline:
         bound = self._max_wait_s if policy.max_wait_s is None else policy.max_wait_s
         return bound if request.max_wait_s is None else min(bound, request.max_wait_s)
 
-    def _forward(self, request: Request, policy: Policy) -> Forward | None:
+    def _forward(self, request: Request, call: Call, policy: Policy) -> Forward | None:
         if not request.stream or self._reads_text:
             return None
+        if (call.prompt is None) != (request.prompt is None):
+            return (
+                None  # an expert's template made a message of the prompt: events of another shape
+            )
         return Forward(id=request.id, model=request.model or policy.id)
 
 

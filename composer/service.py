@@ -16,6 +16,7 @@ from time import perf_counter
 from typing import Any
 
 from composer.embedder import TextEmbedder
+from composer.engines.base import Engine
 from composer.errors import (
     CatalogError,
     ComposerError,
@@ -127,15 +128,21 @@ class Service:
             parts.push_async_callback(self.embedder.close)
             parts.push_async_callback(self._finish_tasks)
             engines = {id(e): e for g in self.generations.live for e in g.engines.values()}
-            for engine in engines.values():
-                parts.push_async_callback(engine.close)
-            parts.push_async_callback(self.scheduler.close)  # before them: it may move them
+            parts.push_async_callback(self._close_engines, engines.values())
             parts.callback(self.generations.swap, None)
             try:
                 async with asyncio.timeout(self.settings.drain_timeout_s):
                     await self.generations.drained()
             except TimeoutError:
                 log.warning("stopping with %d requests unfinished", self.generations.holds)
+
+    async def _close_engines(self, engines: Collection[Engine]) -> None:
+        """Beside the scheduler, which begins no move any more and waits for those under way: an
+        engine that is closed ends its own."""
+        closing = (self.scheduler.close(), *(engine.close() for engine in engines))
+        errors = [e for e in await asyncio.gather(*closing, return_exceptions=True) if e]
+        if errors:
+            raise BaseExceptionGroup("engines did not close", errors)
 
     async def _finish_tasks(self) -> None:
         """A reload under way sees the stop and puts back what it built."""

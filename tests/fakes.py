@@ -199,6 +199,15 @@ class FakeScheduler:
     def now(self) -> float:
         return time.monotonic()
 
+    def snapshot(self, *, events: int = 0) -> dict[str, Any]:
+        return {
+            "now": self.now(),
+            "servers": self.stats(),
+            "devices": {},
+            "log": {},
+            "events": [],
+        }
+
     def stats(self) -> dict[str, Any]:
         return {
             server: {

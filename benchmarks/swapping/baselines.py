@@ -378,16 +378,18 @@ class MergedWaits(Baseline):
         if not self.fronts:
             return
         staying = self._staying()
+        room, idle = self.free(), any(map(self._idle, staying))
         for _, model, call in self.fronts:
             due = call.arrived + self.hold_s
             if self.now < due:
                 self.wake(due)
-                if self.free() < self.models[model].memory_gb and not any(map(self._idle, staying)):
+                if not idle and room < self.models[model].memory_gb:
                     continue
             found = self.victims(model, staying)
             if found is not None and (self.now >= due or all(map(self._idle, found))):
                 self.swap(model, found)
                 staying = self._staying()
+                room, idle = self.free(), any(map(self._idle, staying))
 
     def _staying(self) -> list[str]:
         """Loaded models, the cheapest to bring back first."""

@@ -289,6 +289,8 @@ class Batches:
 
     async def _answer(self, job: _Job, lines: Lines, answers: Answers) -> Ending:
         """Until all are answered, the batch is cancelled, or its time is over."""
+        if answers.answered == len(lines) and not job.cancelled.is_set():
+            return "completed"  # also where its time was over before it could be finalized
         work = asyncio.create_task(self._runner.run(lines, answers, Unwatched()))
         told = asyncio.create_task(job.cancelled.wait())
         left_s = job.batch.expires_at - time.time()

@@ -53,9 +53,7 @@ def view_of(
             if queue.now_on and not state.claimed:
                 view.demands[state.id, 0] = demand_of(state, queue.fresh(state.service), now)
             if queue.now_on < len(queue.order):
-                view.demands[state.id, 1] = demand_of(
-                    state, serve(queue.later, state.service), now
-                )
+                view.demands[state.id, 1] = demand_of(state, serve(queue.later, state.service), now)
         elif queue.now_on < len(queue.order) and not state.claimed:
             view.demands[state.id, 1] = demand_of(state, serve(queue.later, state.service), now)
     view.claims = [_claim_of(state, now) for state in claims]

@@ -431,7 +431,9 @@ class SwapPolicy:
 
     def _grant_batch(self, state: ModelState, now: float) -> None:
         while state.queue.batch and state.phase is Phase.RESIDENT:
-            call = next((c for c in state.queue.batch.values() if self._may_run(state, c, now)), None)
+            call = next(
+                (c for c in state.queue.batch.values() if self._may_run(state, c, now)), None
+            )
             if call is None:
                 return
             self._grant(state, call, now)

@@ -341,6 +341,33 @@ async def test_a_batch_goes_on_after_a_restart(world: World, tmp_path: Path) -> 
         assert len(again.engine.calls) == 15
 
 
+async def test_a_batch_killed_while_it_was_finalized_is_completed(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its time is over meanwhile; and what was written of its output is written again."""
+
+    async def killed(self: Batches, batch: jobs.Batch, *rest: object) -> None:
+        batch.become("finalizing")
+        batch.expires_at = 1
+        await self._save(batch)
+        self._files.make(jobs._file_id(batch.id, "output"), Path.touch, "half", "batch_output")
+        await asyncio.Event().wait()
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Batches, "_finish", killed)
+        async with Running(world) as before:
+            id_ = await before.create([line("a"), line("b")])
+            await before.wait(id_, lambda batch: batch["status"] == "finalizing")
+            await asyncio.sleep(0.1)
+    again = make_world(settings=world.service.settings)
+    async with Running(again) as after:
+        batch = await after.wait(id_, lambda batch: batch["status"] in ENDED)
+        assert batch["status"] == "completed"
+        output = await after.client.get(f"/v1/files/{batch['output_file_id']}/content")
+        assert len(output.text.splitlines()) == 2
+        assert again.engine.calls == []
+
+
 async def test_a_cancelled_batch_is_still_cancelled_after_a_restart(world: World) -> None:
     world.engine.held = True
     async with Running(world) as before:

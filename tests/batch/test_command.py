@@ -4,16 +4,22 @@ from __future__ import annotations
 
 import asyncio
 import io
+import os
+import signal
+import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from rich.console import Console
+from typer.testing import CliRunner
 
 from api.batching import WireCodec
 from composer.batch.answers import Answers
 from composer.batch.command import Done, answer_file
 from composer.batch.lines import InvalidBatch, Lines
+from composer.cli import app
 from composer.errors import Conflict, RequestError
 from composer.service import Service
 from tests.api.fakes import World, make_world
@@ -115,3 +121,44 @@ def test_names_that_cannot_be(tmp_path: Path) -> None:
     ):
         with pytest.raises(RequestError, match=words):
             run(never, source, target)
+
+
+def test_the_command_line_tells_every_wrong_line(tmp_path: Path) -> None:
+    source = write(tmp_path / "in", [line("a"), "{", line("a")])
+    result = CliRunner().invoke(app, ["batch", str(source), str(tmp_path / "out")])
+    assert result.exit_code == 1
+    first, second = result.stderr.splitlines()
+    assert first.startswith("line 2: this is not JSON")
+    assert second == "line 3: custom_id 'a' stands in line 1 too; make it another"
+
+
+def test_the_command_line_says_that_it_was_done(world: World, tmp_path: Path) -> None:
+    source = write(tmp_path / "in", [line("a", "hi shout")])
+    run(lambda: world.service, source, tmp_path / "out")
+    result = CliRunner().invoke(app, ["batch", str(source), str(tmp_path / "out")])
+    assert result.exit_code == 0
+    assert result.stdout == f"{tmp_path / 'out'} is complete; --fresh asks everything anew\n"
+
+
+def test_sigterm_leaves_what_it_has(world: World, tmp_path: Path) -> None:
+    source = write(
+        tmp_path / "in", [line("quick", "hi"), line("slow", "never ends, says the shout")]
+    )
+    world.engine.held, world.engine.free = True, 2
+
+    def make() -> Service:
+        def stop() -> None:
+            until = time.monotonic() + 30
+            while (tmp_path / "out.partial").read_bytes().count(b"\n") != 2:
+                assert time.monotonic() < until
+                time.sleep(0.01)
+            os.kill(os.getpid(), signal.SIGTERM)
+
+        threading.Thread(target=stop).start()
+        return world.service
+
+    with pytest.raises(asyncio.CancelledError):
+        run(make, source, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    again = make_world()
+    assert run(lambda: again.service, source, tmp_path / "out") == Done(2, 0, 1)
