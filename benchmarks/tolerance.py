@@ -210,9 +210,7 @@ def arrivals(
         Job(Waiting(number, models[0].id, at, deadline=at + bound), 0.0)  # decided at its arrival
         for number, at in enumerate(when.tolist())
     )
-    memory = max(
-        room * float(np.mean([m.memory_gb for m in models])), *(m.memory_gb for m in models)
-    )
+    memory = room * max(model.memory_gb for model in models)
     workload = Workload(f"room {room}", models, memory, jobs, bound)
     return Setting(models, quality, outcomes, asked, workload)
 

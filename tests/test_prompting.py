@@ -190,6 +190,22 @@ def test_the_time_is_that_of_all_steps_together(monkeypatch: pytest.MonkeyPatch)
     assert extract(block(*steps, template="{a} {b} {c} {d}"), "abcd") is None
 
 
+def test_what_other_threads_compute_does_not_end_a_search() -> None:
+    """The library's clock counts it, so it may say that the time is up when it is not."""
+    budget = prompting._Budget(0.05)
+    ends = iter([True, True, False])
+
+    def search(text: str, start: int, timeout: float) -> None:
+        assert 0 < timeout <= 0.05
+        if next(ends):
+            raise TimeoutError
+
+    assert budget.run(search, "a fox") is None
+    assert next(ends, None) is None
+    with pytest.raises(TimeoutError):  # but it ends one that lasts
+        prompting._Budget(0.05).run(block({"regex": SLOW}).extract[0].pattern.search, SLOW_TEXT)
+
+
 def test_another_message_has_its_own_time() -> None:
     spec = block({"regex": SLOW}, LEFTOVER)
     assert render(spec, SLOW_TEXT) == SLOW_TEXT

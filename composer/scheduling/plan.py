@@ -10,7 +10,7 @@ so a plan that holds still holds when things take less long than estimated.
 from __future__ import annotations
 
 import math
-from bisect import insort
+from bisect import bisect_right
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import combinations
@@ -125,6 +125,46 @@ class _Timed:
     spare: float
 
 
+class _Memory:
+    """Memory that becomes free, and is handed out strictly in the order of asking."""
+
+    def __init__(self, now: float, free_gb: float, leaving: list[tuple[float, float]]) -> None:
+        self._releases = sorted([(now, free_gb), *leaving])
+        self._total = sum([gb for _, gb in self._releases])
+        self._need = 0.0
+        self._next = 0  # releases before this one come to `_freed`
+        self._freed = 0.0
+
+    def short(self, gb: float) -> float:
+        """What is missing for one more taker of so much, if nobody else leaves."""
+        return self._need + gb - self._total
+
+    def release(self, at: float, gb: float) -> None:
+        place = bisect_right(self._releases, (at, gb))
+        self._releases.insert(place, (at, gb))
+        self._total += gb
+        if place < self._next:
+            self._next += 1
+            self._freed += gb
+
+    def take(self, gb: float) -> float:
+        """When so much is free for the next taker."""
+        self._need += gb
+        while self._freed < self._need - ROUNDING_GB:
+            if self._next == len(self._releases):
+                return math.inf
+            self._freed += self._releases[self._next][1]
+            self._next += 1
+        # What was released since may have made an earlier time enough.
+        while self._next > 1:
+            gb = self._releases[self._next - 1][1]
+            if self._freed - gb < self._need - ROUNDING_GB:
+                break
+            self._next -= 1
+            self._freed -= gb
+        return self._releases[max(self._next - 1, 0)][0]
+
+
 def evaluate(
     view: View,
     order: Sequence[Visit],
@@ -137,9 +177,8 @@ def evaluate(
     leave, or with `fast` those gone first. `growing`: queues grow as expected meanwhile. None
     where memory does not suffice."""
     now, margin = view.now, view.margin
-    releases = sorted([(now, view.free_gb), *view.leaving])
-    total = sum(gb for _, gb in releases)
-    need = variance = 0.0
+    memory = _Memory(now, view.free_gb, view.leaving)
+    variance = 0.0
     holders = dict(view.holders)
     slack = view.slack
     ready_at: dict[Visit, float] = {}
@@ -155,9 +194,8 @@ def evaluate(
         )
 
     for claim in view.claims:
-        need += claim.memory_gb
         variance += claim.variance
-        ready = max(_when(releases, need), claim.earliest) + claim.load_s
+        ready = max(memory.take(claim.memory_gb), claim.earliest) + claim.load_s
         slack = min(slack, claim.latest - ready)
         ready_at[claim.model, 0] = ready
         enter(claim, ready)
@@ -179,30 +217,26 @@ def evaluate(
                 stays.variance,
             )
             continue
-        need += demand.memory_gb
         leave = [name for name in victims.get(visit, ()) if name in holders] if victims else []
-        for name in leave:
-            total += holders[name].memory_gb
-        if total < need - ROUNDING_GB:
+        short = memory.short(demand.memory_gb) - sum([holders[n].memory_gb for n in leave])
+        if short > ROUNDING_GB:
             more = choose_victims(
                 [h for h in holders.values() if h.model not in leave],
-                need - total,
+                short,
                 fast=fast,
                 search=len(timed) < SEARCHED_STEPS,
             )
             if more is None:
                 return None
-            for holder in more:
-                total += holder.memory_gb
-                leave.append(holder.model)
+            leave.extend([holder.model for holder in more])
         unload_s = 0.0
         for name in leave:
             holder = holders.pop(name)
-            insort(releases, (max(now, holder.done) + holder.unload_s, holder.memory_gb))
+            memory.release(max(now, holder.done) + holder.unload_s, holder.memory_gb)
             unload_s = max(unload_s, holder.unload_s)
             regret += holder.regret
             variance += holder.variance
-        start = max(_when(releases, need), demand.earliest)
+        start = max(memory.take(demand.memory_gb), demand.earliest)
         ready = start + demand.load_s
         spare = margin * math.sqrt(variance)
         slack = min(slack, demand.latest - ready)
@@ -235,16 +269,6 @@ def evaluate(
             leave_by[name] = latest
     steps.reverse()
     return Plan(tuple(steps), slack, leave_by, ready_at, regret, min(slack, rest))
-
-
-def _when(releases: list[tuple[float, float]], need: float) -> float:
-    """When so much memory has become free in all."""
-    total = 0.0
-    for at, gb in releases:
-        total += gb
-        if total >= need - ROUNDING_GB:
-            return at
-    return math.inf
 
 
 def choose_victims(

@@ -1,9 +1,10 @@
-"""From the models' states to a `View` for plans. Decides nothing."""
+"""From a device's books to a `View` for plans. Decides nothing."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 
+from composer.scheduling.fleet import Fleet
 from composer.scheduling.plan import Demand, Holder, View
 from composer.scheduling.queues import Outlook, serve
 from composer.scheduling.state import ModelState, Phase
@@ -13,21 +14,12 @@ MOST_USAGE = 0.9
 
 
 def view_of(
-    models: Iterable[ModelState],
-    claims: Iterable[ModelState],
-    free_gb: float,
-    now: float,
-    margin: float,
-    may_leave: Callable[[ModelState], bool] | None = None,
+    fleet: Fleet, now: float, may_leave: Callable[[ModelState], bool] | None = None
 ) -> View:
     """The device as plans see it. `may_leave`: which of the residents may be told to."""
-    view = View(now, free_gb, [], {}, [], {}, margin=margin)
-    for state in models:
+    view = View(now, fleet.free_gb(), [], {}, [], {}, margin=fleet.settings.margin)
+    for state in fleet.there.values():
         match state.phase:
-            case Phase.OFF:
-                if not state.model.movable:  # lost, and to be tried again
-                    ready = max(now, state.retry_at) + state.load.mean
-                    view.slack = min(view.slack, state.queue.fresh(state.service).slack - ready)
             case Phase.RESIDENT:
                 slack, done = state.present(now)
                 _held(view, state, slack, done, may_leave)
@@ -43,33 +35,26 @@ def view_of(
                 ends = max((call.until for call in state.held(now)), default=now)
                 ends = max(now, min(ends, state.drain_by))
                 view.leaving.append((ends + state.unload.mean, state.memory_gb))
-            case Phase.UNLOADING:
+            case _:
                 ends = max(now, state.moved + state.unload.mean)
                 view.leaving.append((ends, state.memory_gb))
+    for state in fleet.asked.values():
         queue = state.queue
-        if not queue.order or not state.model.movable:
+        if not state.model.movable:
+            if state.phase is Phase.OFF:  # lost, and to be tried again
+                ready = max(now, state.retry_at) + state.load.mean
+                view.slack = min(view.slack, queue.fresh(state.service).slack - ready)
             continue
-        if is_away(state):
-            if queue.now_on and not state.claimed:
-                view.demands[state.id, 0] = demand_of(state, queue.fresh(state.service), now)
-            if queue.now_on < len(queue.order):
-                view.demands[state.id, 1] = demand_of(state, serve(queue.later, state.service), now)
-        elif queue.now_on < len(queue.order) and not state.claimed:
+        if state.away and queue.now_on and not state.claimed:
+            view.demands[state.id, 0] = demand_of(state, queue.fresh(state.service), now)
+        if queue.now_on < len(queue.order) and (state.away or not state.claimed):
             view.demands[state.id, 1] = demand_of(state, serve(queue.later, state.service), now)
-    view.claims = [_claim_of(state, now) for state in claims]
+    for state in fleet.claims:
+        # One that is still there is to come back for the calls of a later visit.
+        queue, service = state.queue, state.service
+        outlook = queue.fresh(service) if state.away else serve(queue.later, service)
+        view.claims.append(demand_of(state, outlook, now))
     return view
-
-
-def is_away(state: ModelState) -> bool:
-    """Whether its present visit is one that is still to begin."""
-    return state.phase in (Phase.OFF, Phase.DRAINING, Phase.UNLOADING)
-
-
-def _claim_of(state: ModelState, now: float) -> Demand:
-    """A claimed model that is still there is to come back for the calls of a later visit."""
-    if is_away(state):
-        return demand_of(state, state.queue.fresh(state.service), now)
-    return demand_of(state, serve(state.queue.later, state.service), now)
 
 
 def _held(

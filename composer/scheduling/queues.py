@@ -13,7 +13,7 @@ from __future__ import annotations
 import heapq
 import math
 from bisect import bisect_right
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 from composer.scheduling.events import Waiting
@@ -135,9 +135,49 @@ def _serve_adapters(
     return Outlook(slack, target_slack, done)
 
 
+class BatchQueue:
+    """Batch calls in order of arrival, those of adapters in use first."""
+
+    def __init__(self) -> None:
+        self._calls: dict[int, Waiting] = {}
+        self._groups: dict[str | None, dict[int, Waiting]] = {}
+
+    def __len__(self) -> int:
+        return len(self._calls)
+
+    def __iter__(self) -> Iterator[Waiting]:
+        return iter(list(self._calls.values()))
+
+    def __getitem__(self, number: int) -> Waiting:
+        return self._calls[number]
+
+    def add(self, call: Waiting) -> None:
+        self._calls[call.id] = call
+        self._groups.setdefault(call.adapter, {})[call.id] = call
+
+    def pop(self, number: int) -> Waiting:
+        call = self._calls.pop(number)
+        group = self._groups[call.adapter]
+        del group[number]
+        if not group:
+            del self._groups[call.adapter]
+        return call
+
+    def first(self, in_use: Collection[str], limit: int | None) -> Waiting | None:
+        """The call to run next, where at most `limit` adapters may be in use."""
+        more = limit is None or len(in_use) < limit
+        found: Waiting | None = None
+        for adapter, group in self._groups.items():
+            if adapter is None or adapter in in_use:
+                return next(iter(group.values()))
+            if found is None and more:
+                found = next(iter(group.values()))
+        return found
+
+
 @dataclass(slots=True)
 class Queue:
-    """Interactive calls in the order of granting, and batch calls in order of arrival.
+    """Interactive calls in the order of granting, and batch calls.
 
     The first `now_on` of `order` are for the model's present visit on the device, or the next
     one where it is not there; the others wait for the visit after that.
@@ -145,7 +185,7 @@ class Queue:
 
     order: list[Entry] = field(default_factory=list)
     now_on: int = 0
-    batch: dict[int, Waiting] = field(default_factory=dict)
+    batch: BatchQueue = field(default_factory=BatchQueue)
     _fresh: tuple[Service, Outlook] | None = None
 
     @property
@@ -211,8 +251,14 @@ class Queue:
             if not grouped:
                 self.order.sort(key=_deadline)
 
+    def cut(self, index: int) -> None:
+        """The calls from this place on are for the later visit."""
+        self.order[index:] = sorted(self.order[index:], key=_deadline)
+        self.now_on = index
+        self._fresh = None
+
     def restore(self, order: list[Entry], now_on: int) -> None:
-        """As it was before a merge."""
+        """As it was before."""
         self.order, self.now_on = order, now_on
         self._fresh = None
 
@@ -222,12 +268,6 @@ class Queue:
         if index < self.now_on:
             self.now_on -= 1
             self._fresh = None
-
-    def put_back(self, index: int, now_on: int, entry: Entry) -> None:
-        """Undoes a removal."""
-        self.order.insert(index, entry)
-        self.now_on = now_on
-        self._fresh = None
 
     def fresh(self, service: Service) -> Outlook:
         """The outlook of the coming visit, on a clock that starts when the model is loaded."""

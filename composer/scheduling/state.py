@@ -77,11 +77,11 @@ class Granted:
 @dataclass(eq=False, slots=True)
 class ModelState:
     """One model. `moved` is when its present load or unload began; `leave_by` when a leaving
-    one had better be gone, and `drain_by` when it is unloaded though calls run; `retry_at` when a failed load may be tried again. `claimed`: a
-    load of it is decided on. `gone`: it is no longer configured, and forgotten when it is off and
-    idle. `wanted_by` counts the calls, waiting or running, whose requests will call this model
-    later. `wished` is the time of the last call refused because the load would have taken too
-    long. `bound_s` is the mean bound of its calls."""
+    one had better be gone, and `drain_by` when it is unloaded though calls run; `retry_at` when a
+    failed load may be tried again. `claimed`: a load of it is decided on. `gone`: it is no longer
+    configured, and forgotten when it is off and idle. `wanted_by` counts the calls, waiting or
+    running, whose requests will call this model later. `bound_s` is the mean bound of its
+    calls, `last_asked` when the last interactive one came."""
 
     model: Model
     settings: PolicySettings
@@ -102,9 +102,8 @@ class ModelState:
     gone: bool = False
     lost: bool = False
     wanted_by: int = 0
-    wished: float = -math.inf
     bound_s: float = 0.0
-    last_interactive: float = -math.inf
+    last_asked: float = -math.inf
     _promise: float | None = None
     _granted: int = 0
 
@@ -140,6 +139,16 @@ class ModelState:
         return self.model.memory_gb if self.model.movable else 0.0
 
     @property
+    def grouped(self) -> bool:
+        """Whether its calls have to be grouped by adapter."""
+        return self.model.adapters is not None
+
+    @property
+    def away(self) -> bool:
+        """Whether its present visit is one that is still to begin."""
+        return self.phase in (Phase.OFF, Phase.DRAINING, Phase.UNLOADING)
+
+    @property
     def run_s(self) -> float:
         """A running time that is seldom exceeded."""
         return self.run.high(self.settings.margin)
@@ -153,6 +162,12 @@ class ModelState:
     def swap_s(self) -> float:
         """What it costs to have it leave and come back."""
         return self.load.mean + self.unload.mean
+
+    def asked_for(self, now: float, bound: float) -> None:
+        """An interactive call has come."""
+        self.rate.observe(now)
+        self.last_asked = now
+        self.bound_s += (bound - self.bound_s) / (8 if self.bound_s else 1)
 
     def until(self, granted: Granted, now: float) -> float:
         """When a running call will have ended; one that is over time gets a little more."""
@@ -172,7 +187,7 @@ class ModelState:
         than estimated, and estimates change slowly.
         """
         queue = self.queue
-        if self.model.adapters is not None:
+        if self.grouped:
             outlook = serve(queue.current, self.service, self.held(now), now)
             return outlook.slack, outlook.done
         service, free = self.service, self.free_slots(now)
@@ -206,7 +221,7 @@ class ModelState:
     def regret(self, now: float) -> float:
         """What its leaving is expected to cost, in swap seconds a second: its swap, over the time
         until the next call for it comes and has to be served."""
-        if self.queue.order or self.queue.batch or self.wanted_by:
+        if self.queue.order or len(self.queue.batch) or self.wanted_by:
             until = self.bound_s
         else:
             rate = self.rate.at(now)

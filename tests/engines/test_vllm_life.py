@@ -124,6 +124,11 @@ async def test_kill_9_of_the_server_under_load_three_times(tmp_path: Path) -> No
         )
 
     killed: list[int] = []
+
+    async def until_another_than(processes: list[psutil.Process]) -> None:
+        await until(lambda: not any(running(process.pid) for process in processes), 60)
+        await until(lambda: bool(vllm_processes()), STARTED_S)
+
     async with serving(tmp_path, vllm_registry(tmp_path)) as (client, _):
         for skill in ASKED:
             assert (await ask(client, skill, PATIENT_S)).right
@@ -137,22 +142,22 @@ async def test_kill_9_of_the_server_under_load_three_times(tmp_path: Path) -> No
             )
             for i in range(8)
         ]
-        for victim in ("server", "engine", "server"):
+        try:
+            for victim in ("server", "engine", "server"):
+                await until_all_skills_answer()
+                processes = vllm_processes()
+                killed.append(processes[0].pid)
+                target = processes[0] if victim == "server" else engine_core(processes)
+                target.kill()
+                await until_another_than(processes)
             await until_all_skills_answer()
-            processes = vllm_processes()
-            killed.append(processes[0].pid)
-            target = processes[0] if victim == "server" else engine_core(processes)
-            target.kill()
-            await until(lambda processes=processes: not any(running(p.pid) for p in processes), 60)
-            before = killed[-1]
-            await until(
-                lambda before=before: bool(found := vllm_processes()) and found[0].pid != before,
-                STARTED_S,
-            )
-        await until_all_skills_answer()
-        killed.append(vllm_processes()[0].pid)
-        ended.set()
-        await asyncio.gather(*workers)
+            killed.append(vllm_processes()[0].pid)
+            ended.set()
+            await asyncio.gather(*workers)
+        finally:
+            for worker in workers:
+                worker.cancel()
+            await asyncio.wait(workers)
     assert not vllm_processes()
     assert len(set(killed)) == 4  # one, and three after it
 

@@ -100,7 +100,7 @@ async def test_it_sleeps_and_wakes_with_its_adapters(
     red, blue = make_adapter("red"), make_adapter("blue")
     await engine.start()
     await engine.prepare([red])
-    for _ in range(2):
+    for sleeps in (1, 2):
         await engine.stop()
         await engine.stop()
         assert fake.sleeping == level
@@ -113,8 +113,8 @@ async def test_it_sleeps_and_wakes_with_its_adapters(
         assert await text_of(engine, call()) == "base: one two"
         assert await text_of(engine, call(adapter=red)) == "red: one two"
         assert await text_of(engine, call(adapter=blue)) == "blue: one two"
-        # Read anew: what the server still had in memory may be damaged.
-        assert {name_of(red), name_of(blue)} <= set(fake.loads[-2:])
+        # Read anew, not only named: what the server still had in memory may be damaged.
+        assert fake.loads.count(name_of(red)) == 1 + sleeps
     assert InProcess.starts == 1
     assert fake.slept == [level, level]
 
