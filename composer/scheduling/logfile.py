@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from datetime import UTC, datetime
 from io import FileIO
-from itertools import count, islice
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -108,7 +108,8 @@ class LogFile:
                 self._part += 1
                 self._file = self._open()
             size = min(len(self._pending), BATCH)
-            lines = [self._line(item) for item in islice(self._pending, size)]
+            # By index: an iterator breaks when the event loop puts in more meanwhile.
+            lines = [self._line(self._pending[i]) for i in range(size)]
             self._write(b"".join(lines))
             for _ in range(size):
                 self._pending.popleft()
