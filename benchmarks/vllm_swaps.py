@@ -1,15 +1,14 @@
 """Swaps of real vLLM processes: two servers, memory for one, and callers who take turns.
 
-    python benchmarks/vllm_swaps.py [--patience SHARE …] [--requests N] [--every SECONDS]
-                                    [--json FILE] [--quick]
+    python benchmarks/vllm_swaps.py [--patience SHARE …] [--json FILE] [--quick]
 
 Needs `make vllm` (or COMPOSER_VLLM_PYTHON). The whole service runs in this process over
 examples/vllm/experts.yaml: a swap ends one vLLM process and starts the other, with its adapters.
-First one swap is measured; then requests come one every so many seconds (`--every`), by turns for
-the one server and the other, each with a bound on its wait of three times that swap. In order of
-arrival every request but the first would need a swap.
+First one swap is measured; then sixty requests come by turns for the one server and the other,
+thirty of them in the time of a swap, each with a bound on its wait of three swaps. In order of
+arrival every request but the first would need one.
 
-swap_s: the swap measured first, which the bound rests on; bound_s: that bound. late: requests that
+swap_s: the swap measured first; bound_s: three of it; every_s: a thirtieth. late: requests that
 waited longer; refused: those the service would not take; wrong: answers that are not right.
 swaps, swapping_s: how many, and the seconds of their stops and starts together. in_order_s: the
 swaps of arrival order at the mean seconds of these. p50, p95, max: waits for a lease, in seconds.
@@ -43,7 +42,11 @@ from composer.settings import Settings
 EXAMPLE = ROOT / "examples" / "vllm" / "experts.yaml"
 TINY = ROOT / "examples" / "tiny"
 DEVICE = "cpu"
+REQUESTS = 60
+PER_SWAP = 30
 BOUND_SWAPS = 3.0
+START_S = 300.0
+"""How long a start may take, as the example has it."""
 
 ASKED: tuple[tuple[str, str, str], ...] = (
     ("small-uppercase", "please write fox in capital letters", "FOX"),
@@ -84,6 +87,7 @@ class Alternation:
 
     swap_s: float
     bound_s: float
+    every_s: float
     span_s: float
     asked: tuple[Asked, ...]
     before: Mapping[str, Any]
@@ -120,6 +124,7 @@ class Alternation:
             "span_s": self.span_s,
             "swap_s": self.swap_s,
             "bound_s": self.bound_s,
+            "every_s": self.every_s,
             "late": self.late,
             "refused": sum(one.status != 200 for one in self.asked),
             "wrong": sum(one.status == 200 and not one.right for one in self.asked),
@@ -154,29 +159,25 @@ async def ask(client: httpx.AsyncClient, turn: int, bound_s: float) -> Asked:
     return Asked(expert, 200, said, said == answer, told["composer"]["queue_ms"] / 1000)
 
 
-async def measured_swap(client: httpx.AsyncClient, most_s: float) -> float:
-    """Seconds from the one model's stop to the other's readiness; the first one's model is
-    resident afterwards. Raises RuntimeError where one of the two gives no right answer."""
+async def measured_swap(client: httpx.AsyncClient) -> float:
+    """Seconds of the one model's stop and the other's start; the first one's model is resident
+    afterwards. Raises RuntimeError where one of the two gives no right answer."""
+    spent_s, bound_s = 0.0, START_S
     for turn in (-1, 0):
-        before = await device(client)
-        one = await ask(client, turn, most_s)
+        one = await ask(client, turn, bound_s)
         if not one.right:
             raise RuntimeError(f"{one.expert} gave {one.status}: {one.said!r}")
-    after = await device(client)
-    return float(after["swap_s"] - before["swap_s"])
+        before_s, spent_s = spent_s, float((await device(client))["swap_s"])
+        bound_s = max(2.5 * spent_s, 60.0)  # the swap begins the sooner for it
+    return spent_s - before_s
 
 
 async def alternate(
-    client: httpx.AsyncClient,
-    *,
-    requests: int,
-    every_s: float,
-    most_s: float = 200.0,
-    step: Callable[[], None] = lambda: None,
+    client: httpx.AsyncClient, step: Callable[[], None] = lambda: None
 ) -> Alternation:
     """Measures a swap, then sends the requests, at their times whatever came of those before."""
-    swap_s = await measured_swap(client, most_s)
-    bound_s = BOUND_SWAPS * swap_s
+    swap_s = await measured_swap(client)
+    bound_s, every_s = BOUND_SWAPS * swap_s, swap_s / PER_SWAP
     before = await device(client)
     began = monotonic()
 
@@ -186,9 +187,10 @@ async def alternate(
         step()
         return asked
 
-    asked = await asyncio.gather(*(one(turn) for turn in range(requests)))
+    asked = await asyncio.gather(*(one(turn) for turn in range(REQUESTS)))
     span_s = monotonic() - began
-    return Alternation(swap_s, bound_s, span_s, tuple(asked), before, await device(client))
+    after = await device(client)
+    return Alternation(swap_s, bound_s, every_s, span_s, tuple(asked), before, after)
 
 
 @asynccontextmanager
@@ -204,6 +206,7 @@ async def serving(folder: Path, python: Path, patience: float) -> AsyncIterator[
             journal=folder / "journal",
             files_dir=folder / "files",
             cache_dir=ROOT / ".cache" / "composer",
+            max_wait_s=3600.0,  # the requests bring their own, which could only be less
             patience=patience,
         ),
     )
@@ -218,28 +221,25 @@ async def serving(folder: Path, python: Path, patience: float) -> AsyncIterator[
         await service.close()
 
 
-async def run(python: Path, patience: float, requests: int, every_s: float) -> Alternation:
+async def run(python: Path, patience: float) -> Alternation:
     with (
         tempfile.TemporaryDirectory() as folder,
-        progress(f"patience {patience}", requests) as step,
+        progress(f"patience {patience}", REQUESTS) as step,
     ):
         async with serving(Path(folder), python, patience) as client:
-            return await alternate(client, requests=requests, every_s=every_s, step=step)
+            return await alternate(client, step)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     add_arguments(parser)
     parser.add_argument("--patience", type=float, nargs="+", default=[0.1, 1.0])
-    parser.add_argument("--requests", type=int, default=60)
-    parser.add_argument("--every", type=float, default=2.0, metavar="SECONDS")
     args = parser.parse_args()
     python = Path(os.environ.get("COMPOSER_VLLM_PYTHON", ROOT / ".venv-vllm" / "bin" / "python"))
     if not python.exists():
         parser.error(f"there is no {python}; make vllm")
     patience = args.patience[:1] if args.quick else args.patience
-    every_s = 0.5 if args.quick else args.every
-    rows = [asyncio.run(run(python, each, args.requests, every_s)).row(each) for each in patience]
+    rows = [asyncio.run(run(python, each)).row(each) for each in patience]
     show(rows, args, title=f"{args.requests} requests by turns for two models, room for one")
 
 

@@ -191,8 +191,9 @@ async def decide(
     scores = await way.router.score(Query(request.text), eligible)
     if way.policy.tolerance == 0:
         return way, choose(scores, way.cost, way.policy)
-    servers = (generation.catalog.experts[e].server for e in way.policy.experts)
-    here = np.array([resident(generation.place(server)) for server in servers], np.bool_)
+    catalog = generation.catalog
+    loaded = {server: resident(generation.place(server)) for server in catalog.servers}
+    here = np.array([loaded[catalog.experts[e].server] for e in way.policy.experts], np.bool_)
     return way, choose(scores, way.cost, way.policy, here)
 
 

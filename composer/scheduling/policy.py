@@ -144,10 +144,10 @@ class SwapPolicy:
         )
 
     def _grant(self, now: float) -> None:
-        for state in list(self._fleet.asked.values()):
-            if state.phase not in (Phase.RESIDENT, Phase.CLOSING):
-                continue
+        for state in self._fleet.there.values():
             queue = state.queue
+            if not queue.order or state.phase not in (Phase.RESIDENT, Phase.CLOSING):
+                continue
             while queue.now_on and len(state.running) < state.model.in_flight:
                 call = queue.order[0].call
                 if not state.has_room_for(call.adapter):
@@ -157,14 +157,13 @@ class SwapPolicy:
                 self._fleet.changed = True  # kept for a later visit, perhaps needlessly by now
 
     def _grant_batches(self, now: float) -> None:
-        for state in list(self._fleet.batched.values()):
-            while state.phase is Phase.RESIDENT and not state.queue.order:
-                call = state.queue.batch.first(state.adapters, state.model.adapters)
+        for state in self._fleet.there.values():
+            queue = state.queue
+            while state.phase is Phase.RESIDENT and queue.batch and not queue.order:
+                call = queue.batch.first(state.adapters, state.model.adapters)
                 if call is None or not self._may_run(state, call, now):
                     break
                 self._fleet.grant(state, call, now)
-                if not state.queue.batch:
-                    break
 
     # --- swaps -----------------------------------------------------------------------
 

@@ -317,7 +317,7 @@ async def test_refusals_are_ours(
 async def test_a_default_limit_that_does_not_fit_is_left_out(
     engine: OpenAIEngine, fake: FakeVllm
 ) -> None:
-    sampling = Sampling(max_tokens=510)
+    sampling = Sampling(max_tokens=600)
     with pytest.raises(ContextTooLong):
         await chunks_of(engine, call(sampling=sampling))
     for stream in (True, False):

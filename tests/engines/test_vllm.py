@@ -135,15 +135,21 @@ async def test_an_experts_smaller_window_is_held_exactly(
     assert fake.generations()[-1].body["max_tokens"] == 7
 
 
-async def test_the_servers_own_window_is_the_servers_to_hold(
+async def test_the_servers_window_is_held_for_what_was_asked(
     engine: VllmEngine, fake: FakeVllm
 ) -> None:
     long = call("w " * 400, context_window=4096, sampling=Sampling(max_tokens=200))
-    with pytest.raises(ContextTooLong):
+    with pytest.raises(ContextTooLong, match="403 tokens and max_tokens 200 exceed"):
         await chunks_of(engine, long)
-    chunks = await chunks_of(engine, dataclasses.replace(long, max_tokens_asked=False))
-    assert "max_tokens" not in fake.generations()[-1].body
-    assert chunks[-1].finish_reason == "stop"
+    assert not fake.generations()
+    for limit in (200, 600):  # a default is cut by the server, or left out
+        default = dataclasses.replace(
+            long, max_tokens_asked=False, sampling=Sampling(max_tokens=limit)
+        )
+        assert (await chunks_of(engine, default))[-1].finish_reason == "length"
+    assert [seen.body.get("max_tokens") for seen in fake.generations()] == [200, 600, None]
+    with pytest.raises(ContextTooLong, match="even without any output"):
+        await chunks_of(engine, call("w " * 600, context_window=4096))
 
 
 async def test_an_open_completion_gets_the_room_there_is(

@@ -129,7 +129,8 @@ async def test_kill_9_of_the_server_under_load_three_times(tmp_path: Path) -> No
         await until(lambda: not any(running(process.pid) for process in processes), 60)
         await until(lambda: bool(vllm_processes()), STARTED_S)
 
-    async with serving(tmp_path, vllm_registry(tmp_path)) as (client, _):
+    text = vllm_registry(tmp_path)
+    async with serving(tmp_path, text, max_wait_s=PATIENT_S) as (client, _):
         for skill in ASKED:
             assert (await ask(client, skill, PATIENT_S)).right
         workers = [
@@ -171,7 +172,8 @@ async def test_kill_9_of_the_server_under_load_three_times(tmp_path: Path) -> No
     print(dict(counts), f"slowest {max(one.took for one in answers):.0f} s")
     refused = {"503 overloaded", "503 engine_unavailable"}
     assert set(counts) <= {"answered", "answered late", *refused}, counts
-    assert all(one.status == 200 for one in answers if one.bound == PATIENT_S), counts
+    patient = [one for one in answers if one.bound == PATIENT_S]
+    assert not [one for one in patient if one.status != 200]
     assert counts["answered late"] >= 3  # one at least waited for each restart
     assert sum(counts[name] for name in refused) >= 3  # and one at least did not want to
     assert all(one.took <= one.bound + RUN_S for one in answers)

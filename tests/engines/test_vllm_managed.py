@@ -63,9 +63,9 @@ async def make(tmp_path: Path) -> AsyncIterator[Make]:
 
 def process_of(engine: VllmEngine) -> psutil.Process:
     """Who listens for it."""
-    assert engine._process is not None
+    assert engine._server.process is not None
     for found in psutil.net_connections("tcp"):
-        if found.status == "LISTEN" and found.laddr.port == engine._process.port:
+        if found.status == "LISTEN" and found.laddr.port == engine._server.process.port:
             return psutil.Process(found.pid)
     raise AssertionError("nobody listens")
 
@@ -82,9 +82,9 @@ async def test_a_managed_server_from_start_to_end(make: Make, make_adapter: Make
     process = process_of(engine)
     argv = process.cmdline()
     assert argv[argv.index("--host") + 1] == "127.0.0.1"
-    assert engine._key is not None
-    assert engine._key not in " ".join(argv)
-    assert process.environ()["VLLM_API_KEY"] == engine._key
+    assert engine._server.key is not None
+    assert engine._server.key not in " ".join(argv)
+    assert process.environ()["VLLM_API_KEY"] == engine._server.key
     await engine.stop()
     assert not process.is_running() or process.status() == psutil.STATUS_ZOMBIE
     assert await engine.healthy()

@@ -150,18 +150,18 @@ async def test_streamed_whole_and_handed_on_are_one(engine: VllmEngine) -> None:
 async def test_vllm_answers_under_our_id(engine: VllmEngine) -> None:
     """So its log and ours speak of one request by one name."""
     seen = []
-    send = engine._upstream.client._http.send
+    send = engine._server.upstream.client._http.send
 
     async def watched(request: httpx.Request, **more: Any) -> httpx.Response:
         response = await send(request, **more)
         seen.append(response)
         return response
 
-    engine._upstream.client._http.send = watched  # type: ignore[method-assign]
+    engine._server.upstream.client._http.send = watched  # type: ignore[method-assign]
     try:
         await chunks_of(engine, call("reverse shade", ADAPTERS["reverse"]))
     finally:
-        engine._upstream.client._http.send = send  # type: ignore[method-assign]
+        engine._server.upstream.client._http.send = send  # type: ignore[method-assign]
     assert seen[-1].json()["id"] == "chatcmpl-chatcmpl-1/0"
     assert seen[-1].json()["model"] == name_of(ADAPTERS["reverse"])
 
@@ -248,9 +248,9 @@ async def test_windows(engine: VllmEngine, embedded: EmbeddedEngine) -> None:
 
 async def running(engine: VllmEngine) -> float:
     """Requests in vLLM's batch, by its own metrics."""
-    assert engine._process is not None
+    assert engine._server.process is not None
     async with httpx.AsyncClient(trust_env=False) as client:
-        text = (await client.get(f"http://127.0.0.1:{engine._process.port}/metrics")).text
+        text = (await client.get(f"http://127.0.0.1:{engine._server.process.port}/metrics")).text
     lines = [line for line in text.splitlines() if line.startswith("vllm:num_requests_running")]
     return sum(float(line.rsplit(" ", 1)[1]) for line in lines)
 

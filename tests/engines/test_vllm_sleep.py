@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import pytest_asyncio
 
-from composer.engines import vllm
+from composer.engines import vllm_server
 from composer.engines.adapters import name_of
 from composer.engines.vllm import VllmEngine
 from composer.engines.vllm_launch import VllmSettings
@@ -70,7 +70,7 @@ def fake(monkeypatch: pytest.MonkeyPatch) -> FakeVllm:
     fake = FakeVllm(served_name="big", max_loras=2)
     monkeypatch.setattr(InProcess, "fake", fake, raising=False)
     monkeypatch.setattr(InProcess, "starts", 0)
-    monkeypatch.setattr(vllm, "ManagedProcess", InProcess)
+    monkeypatch.setattr(vllm_server, "ManagedProcess", InProcess)
     return fake
 
 

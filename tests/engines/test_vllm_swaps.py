@@ -15,25 +15,23 @@ from tests.vllm import python, vllm_marks
 
 pytestmark = vllm_marks
 
-REQUESTS = 60
-EVERY_S = 1.0
 PATIENCE = 0.1
 """The service's default."""
 
 
 async def test_sixty_requests_by_turns_swap_seldom_and_keep_their_bound(tmp_path: Path) -> None:
     async with serving(tmp_path, Path(python()), PATIENCE) as client:
-        run = await alternate(client, requests=REQUESTS, every_s=EVERY_S)
+        run = await alternate(client)
     print(run.row(PATIENCE))
     assert [one.said for one in run.asked if not one.right] == []
     assert run.late == 0
     assert len({one.expert for one in run.asked}) == len(ASKED)
 
-    # A swap takes its seconds, and one model loads at a time: more do not fit into the time that
-    # the requests take. In order of arrival each of them but the first needs one.
-    assert 1 <= run.swaps <= run.span_s / run.swap_s + 1
-    assert run.swaps <= run.swaps_in_order / 10
-    assert run.swapping_s < run.in_order_s / 10
+    # The requests come within two swaps. Four more fit in if all are twice as quick as the one
+    # that was measured; in order of arrival there would be 59.
+    assert 1 <= run.swaps <= 6
+    assert run.swaps_in_order == 59
+    assert run.swapping_s < run.in_order_s / 9
 
     # Never both on the device, nor the one while the other comes or goes.
     assert run.after["used_gb"] <= run.after["memory_gb"]

@@ -303,16 +303,24 @@ class FakeVllm:
                 f"fewer output tokens. (parameter=max_tokens, value={asked})",
                 param="max_tokens",
             )
-        if prompt + asked > window:
+        if prompt > window:
             return _error(
                 400,
-                f"This model's maximum context length is {window} tokens. However, you requested "
-                f"{asked} output tokens and your prompt contains at least {prompt} input tokens, "
-                f"for a total of at least {prompt + asked} tokens. Please reduce the length of the "
-                f"input prompt. (parameter=input_tokens, value={prompt})",
+                f"This model's maximum context length is {window} tokens. However, your prompt "
+                f"contains at least {prompt} input tokens, which exceeds this limit even without "
+                "any output tokens. Please reduce the length of the input prompt. "
+                f"(parameter=input_tokens, value={prompt})",
                 param="input_tokens",
             )
         return None
+
+    def limit(self, body: dict[str, Any]) -> int:
+        """Tokens of the answer at most: what is asked for is cut to the room there is."""
+        asked = body.get("max_completion_tokens") or body.get("max_tokens")
+        if asked is None and "prompt" in body:
+            asked = 16
+        room = self.max_model_len - self._count(body)
+        return room if asked is None else min(asked, room)
 
     def _count(self, body: dict[str, Any]) -> int:
         if body.get("messages") is None:
@@ -327,14 +335,12 @@ class FakeVllm:
         who = "base" if seen.model == self.served_name else self._behaviour[seen.model]
         text = f"{who if base else self.weights}: {asked}".split(" ")
         words = [word if i == 0 else f" {word}" for i, word in enumerate(text)]
-        limit = body.get("max_completion_tokens") or body.get("max_tokens")
-        return words[:limit]
+        return words[: self.limit(body)]
 
     def finish(self, seen: Seen) -> str:
         if self._aborting.is_set():
             return "abort"
-        limit = seen.body.get("max_completion_tokens") or seen.body.get("max_tokens")
-        return "length" if limit is not None and len(self.words(seen)) == limit else "stop"
+        return "length" if len(self.words(seen)) == self.limit(seen.body) else "stop"
 
     @contextlib.asynccontextmanager
     async def running(self, seen: Seen) -> AsyncIterator[None]:

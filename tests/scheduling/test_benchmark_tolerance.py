@@ -34,9 +34,8 @@ def test_with_all_tolerance_a_resident_keeps_all_that_come(setting: Setting) -> 
     another model."""
     found, plain = run(setting, 1.0, patience=1.0), run(setting, 0.0, patience=1.0)
     favourite = setting.quality.argmax(axis=1)[setting.asked]
-    assert found.changed.any()
+    assert np.diff(found.chosen).astype(bool).sum() < np.diff(plain.chosen).astype(bool).sum() / 2
     assert (found.changed == (found.chosen != favourite)).all()
-    assert found.result.swaps < plain.result.swaps
 
 
 def test_what_is_given_up_stays_within_the_tolerance(setting: Setting) -> None:

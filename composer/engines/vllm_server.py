@@ -1,0 +1,278 @@
+"""One vLLM server being there or not: started, asked, put to sleep, woken, stopped, brought back
+with its adapters. Knows nothing of calls."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import secrets
+
+from composer.engines.adapters import RuntimeAdapters
+from composer.engines.openai import key_hint
+from composer.engines.processes import ManagedProcess
+from composer.engines.sleep import sleep, wake
+from composer.engines.upstream import Upstream, key_from
+from composer.engines.vllm_launch import VllmSettings, command_of, environment_of
+from composer.errors import ComposerError, EngineError, EngineUnavailable
+from composer.types import Placement
+
+log = logging.getLogger(__name__)
+
+POLL_S = 0.25
+LOOK_S = 5.0
+"""Most seconds that a question about health may take."""
+DYING_S = 20.0
+"""How long a server whose health fails may take to come round, or to end. vLLM's API server
+outlives its engine by some seconds."""
+
+
+class VllmServer:
+    """One server, ours (a process) or somebody else's (a URL). `model` is what it calls its base
+    model and `window` its context window in tokens, both known once it has been up."""
+
+    def __init__(self, server: str, settings: VllmSettings, placement: Placement | None) -> None:
+        self.name = server
+        self._settings = settings
+        self._sleep_level = placement.sleep_level if placement is not None else None
+        self.process: ManagedProcess | None = None
+        self.key: str | None = None
+        if settings.launch is not None:
+            self.key = secrets.token_urlsafe(32)
+            self.process = ManagedProcess(
+                server,
+                settings.launch,
+                lambda port: command_of(server, settings, placement, port),
+                environment_of(self.key, placement),
+                self._is_healthy,
+                self._restarted,
+            )
+        self.upstream = Upstream(
+            server,
+            self._url,
+            settings.timeouts,
+            key=lambda: self.key or key_from(settings.api_key_env),
+            key_hint=key_hint(settings.api_key_env),
+            in_flight=settings.in_flight,
+            tls=settings.url is not None and settings.url.startswith("https:"),
+        )
+        self.adapters = RuntimeAdapters(
+            server,
+            self.upstream,
+            prompt=settings.probe,
+            tolerance=settings.probe_tolerance,
+            preload=settings.preload,
+        )
+        self.model = settings.served_name or ""
+        self.window: int | None = None
+        self._up = False
+        self._asleep = False
+        self._settled = False
+        self._failed = False
+        self._closed = False
+        self._changing = asyncio.Lock()
+        self._starting: asyncio.Task[None] | None = None
+
+    @property
+    def running(self) -> bool:
+        """Up, as far as is known without asking it."""
+        return self._up and self._has_process()
+
+    async def start(self) -> None:
+        if self._closed:
+            raise self.not_running()
+        if self._starting is None or self._starting.done():
+            self._starting = asyncio.create_task(self._start(), name=f"start-{self.name}")
+            # Whoever waited may have gone; the next to ask is told.
+            self._starting.add_done_callback(lambda task: task.cancelled() or task.exception())
+        starting = self._starting
+        try:
+            await asyncio.shield(starting)
+        except asyncio.CancelledError:
+            task = asyncio.current_task()
+            if starting.cancelled() and task is not None and not task.cancelling():
+                raise EngineUnavailable(
+                    f"server {self.name!r} was stopped while it started"
+                ) from None
+            raise
+
+    async def stop(self) -> None:
+        self._up = self._failed = False
+        self.upstream.end_all("was stopped")
+        await self._end_start()
+        async with self._changing:
+            await self._go_down()
+
+    async def close(self) -> None:
+        self._closed = True
+        self._up = False
+        self.upstream.end_all("was closed")
+        await self._end_start()
+        async with self._changing:
+            self.adapters.forget_all()
+            if self.process is not None:
+                await self.process.close()
+            await self.upstream.close()
+
+    async def healthy(self) -> bool:
+        """A server that is stopped, asleep or on its first way up is as it should be."""
+        if self._closed or self._failed:
+            return False
+        return not self._up or (self._has_process() and await self._is_healthy())
+
+    async def _end_start(self) -> None:
+        if self._starting is not None and not self._starting.done():
+            self._starting.cancel()
+            await asyncio.wait([self._starting])
+
+    async def _start(self) -> None:
+        async with self._changing:
+            try:
+                await self._come_up()
+            except ComposerError as error:
+                self._failed = True
+                if isinstance(error, EngineUnavailable):
+                    raise
+                raise EngineUnavailable(str(error)) from error
+            self._failed, self._up = False, True
+
+    async def _come_up(self) -> None:
+        if self._up:
+            if await self._is_still_there():
+                return
+            self._up, self._failed = False, True
+        if self._asleep:
+            self._asleep = False
+            if await self._wake():
+                return
+            await self._end_process()
+        if self.process is not None:
+            await self.process.start()
+        else:
+            await self._wait_for_it()
+        if not self._settled:
+            await self._settle()
+
+    async def _go_down(self) -> None:
+        level = self._sleep_level
+        if self._asleep:
+            return
+        if level is not None and self._settled and self._has_process():
+            try:
+                await sleep(self.upstream, self.root(), level)
+            except ComposerError as error:
+                log.warning("server %r does not sleep, and is stopped: %s", self.name, error)
+            else:
+                self._asleep = True
+                return
+        await self._end_process()
+
+    async def _end_process(self) -> None:
+        self._settled = False
+        self.adapters.forget_all()
+        if self.process is not None:
+            await self.process.stop()
+
+    async def _wake(self) -> bool:
+        """Whether it woke up as it was: adapters, and weights, have been lost over a sleep. Else
+        the process is to be started anew."""
+        assert self._sleep_level is not None
+        if not self._has_process():
+            return False
+        try:
+            await wake(self.upstream, self.root(), self._sleep_level)
+            if await self.adapters.base_moved():
+                log.error("server %r woke up with other weights: starting anew", self.name)
+                return False
+            failed = await self.adapters.restore(clean=True)
+        except ComposerError as error:
+            log.error("server %r does not wake up, starting anew: %s", self.name, error)
+            return False
+        for loss in failed:
+            log.error("server %r woke up damaged, starting anew: %s", self.name, loss)
+        return not failed
+
+    async def _restarted(self) -> None:
+        """The process had died and was started again."""
+        await self._settle()
+
+    async def _settle(self) -> None:
+        """Makes a server that has just come up what it was: its names, its adapters. An adapter
+        that does not come back takes the others not with it: its calls say why."""
+        self._settled = False
+        self.adapters.forget_all()
+        await self._learn()
+        if await self.adapters.base_moved():
+            log.warning("server %r has other weights than before", self.name)
+            self.adapters.new_base()
+            await self.adapters.base_moved()
+        for error in await self.adapters.restore(clean=False):
+            log.error("server %r: %s", self.name, error)
+        self._settled = True
+
+    async def _learn(self) -> None:
+        """What it calls its base model, and its context window in tokens."""
+        listed = await self.upstream.demand("GET", "/models")
+        try:
+            bases = {card["id"]: card for card in listed["data"] if card.get("parent") is None}
+            name = self._settings.served_name or next(iter(bases))
+            self.window = bases[name].get("max_model_len")
+        except (KeyError, TypeError, StopIteration, AttributeError):
+            raise EngineUnavailable(
+                f"server {self.name!r} serves no {self._settings.served_name or 'model'}; "
+                "correct its `served_name` or `url`"
+            ) from None
+        self.model = name
+
+    async def _is_still_there(self) -> bool:
+        """Of a server that was up. One of ours that neither answers nor ends is ended."""
+        if not self._has_process():
+            return False
+        if await self._is_healthy():
+            return True
+        if self.process is None:
+            self._settled = False
+            return False
+        clock = asyncio.get_running_loop().time
+        until = clock() + DYING_S
+        while clock() < until and self.process.alive:
+            await asyncio.sleep(POLL_S)
+            if await self._is_healthy():
+                return True
+        if self.process.alive:
+            log.error("server %r does not answer, and is started anew", self.name)
+            await self._end_process()
+        return False
+
+    async def _wait_for_it(self) -> None:
+        clock = asyncio.get_running_loop().time
+        until = clock() + self._settings.start_timeout_s
+        while not await self._is_healthy():
+            if clock() > until:
+                raise EngineUnavailable(
+                    f"server {self.name!r} is not at {self._settings.url}; start it, or "
+                    "correct its `url`"
+                )
+            await asyncio.sleep(POLL_S)
+
+    async def _is_healthy(self) -> bool:
+        try:
+            reply = await self.upstream.ask("GET", f"{self.root()}/health", limit_s=LOOK_S)
+        except EngineError:
+            return False
+        return reply.ok
+
+    def _has_process(self) -> bool:
+        return self.process is None or self.process.alive
+
+    def root(self) -> str:
+        """Its URL, without /v1. Raises EngineUnavailable before the first start."""
+        if self.process is not None:
+            return f"http://127.0.0.1:{self.process.port}"
+        return str(self._settings.url).removesuffix("/v1")
+
+    def _url(self) -> str:
+        return f"{self.root()}/v1"
+
+    def not_running(self) -> EngineUnavailable:
+        state = "closed" if self._closed else "not running"
+        return EngineUnavailable(f"server {self.name!r} is {state}")
