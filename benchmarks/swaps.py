@@ -230,10 +230,13 @@ def dominated(points: Iterable[Point]) -> tuple[list[dict[str, Any]], list[dict[
         for rule, found in rules.items():
             if rule == OURS:
                 continue
+            listed = set()
             for point in found:
                 crosses = below(point, ours)
                 shares.setdefault((rule, point.rho), []).append(not crosses)
-                if crosses:
+                figures = (point.swap_s, point.p95, point.misses)
+                if crosses and figures not in listed:  # several knobs may do the same
+                    listed.add(figures)
                     exceptions.append(
                         {
                             "cell": cell,

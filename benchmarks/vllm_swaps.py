@@ -240,7 +240,7 @@ def main() -> None:
         parser.error(f"there is no {python}; make vllm")
     patience = args.patience[:1] if args.quick else args.patience
     rows = [asyncio.run(run(python, each)).row(each) for each in patience]
-    show(rows, args, title=f"{args.requests} requests by turns for two models, room for one")
+    show(rows, args, title=f"{REQUESTS} requests by turns for two models, room for one")
 
 
 if __name__ == "__main__":

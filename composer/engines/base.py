@@ -28,8 +28,9 @@ class Engine(Protocol):
     `honours` are the abilities this engine can give an expert, `adapter_features` what it can do
     with adapters beyond plain LoRA, `model_field` the setting that names its weights (None:
     somebody else's), `path_fields` and `program_fields` further settings that name files and
-    programs (dotted where they lie deeper), `parameters` the wire fields beyond OpenAI's core that it understands.
-    Adapters are known by digest: the same weights are loaded once, whatever experts use them.
+    programs (dotted where they lie deeper), `parameters` the wire fields beyond OpenAI's core
+    that it understands. Adapters are known by digest: the same weights are loaded once, whatever
+    experts use them.
     """
 
     name: ClassVar[str]

@@ -93,9 +93,11 @@ class Child:
                 "for one that is stuck in a driver"
             )
 
-    async def end(self) -> None:
-        """Ends it: asks first, kills after `grace_s`. At once where it has ended. Raises
-        EngineError when something survives even SIGKILL."""
+    async def end(self, grace_s: float | None = None) -> None:
+        """Ends it: asks first, kills after `grace_s` (None: that of the spawn). At once where it
+        has ended. Raises EngineError when something survives even SIGKILL."""
+        if grace_s is not None and not self._writer.is_closing():
+            self._writer.write(str(grace_s).encode())
         self._writer.close()
         with suppress(TimeoutError):
             async with asyncio.timeout(self._grace_s + guardian.KILL_WAIT_S + MARGIN_S):

@@ -5,8 +5,9 @@ as a script, with the standard library alone, so that it starts in milliseconds.
 
 Standard input is a socket of the service, which closes when the service wants the server gone, or
 is gone itself, SIGKILL included. The server and all its descendants are then told to end (SIGTERM
-to the server's group), and killed after GRACE_S. Its status (or 128 + signal) is written to the
-socket the moment the server has ended; the guardian ends when nothing of it is left.
+to the server's group), and killed after GRACE_S, or the seconds that the service wrote instead. Its
+status (or 128 + signal) is written to the socket the moment the server has ended; the guardian ends
+when nothing of it is left.
 
 Linux: descendants are found wherever they hide, because what has lost its parent becomes a child
 of this process (PR_SET_CHILD_SUBREAPER), and a guardian that is killed takes the server with it
@@ -157,7 +158,8 @@ class Guardian:
         """Until the server has ended, by itself or because it was to, and none of it is left."""
         while self._status is None and not self._asked and os.getppid() == self._service:
             ready, _, _ = select.select([0, self._wake], [], [], ORPHAN_TICK_S)
-            if 0 in ready:  # nothing is ever sent: it was closed
+            if 0 in ready:
+                self._grace_s = float(os.read(0, 64) or self._grace_s)
                 break
             self._drain()
             self._reap()

@@ -38,8 +38,9 @@ CACHED_LAYERS = {"full_attention", "sliding_attention"}
 """Layer types whose whole state is keys and values per token, which rows can be cut out of."""
 
 LOADING = threading.Lock()
-"""transformers and peft patch their own modules while they build a model. Two loads at once in
-one process have left them patched for good: tied weights no longer tied, tensors without data."""
+"""transformers and peft patch their own modules and torch's while they build a model. Two loads at
+once in one process have left them patched for good: tied weights no longer tied, tensors without
+data. So has a load beside one that assigns parameters, which are then registered without data."""
 
 
 class LocalModel:
@@ -114,6 +115,7 @@ class LocalModel:
         name = adapter_name(adapter.digest)
         try:
             config, tensors = _read(adapter)
+            weights = {key: _to_torch(raw, self.device) for key, raw in tensors.items()}
             with LOADING:
                 if self._peft is None:
                     self._peft = PeftModel(
@@ -127,11 +129,10 @@ class LocalModel:
                     self._peft.add_adapter(
                         name, config, autocast_adapter_dtype=False, low_cpu_mem_usage=True
                     )
+                result: Any = set_peft_model_state_dict(
+                    self._peft, weights, adapter_name=name, low_cpu_mem_usage=True
+                )
             self._peft.eval()
-            weights = {key: _to_torch(raw, self.device) for key, raw in tensors.items()}
-            result: Any = set_peft_model_state_dict(
-                self._peft, weights, adapter_name=name, low_cpu_mem_usage=True
-            )
             tuner: Any = self._peft.base_model
             tuner.set_adapter([])  # none is active by itself: rows name theirs
             # The base's own keys are missing too, and so are the other adapters'.

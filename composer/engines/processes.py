@@ -27,6 +27,9 @@ POLL_S = 0.25
 LOG_CHECK_S = 30.0
 LAST_LINES = 8
 PORT_ATTEMPTS = 3
+UNREADY_GRACE_S = 2.0
+"""A server that is not ready has nothing to finish; and vLLM, told to end while its engine starts,
+waits for that engine for ever."""
 
 Value = bool | int | float | str | tuple[str | int | float, ...]
 
@@ -132,6 +135,7 @@ class ManagedProcess:
         self._stopping: asyncio.Task[None] | None = None
         self._closed = False
         self._child: Child | None = None
+        self._was_ready = False
         self.restarts = 0
 
     @property
@@ -204,7 +208,8 @@ class ManagedProcess:
         restarts = self._launch.restarts
         pause = restarts.first_s
         while True:
-            settle(self._up)
+            if self._up is not None and not self._up.done():
+                self._up.set_result(None)
             since = time.monotonic()
             died = await self._watch()
             if time.monotonic() - since >= restarts.healthy_s:
@@ -248,6 +253,7 @@ class ManagedProcess:
                     "process; end that, or name another `port` under `launch`"
                 )
             started = time.monotonic()
+            self._was_ready = False
             child = await self._spawn()
             try:
                 async with asyncio.timeout(self._launch.start_timeout_s) as limit:
@@ -261,6 +267,7 @@ class ManagedProcess:
                 ) from None
             took = time.monotonic() - started
             if status is None:
+                self._was_ready = True
                 log.info("server %s is ready on port %d after %.0f s", self.name, self.port, took)
                 return
             if self._launch.port is None and attempt < PORT_ATTEMPTS and self._lost_its_port():
@@ -334,7 +341,8 @@ class ManagedProcess:
 
     async def _end(self) -> None:
         if self._child is not None:
-            await self._child.end()
+            patient = self._launch.stop_timeout_s
+            await self._child.end(None if self._was_ready else min(patient, UNREADY_GRACE_S))
             self._child = None
 
     async def _clear_away(self) -> None:
@@ -363,11 +371,6 @@ class ManagedProcess:
         if self._launch.devices is not None:
             ours["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, self._launch.devices))
         return {"PYTHONUNBUFFERED": "1", **ours, **self._env, **self._launch.env}
-
-
-def settle(future: asyncio.Future[None] | None) -> None:
-    if future is not None and not future.done():
-        future.set_result(None)
 
 
 def fail(future: asyncio.Future[None] | None, failure: Exception) -> None:

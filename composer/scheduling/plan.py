@@ -367,7 +367,7 @@ def _carried(previous: Plan, order: list[Visit]) -> dict[Visit, tuple[str, ...]]
     victims: dict[Visit, tuple[str, ...]] = {}
     over: tuple[str, ...] = ()
     for step in previous.steps:
-        over += step.victims
+        over = tuple(dict.fromkeys(over + step.victims))
         if step.visit in kept:
             victims[step.visit] = over
             over = ()

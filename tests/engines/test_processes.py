@@ -344,6 +344,18 @@ async def test_stop_cancels_a_start_and_its_callers_hear_of_it(make: Make) -> No
     assert not standin.left()
 
 
+async def test_a_start_is_cancelled_soon_however_stubborn_the_server(make: Make) -> None:
+    """vLLM does not heed SIGTERM while its engine starts."""
+    standin = make("--delay", "600", "--stubborn", stop_timeout_s=300)
+    start = asyncio.create_task(standin.process.start())
+    await until(lambda: bool(standin.runs))
+    async with asyncio.timeout(60):
+        await standin.process.stop()
+    assert not standin.left()
+    with pytest.raises(EngineUnavailable, match="was stopped while it started"):
+        await start
+
+
 async def test_stop_cancels_a_restart(make: Make) -> None:
     standin = make(restarts=Restarts(first_s=60))
     await standin.process.start()

@@ -6,7 +6,7 @@ from functools import cache
 from itertools import combinations
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from composer.scheduling.measures import segment_cache, segment_routing
@@ -42,18 +42,21 @@ def best_cache(calls: list[str], capacity: int) -> float:
 
 
 @given(calls=traffic, capacity=st.integers(1, 6), segment=st.integers(1, 16))
+@settings(deadline=None)
 def test_routing_covers_what_the_best_set_of_each_segment_covers(calls, capacity, segment):
     found = segment_routing(calls, capacity, segment)
     assert found == pytest.approx(best_sets(calls, capacity, segment))
 
 
 @given(calls=traffic, capacity=st.integers(1, 5))
+@settings(deadline=None)
 def test_a_cache_that_knows_everything_is_the_best_there_is(calls, capacity):
     assert segment_cache(calls, capacity) == pytest.approx(best_cache(calls, capacity))
     assert segment_cache(calls, capacity, len(calls)) == segment_cache(calls, capacity)
 
 
 @given(calls=traffic, capacity=st.integers(1, 5), segment=st.integers(1, 14))
+@settings(deadline=None)
 def test_knowing_less_never_helps(calls, capacity, segment):
     some, everything = segment_cache(calls, capacity, segment), segment_cache(calls, capacity)
     assert some is not None

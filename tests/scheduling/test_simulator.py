@@ -7,7 +7,7 @@ from dataclasses import replace
 from math import inf
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from benchmarks.swapping.baselines import (
@@ -246,6 +246,7 @@ def workloads(draw: st.DrawFn) -> Workload:
 
 @pytest.mark.parametrize("rule", range(len(RULES)))
 @given(work=workloads())
+@settings(max_examples=40, deadline=None)
 def test_no_rule_breaks_the_device_or_lets_a_call_wait_past_its_bound(rule: int, work: Workload):
     result = simulate(RULES[rule](), work, log=True)
     assert result.late == result.cut == 0
