@@ -144,6 +144,8 @@ class Problem:
                     total += self.load_s[model]
         free = self.load_s.copy()
         for a, b, first, second in self.crossed:
+            if state.inside & (1 << a | 1 << b):
+                continue  # its being there may be one of the two times
             if free[a] and free[b] and first & left and second & left:
                 share = min(free[a], free[b])
                 total += share

@@ -85,6 +85,7 @@ class Planner:
         self.early = sorted(
             (demand.target - demand.load_s - demand.unload_s, *visit)
             for visit, demand in view.demands.items()
+            if demand.model not in view.holders
         )
         times = [at - GUARD_S for at in self.due] + [at for at, *_ in self.early]
         self.look_at = min((at for at in times if at > view.now), default=math.inf)

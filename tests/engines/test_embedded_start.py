@@ -11,15 +11,17 @@ import threading
 import weakref
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
+from composer.engines import model as model_module
 from composer.engines.local import EmbeddedEngine, EmbeddedSettings
 from composer.engines.model import LocalModel
 from composer.engines.worker import Worker
 from composer.errors import EngineError, EngineUnavailable
-from composer.types import Adapter
+from composer.types import Adapter, Placement
 from tests.engines.conftest import make_call, reference, text
 
 
@@ -243,11 +245,36 @@ def test_importing_the_engine_imports_no_torch() -> None:
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
-async def test_models_loaded_at_once_do_not_disturb_each_other(base: Path) -> None:
+async def test_models_loaded_at_once_do_not_disturb_each_other(
+    base: Path, adapters: tuple[Adapter, ...]
+) -> None:
     """Unguarded, some of these loads fail, and so does every load after them."""
-    engines = [EmbeddedEngine(f"s{i}", EmbeddedSettings(model=str(base))) for i in range(6)]
-    await asyncio.gather(*(engine.start() for engine in engines))
-    said = [await text(engine, make_call()) for engine in engines]
-    assert len(set(said)) == 1
+    called = (None, *adapters)
+    expected = [reference(base, adapter, "hello", 12) for adapter in called]
+    engines = [
+        EmbeddedEngine(f"s{i}", EmbeddedSettings(model=str(base)), placement=Placement("box", 1))
+        for i in range(6)
+    ]
     for engine in engines:
+        await engine.prepare(adapters)  # loaded at the start
+    await asyncio.gather(*(engine.start() for engine in engines))
+    for engine in engines:
+        assert [await text(engine, make_call(adapter=a)) for a in called] == expected
         await engine.close()
+
+
+def test_an_adapters_tensors_are_put_in_while_nothing_else_loads(
+    base: Path, adapters: tuple[Adapter, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While peft builds a model, all parameters of the process are registered without data."""
+    guarded: list[bool] = []
+    put_in = model_module.set_peft_model_state_dict
+
+    def watched(*args: Any, **kwargs: Any) -> Any:
+        guarded.append(model_module.LOADING.locked())
+        return put_in(*args, **kwargs)
+
+    monkeypatch.setattr(model_module, "set_peft_model_state_dict", watched)
+    LocalModel(EmbeddedSettings(model=str(base))).load(adapters)
+    assert guarded == [True] * len(adapters)
+    assert not model_module.LOADING.locked()

@@ -106,6 +106,7 @@ async def ask(client: httpx.AsyncClient, skill: str, bound: float) -> Asked:
     return Asked(skill, bound, 200, took, said, None)
 
 
+@pytest.mark.slow
 async def test_kill_9_of_the_server_under_load_three_times(tmp_path: Path) -> None:
     answers: list[Asked] = []
     ended = asyncio.Event()

@@ -26,7 +26,7 @@ from examples.tiny.tasks import SKILLS
 from tests.engines.conftest import with_own_digest
 from tests.vllm import ENVIRONMENT, python, vllm_marks
 
-pytestmark = [*vllm_marks, pytest.mark.slow, pytest.mark.asyncio(loop_scope="module")]
+pytestmark = [*vllm_marks, pytest.mark.asyncio(loop_scope="module")]
 
 SKILLS_OF_LARGE = EXPERTS["large"]
 PROMPTS = 50
@@ -278,6 +278,7 @@ async def test_an_adapter_that_is_not_there(engine: VllmEngine, tmp_path: Path) 
     assert await text_of(engine, call("reverse shade", ADAPTERS["reverse"])) == "edahs"
 
 
+@pytest.mark.slow
 async def test_a_restart_brings_the_same_answers_back(engine: VllmEngine) -> None:
     calls = [call(SKILLS[s].sample("test", 1, 9)[0].prompt, a) for s, a in ADAPTERS.items()]
     before = await at_most(4, engine, calls)

@@ -9,6 +9,7 @@ from itertools import pairwise
 from pathlib import Path
 
 import psutil
+import pytest
 
 from benchmarks.vllm_swaps import ASKED, alternate, serving
 from tests.vllm import python, vllm_marks
@@ -19,6 +20,7 @@ PATIENCE = 0.1
 """The service's default."""
 
 
+@pytest.mark.slow
 async def test_sixty_requests_by_turns_swap_seldom_and_keep_their_bound(tmp_path: Path) -> None:
     async with serving(tmp_path, Path(python()), PATIENCE) as client:
         run = await alternate(client)

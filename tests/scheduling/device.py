@@ -72,7 +72,7 @@ class Device:
         self.number += 1
         heapq.heappush(self.future, (time, self.number, event))
 
-    def run(self, until: float = float("inf"), most: int = 200_000) -> Device:
+    def run(self, until: float = float("inf"), most: int = 50_000) -> Device:
         for _ in range(most):
             time = self.future[0][0] if self.future else float("inf")
             if self.alarm is not None and self.alarm < time:
