@@ -85,9 +85,9 @@ class Edge:
                     headers={"www-authenticate": "Bearer"},
                 )
         length = headers.get("content-length", "")
-        # Ten digits are beyond any limit, and int() itself refuses very long numbers.
+        # Beyond any limit; and int() itself refuses very long numbers.
         limit = self._limit(scope)
-        if length.isdecimal() and (len(length) > 10 or int(length) > limit):
+        if length.isdecimal() and (len(length) > 18 or int(length) > limit):
             return WireError(413, _too_large(limit), INVALID, HTTP_CODES[413])
         return None
 

@@ -203,7 +203,7 @@ async def _engine_for(server: Server, live: Sequence[Generation]) -> tuple[Engin
     if shared is not None:
         engine, place = shared.engines[server.id], shared.places[server.id]
         if server.placement is None and not await engine.healthy():
-            await engine.start()
+            await _started(engine)
         return engine, place
     engine = ENGINES[server.engine](server.id, server.settings, placement=server.placement)
     try:

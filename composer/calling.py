@@ -68,9 +68,10 @@ class CallRun:
                 return
             except EngineUnavailable as error:
                 lost = True
-                attempts = self._entry["attempts"] = self._entry.get("attempts", 1) + 1
-                if began or attempts > MOST_ATTEMPTS:
+                attempts = self._entry.get("attempts", 1)
+                if began or attempts == MOST_ATTEMPTS:
                     raise
+                self._entry["attempts"] = attempts + 1
                 log.warning("call %s will be tried again: %s", self._call.id, error)
             finally:
                 self._scheduler.release(lease, lost=lost)

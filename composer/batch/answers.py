@@ -44,9 +44,10 @@ class Answers:
     line. One process at a time has them open. Opening and `write` block; used from one event
     loop."""
 
-    def __init__(self, path: Path, *, digest: str, lines: int) -> None:
-        """Takes up what is there, or begins. Raises Conflict where the file belongs to another
-        input, Locked where to another process, and StoreError where it cannot be written."""
+    def __init__(self, path: Path, *, digest: str, lines: int, fresh: bool = False) -> None:
+        """Takes up what is there, or begins; `fresh` throws away what is there, whatever input it
+        belongs to. Raises Conflict where the file belongs to another input, Locked where to another
+        process, and StoreError where it cannot be written."""
         self._path = path
         self._head = {"version": VERSION, "input": digest, "lines": lines}
         self._at = array("q", [-1]) * lines
@@ -61,6 +62,8 @@ class Answers:
             raise StoreError(f"{path} cannot be written: {error.strerror}") from error
         try:
             self._take()
+            if fresh:
+                os.ftruncate(self._fd, 0)
             self._end = self._recover()
         except OSError as error:
             os.close(self._fd)

@@ -106,16 +106,12 @@ class Job:
             if self.finished:
                 self._check_done()
                 return
-            self._answers = self._open()
-            if fresh and self._answers.answered:
-                self._partial.unlink()  # held by us, so nobody else writes it
-                self._answers = self._open()
+            self._answers = Answers(
+                self._partial, digest=self.lines.digest, lines=len(self.lines), fresh=fresh
+            )
         except BaseException:
             self.lines.close()
             raise
-
-    def _open(self) -> Answers:
-        return Answers(self._partial, digest=self.lines.digest, lines=len(self.lines))
 
     def _check_done(self) -> None:
         """A finished output names no input, so its ids say whose it is."""

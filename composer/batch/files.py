@@ -13,6 +13,7 @@ import re
 import shutil
 import time
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, Literal, Protocol, TypeVar
@@ -122,9 +123,10 @@ class Files:
 
     def all(self) -> list[File]:
         """The newest first."""
-        found = [
-            File(**orjson.loads(path.read_bytes())) for path in self.folder.glob("file-*/meta.json")
-        ]
+        found = []
+        for path in self.folder.glob("file-*/meta.json"):
+            with suppress(FileNotFoundError):  # deleted meanwhile
+                found.append(File(**orjson.loads(path.read_bytes())))
         return sorted(found, key=lambda file: (file.created_ns, file.id), reverse=True)
 
     def delete(self, id: str) -> None:

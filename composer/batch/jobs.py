@@ -20,7 +20,7 @@ import os
 import re
 import shutil
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Coroutine, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -144,6 +144,7 @@ class Batches:
         self._jobs: dict[str, _Job] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self._room = asyncio.Semaphore(AT_ONCE)
+        self._saving = asyncio.Lock()
 
     async def start(self) -> None:
         """Goes on with what has not ended. Raises StoreError when the folder cannot be used."""
@@ -164,7 +165,7 @@ class Batches:
         self, *, input_file_id: str, endpoint: str, metadata: dict[str, str] | None
     ) -> Batch:
         """Raises NotFound for an unknown file, Conflict for one that is no input, StoreError."""
-        if self._files.get(input_file_id).purpose != "batch":
+        if (await asyncio.to_thread(self._files.get, input_file_id)).purpose != "batch":
             raise Conflict(
                 f"file {input_file_id!r} was not uploaded with the purpose `batch`",
                 param="input_file_id",
@@ -178,7 +179,7 @@ class Batches:
             expires_at=now // 10**9 + WINDOW_S,
             metadata=metadata,
         )
-        source = self._files.content(input_file_id)
+        source = await asyncio.to_thread(self._files.content, input_file_id)
         await to_end(lambda: self._found(batch, source))
         self._begin(batch)
         return batch
@@ -189,7 +190,7 @@ class Batches:
             return self._current(self._jobs[id])
         if _ID.fullmatch(id):
             with suppress(FileNotFoundError):
-                return await asyncio.to_thread(_load, self._folder / id / "batch.json")
+                return await asyncio.to_thread(self._stored, id)
         raise NotFound(f"there is no batch {id!r}; GET /v1/batches lists them", param="batch_id")
 
     async def all(self) -> list[Batch]:
@@ -210,13 +211,14 @@ class Batches:
         batch = await self.get(id)
         if batch.status in ENDED or batch.status == "finalizing":
             raise Conflict(f"batch {id!r} is {batch.status}: there is nothing to cancel")
-        if id not in self._jobs:
+        job = self._jobs.get(id)
+        if job is None:
             raise Conflict(f"batch {id!r} is run by another process; cancel it there")
-        if batch.status != "cancelling":
-            batch.become("cancelling")
-            await self._save(batch)
-            self._jobs[id].cancelled.set()
-        return batch
+        if job.batch.status != "cancelling":
+            job.batch.become("cancelling")
+            job.cancelled.set()  # also where it cannot be kept: its end is kept later
+            await self._save(job.batch)
+        return job.batch
 
     # --- the life of one -----------------------------------------------------------------
 
@@ -224,7 +226,10 @@ class Batches:
         job = self._jobs[batch.id] = _Job(batch)
         if batch.status == "cancelling":
             job.cancelled.set()
-        task = asyncio.create_task(self._live(job))
+        self._spawn(self._live(job))
+
+    def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
@@ -237,11 +242,19 @@ class Batches:
                         return
                     await asyncio.sleep(RETRY_S)
         except Locked:
-            log.info("batch %s is run by another process", batch.id)
+            log.debug("batch %s is run by another process", batch.id)
+            self._spawn(self._look_again(batch.id))
         except EngineUnavailable as error:
             log.info("batch %s waits for the next start: %s", batch.id, error)
         finally:
             del self._jobs[batch.id]
+
+    async def _look_again(self, id: str) -> None:
+        """The process that runs it may end before it: then it is ours."""
+        await asyncio.sleep(RETRY_S)
+        batch = await asyncio.to_thread(self._stored, id)
+        if batch.status not in ENDED and id not in self._jobs:
+            self._begin(batch)
 
     async def _try(self, job: _Job) -> bool:
         """Whether the batch has come to its end; False: the disk refused, and may not later."""
@@ -257,6 +270,8 @@ class Batches:
                 log.exception("batch %s failed", batch.id)
                 words = "the service failed; its log has the cause under this batch's id"
                 await self._fail(batch, [LineProblem("internal_error", words)])
+                return True  # what it had stays on the disk
+            await to_end(lambda: _clear(self._folder / batch.id))
         except StoreError as error:
             log.error("batch %s pauses for %g s: %s", batch.id, RETRY_S, error)
             return False
@@ -273,6 +288,12 @@ class Batches:
                 undo=Answers.close,
             )
             try:
+                stored = await asyncio.to_thread(self._stored, batch.id)
+                if stored.status in ENDED:  # by another process, while this one waited
+                    return
+                if stored.status == "cancelling" and not job.cancelled.is_set():
+                    batch.become("cancelling")
+                    job.cancelled.set()
                 job.answers = answers
                 batch.total = len(lines)
                 if batch.status == "validating":
@@ -285,7 +306,6 @@ class Batches:
                 await answers.aclose()
         finally:
             lines.close()
-        await to_end(lambda: _clear(folder))
 
     async def _answer(self, job: _Job, lines: Lines, answers: Answers) -> Ending:
         """Until all are answered, the batch is cancelled, or its time is over."""
@@ -342,6 +362,9 @@ class Batches:
         await self._save(batch)
 
     async def _fail(self, batch: Batch, problems: Sequence[LineProblem]) -> None:
+        """Unless another process has ended it, which took its input away."""
+        if (await asyncio.to_thread(self._stored, batch.id)).status in ENDED:
+            return
         batch.errors = [problem.body for problem in problems]
         batch.become("failed")
         await self._save(batch)
@@ -354,10 +377,16 @@ class Batches:
         return job.batch
 
     async def _save(self, batch: Batch) -> None:
-        try:
-            await to_end(lambda: save(self._folder / batch.id / "batch.json", asdict(batch)))
-        except OSError as error:
-            raise StoreError(f"batch {batch.id} cannot be kept: {error.strerror}") from error
+        """One at a time: a batch may be cancelled while its own task saves it."""
+        async with self._saving:
+            content = asdict(batch)
+            try:
+                await to_end(lambda: save(self._folder / batch.id / "batch.json", content))
+            except OSError as error:
+                raise StoreError(f"batch {batch.id} cannot be kept: {error.strerror}") from error
+
+    def _stored(self, id: str) -> Batch:
+        return _load(self._folder / id / "batch.json")
 
     def _found(self, batch: Batch, source: Path) -> None:
         folder = self._folder / batch.id

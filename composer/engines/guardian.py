@@ -264,8 +264,10 @@ class Guardian:
 
     @staticmethod
     def _say(text: str) -> None:
-        """Into the server's log, which is our standard error too."""
-        os.write(2, f"guardian: {text}\n".encode())
+        """Into the server's log, which is our standard error too. A full disk must not end us
+        before the server has."""
+        with suppress(OSError):
+            os.write(2, f"guardian: {text}\n".encode())
 
 
 def kill_group(group: int, number: signal.Signals | None) -> bool:

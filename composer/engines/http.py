@@ -105,7 +105,7 @@ class Flight:
     def end(self, why: str) -> None:
         """What it waits for now, or next, raises EngineUnavailable."""
         self._ended = why
-        if self._waiting is not None:
+        if self._waiting is not None and not self._waiting.expired():  # else it ends by itself
             self._waiting.reschedule(0.0)
 
     async def wait(self, awaited: Awaitable[T], until: float, phase: str) -> T:

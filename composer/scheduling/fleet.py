@@ -63,8 +63,8 @@ class Fleet:
                     f"{event.memory_gb}; give it a larger device or a smaller memory_gb"
                 )
         self.memory_gb = event.memory_gb
-        for state in list(self.claims):  # decided on for another memory
-            self.unclaim(state)
+        for claimed in list(self.claims):  # decided on for another memory
+            self.unclaim(claimed)
         for model in event.models:
             state = self.models.get(model.id)
             if state is None:

@@ -103,7 +103,7 @@ class LogFile:
     def _write_pending(self) -> None:
         """What could not be written stays pending."""
         while self._pending:
-            if self._file.tell() >= self._max_bytes:
+            if self._file.closed or self._file.tell() >= self._max_bytes:
                 self._file.close()
                 self._part += 1
                 self._file = self._open()
@@ -137,7 +137,8 @@ class LogFile:
 
     def _open(self) -> FileIO:
         """A new file at `path`, those before it moved on by one number."""
-        for number in range(self._files - 1, 0, -1):
+        moved = range(self._files - 1, 0, -1) if self._path.exists() else ()
+        for number in moved:  # none where an earlier attempt moved them and could not begin
             with suppress(FileNotFoundError):
                 numbered(self._path, number - 1).replace(numbered(self._path, number))
         self._file = FileIO(self._path, "w")

@@ -95,7 +95,7 @@ class Plan:
     """`slack` is the least time by which a call is expected to be granted before its deadline;
     negative: some call will be late. `leave_by` has the victims' times, `ready` when each visit
     begins if all is begun now; `regret` sums the victims'. `spare` is `slack` less the margin for
-    what may last longer."""
+    what may last longer; `end` is when the last visit's calls have ended."""
 
     steps: tuple[Step, ...] = ()
     slack: float = math.inf
@@ -103,6 +103,7 @@ class Plan:
     ready: Mapping[Visit, float] = field(default_factory=dict)
     regret: float = 0.0
     spare: float = math.inf
+    end: float = -math.inf
 
     @property
     def order(self) -> list[Visit]:
@@ -268,7 +269,8 @@ def evaluate(
         for name in step.victims:
             leave_by[name] = latest
     steps.reverse()
-    return Plan(tuple(steps), slack, leave_by, ready_at, regret, min(slack, rest))
+    end = max([holders[step.visit[0]].done for step in timed if step.visit[0] in holders], default=now)
+    return Plan(tuple(steps), slack, leave_by, ready_at, regret, min(slack, rest), end)
 
 
 def choose_victims(

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 
 from composer.scheduling.fleet import SERVING, Fleet
-from composer.scheduling.plan import Plan, View, best_plan, evaluate
+from composer.scheduling.plan import Demand, Plan, View, best_plan, evaluate
 from composer.scheduling.planning import view_of
 from composer.scheduling.queues import Entry, end_of, start_of
 from composer.scheduling.state import ModelState, Phase
@@ -83,12 +83,19 @@ class Planner:
                 for step, late in zip(plan.steps, growing.steps, strict=True)
             ]
         self.early = sorted(
-            (demand.target - demand.load_s - demand.unload_s, *visit)
+            (self._early(demand, view.now), *visit)
             for visit, demand in view.demands.items()
             if demand.model not in view.holders
         )
         times = [at - GUARD_S for at in self.due] + [at for at, *_ in self.early]
         self.look_at = min((at for at in times if at > view.now), default=math.inf)
+
+    def _early(self, demand: Demand, now: float) -> float:
+        """When a visit may begin if nobody waits for those in its place."""
+        share = self._fleet.settings.lazy_share
+        if demand.busy_s > share * self._fleet.models[demand.model].bound_s:
+            return now
+        return demand.target - demand.load_s - demand.unload_s
 
     # --- admission -------------------------------------------------------------------
 

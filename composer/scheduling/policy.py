@@ -233,6 +233,8 @@ class SwapPolicy:
             plan = evaluate(view, order, {visit: names}, fast=True)
             if plan is None or plan.slack < min(planner.plan.slack, ADMIT_S):
                 continue
+            if plan.victims.get(visit) != names:
+                continue  # its turn comes after a load of it that is decided on already
             for name in names:
                 fleet.close(fleet.models[name], plan.leave_by[name])
             fleet.claim(fleet.models[model])

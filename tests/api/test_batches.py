@@ -398,6 +398,83 @@ async def test_a_batch_of_a_living_process_is_left_to_it(world: World) -> None:
             await two.wait(id_, lambda batch: batch["status"] == "completed")
 
 
+async def test_what_another_process_leaves_unfinished_is_taken_over(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(jobs, "RETRY_S", 0.05)
+    world.engine.held = True
+    async with Running(make_world(settings=world.service.settings)) as after:
+        async with Running(world) as before:
+            id_ = await before.create([line("a")])
+            await before.wait(id_, lambda batch: batch["status"] == "in_progress")
+            await after.batches.start()
+        await after.wait(id_, lambda batch: batch["status"] == "completed")
+
+
+@pytest.mark.parametrize("waits", [True, False])
+async def test_a_batch_that_another_process_has_ended_stays_as_it_ended(
+    world: World, waits: bool
+) -> None:
+    """Also for one that read it before, and then had no room for it."""
+    async with Running(world) as one, Running(make_world(settings=world.service.settings)) as two:
+        id_ = await one.create([line("a")])
+        ended = await one.wait(id_, lambda batch: batch["status"] in ENDED)
+        while one.batches._jobs:
+            await asyncio.sleep(0.005)
+        stale = await two.batches.get(id_)
+        stale.become("in_progress")
+        stale.status = "in_progress"
+        folder = world.service.settings.files_dir / id_
+        if not waits:  # it ends at this moment, its input not yet taken away
+            (folder / "input.jsonl").write_text(json.dumps(line("a")) + "\n")
+        two.batches._begin(stale)
+        while two.batches._jobs:
+            await asyncio.sleep(0.005)
+        assert (await two.client.get(f"/v1/batches/{id_}")).json() == ended
+        assert [path.name for path in folder.iterdir()] == ["batch.json"]
+
+
+async def test_a_batch_is_cancelled_while_it_is_saved(
+    running: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, saving = jobs.save, Counter[str]()
+
+    def slowly(path: Path, content: Any) -> None:
+        saving["most"] = max(saving["most"], saving["now"] + 1)
+        saving["now"] += 1
+        time.sleep(0.05)
+        real(path, content)
+        saving["now"] -= 1
+
+    running.world.engine.held = True
+    monkeypatch.setattr(jobs, "save", slowly)
+    id_ = await running.create([line("a")])
+    await running.wait(id_, lambda batch: saving["now"] == 1)
+    reply = await running.client.post(f"/v1/batches/{id_}/cancel")
+    assert reply.status_code == 200
+    await running.wait(id_, lambda batch: batch["status"] == "cancelled")
+    assert saving["most"] == 1
+
+
+async def test_a_cancel_that_could_not_be_kept_is_still_one(
+    running: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    running.world.engine.held = True
+    id_ = await running.create([line("a")])
+    await running.wait(id_, lambda batch: batch["status"] == "in_progress")
+    real, full = jobs.save, [True]
+
+    def save(path: Path, content: Any) -> None:
+        if full:
+            full.clear()
+            raise OSError(28, "No space left on device")
+        real(path, content)
+
+    monkeypatch.setattr(jobs, "save", save)
+    assert (await running.client.post(f"/v1/batches/{id_}/cancel")).status_code == 503
+    await running.wait(id_, lambda batch: batch["status"] == "cancelled")
+
+
 async def test_a_disk_that_is_full_for_a_while(
     running: Running, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -98,6 +98,13 @@ def test_fresh_throws_away_what_was_there(world: World, tmp_path: Path) -> None:
     assert run(lambda: world.service, source, tmp_path / "out", fresh=True) == Done(6, 0, 6)
 
 
+def test_fresh_begins_anew_with_a_changed_input(world: World, tmp_path: Path) -> None:
+    source = write(tmp_path / "in", [line("0"), line("1")])
+    asyncio.run(part_done(source, tmp_path / "out", 1))
+    write(source, [line("0"), line("1", "another question"), line("2")])
+    assert run(lambda: world.service, source, tmp_path / "out", fresh=True) == Done(3, 0, 3)
+
+
 def test_a_changed_input_is_refused_before_anything_runs(tmp_path: Path) -> None:
     source = write(tmp_path / "in", [line("0"), line("1")])
     asyncio.run(part_done(source, tmp_path / "out", 1))

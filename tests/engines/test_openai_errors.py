@@ -121,3 +121,26 @@ async def test_a_flight_ends_by_its_limit_or_from_outside() -> None:
         await waiting
     with pytest.raises(EngineUnavailable, match="was stopped"):
         await flight.wait(asyncio.Event().wait(), clock() + 60, "x")
+
+
+async def test_a_flight_may_be_ended_while_it_ends() -> None:
+    """By its own limit, or by an earlier word: a stop must not fail of it."""
+
+    async def slow_to_go() -> None:
+        try:
+            await asyncio.Event().wait()
+        except asyncio.CancelledError:
+            await asyncio.sleep(0.02)
+            raise
+
+    clock = asyncio.get_running_loop().time
+    for until in (clock(), clock() + 60):
+        flight = Flight("s")
+        waiting = asyncio.create_task(flight.wait(slow_to_go(), until, "no token"))
+        await asyncio.sleep(0)
+        if until > clock():
+            flight.end("was stopped")
+        await asyncio.sleep(0.01)
+        flight.end("was closed")
+        with pytest.raises(EngineUnavailable, match="was closed"):
+            await waiting

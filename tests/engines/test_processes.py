@@ -18,7 +18,7 @@ import pytest_asyncio
 import uvloop
 from pydantic import ValidationError
 
-from composer.engines import processes
+from composer.engines import guardian, processes
 from composer.engines.processes import Launch, ManagedProcess, Restarts
 from composer.errors import EngineError, EngineUnavailable
 from tests.engines.managed import Standin, guardian_of, running, until
@@ -297,6 +297,26 @@ async def test_what_ignores_sigterm_is_killed(make: Make) -> None:
     assert standin.process.log.tail(1) == [
         "guardian: what is left did not end in time and is killed"
     ]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="writes to /dev/full")
+async def test_a_full_disk_keeps_no_server_from_being_killed(tmp_path: Path) -> None:
+    ready = tmp_path / "ready"
+    stubborn = f"trap '' TERM; echo $$ > {ready}; exec sleep 60"
+    ours, theirs = socket.socketpair()
+    full = os.open("/dev/full", os.O_WRONLY)
+    with theirs:
+        child = await asyncio.create_subprocess_exec(
+            *(sys.executable, "-I", "-S", guardian.__file__, "0.1", str(os.getpid())),
+            *("sh", "-c", stubborn),
+            stdin=theirs,
+            stderr=full,
+        )
+    os.close(full)
+    await until(lambda: ready.exists() and ready.read_text().endswith("\n"))
+    ours.close()
+    assert await child.wait() == 0
+    assert not running(int(ready.read_text()))
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="looks into /dev/shm")

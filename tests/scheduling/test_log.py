@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -14,6 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from composer.errors import SettingsError
+from composer.scheduling import logfile
 from composer.scheduling.events import (
     Action,
     Arrived,
@@ -272,6 +274,34 @@ def test_a_disk_that_fails_stops_nobody_and_what_waited_is_written_later(
     file.close()
     assert numbers(tmp_path / "log.jsonl") == [0, 1, 2]
     assert file.stats() == {"written": 3, "lost": 2, "pending": 0}
+
+
+def test_a_rotation_that_fails_is_tried_again_and_costs_no_older_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("composer.scheduling.logfile.PAUSE_S", 0.001)
+    path = tmp_path / "log.jsonl"
+    file = LogFile(path, {}, number_line, max_bytes=10)
+    file.put(1)
+    while file.stats()["pending"]:
+        time.sleep(0.001)
+    real, tries = logfile.FileIO, []
+
+    def none_left(path: Path, mode: str) -> logfile.FileIO:
+        tries.append(path)
+        if len(tries) < 20:
+            raise OSError(24, "Too many open files")
+        return real(path, mode)
+
+    monkeypatch.setattr(logfile, "FileIO", none_left)
+    file.put(2)
+    until = time.monotonic() + 10
+    while file.stats()["pending"]:
+        assert time.monotonic() < until
+        time.sleep(0.001)
+    file.close()
+    assert numbers(path) == [1, 2]
+    assert sorted(one.name for one in tmp_path.iterdir()) == ["log.jsonl", "log.jsonl.1"]
 
 
 def test_half_a_write_is_taken_back(tmp_path: Path) -> None:

@@ -145,7 +145,7 @@ KNOBS = st.builds(
 )
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(data=st.data(), fleet=fleets(), knobs=KNOBS, seed=st.integers(0, 10**6))
 def test_under_sound_estimates_no_admitted_call_is_late(
     data: st.DataObject, fleet: tuple[list[Model], float], knobs: PolicySettings, seed: int
@@ -165,7 +165,7 @@ def test_under_sound_estimates_no_admitted_call_is_late(
     assert not on.cut
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(
     data=st.data(),
     fleet=fleets(),
