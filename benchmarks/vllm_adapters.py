@@ -189,7 +189,7 @@ def registry(folder: Path, python: Path) -> str:
         # A catalog has one; the requests here name their expert.
         "policies": {"auto": {"router": {"name": "neighbours"}, "strategy": {"name": "single"}}},
     }
-    return yaml.safe_dump(catalog)
+    return str(yaml.safe_dump(catalog))
 
 
 def log_of(folder: Path) -> Path:

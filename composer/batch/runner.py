@@ -46,6 +46,9 @@ many that wait where the scheduler sees them, and as many that are on their way 
 PAUSES_S = (1.0, 5.0, 30.0)
 """Before a line is tried again whose server was not there or had no room."""
 
+LONGEST_PAUSE_S = 60.0
+"""Of those that a server asks for itself (429 with Retry-After)."""
+
 
 class Runner:
     """Runs batches, several at once where asked to; their calls pass one gate."""
@@ -161,7 +164,8 @@ class Runner:
             except (EngineUnavailable, Overloaded) as error:
                 self._generations.current  # noqa: B018 (raises when the service is closing)
                 if pause_s is not None:
-                    await asyncio.sleep(pause_s)
+                    told_s = error.retry_after if isinstance(error, Overloaded) else 0.0
+                    await asyncio.sleep(max(pause_s, min(told_s, LONGEST_PAUSE_S)))
                     continue
                 reply = self.codec.failed(error, id_)
             except Exception as error:  # whatever it is, it is this line's and stops no other

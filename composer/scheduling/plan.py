@@ -269,7 +269,9 @@ def evaluate(
         for name in step.victims:
             leave_by[name] = latest
     steps.reverse()
-    end = max([holders[step.visit[0]].done for step in timed if step.visit[0] in holders], default=now)
+    end = max(
+        [holders[step.visit[0]].done for step in timed if step.visit[0] in holders], default=now
+    )
     return Plan(tuple(steps), slack, leave_by, ready_at, regret, min(slack, rest), end)
 
 

@@ -20,8 +20,9 @@ class PolicySettings:
 
     `patience`: the share of a call's bound that may pass before a swap is begun for its sake;
     1: as late as is safe, fewest swaps; towards 0: less waiting, more swaps.
-    `lazy_share`: swaps are put off only while the work that waits for them takes no more than this
-    share of a bound: under more load, idling now would make calls be refused later.
+    `lazy_share`: a swap is no longer put off, unless it is for others' sake, once the calls that
+    wait for it need more than this share of their bound to be served: idling now would make
+    calls be refused later.
     `drain_s`: a leaving model's calls may run on for so long, and longer while nobody is late for
     it, before they are cut.
     `margin`: durations are planned with at their mean plus so many spreads.
@@ -35,7 +36,7 @@ class PolicySettings:
     """
 
     patience: float = 1.0
-    lazy_share: float = 0.5
+    lazy_share: float = 0.1
     drain_s: float = 30.0
     margin: float = 2.0
     learn: bool = True

@@ -23,6 +23,7 @@ from openai.types import Batch
 
 from api.app import create_app
 from composer.batch import jobs
+from composer.batch.files import save
 from composer.batch.jobs import Batches
 from composer.settings import Settings
 from tests.api.conftest import Live
@@ -437,13 +438,13 @@ async def test_a_batch_that_another_process_has_ended_stays_as_it_ended(
 async def test_a_batch_is_cancelled_while_it_is_saved(
     running: Running, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real, saving = jobs.save, Counter[str]()
+    saving = Counter[str]()
 
     def slowly(path: Path, content: Any) -> None:
         saving["most"] = max(saving["most"], saving["now"] + 1)
         saving["now"] += 1
         time.sleep(0.05)
-        real(path, content)
+        save(path, content)
         saving["now"] -= 1
 
     running.world.engine.held = True
@@ -462,15 +463,15 @@ async def test_a_cancel_that_could_not_be_kept_is_still_one(
     running.world.engine.held = True
     id_ = await running.create([line("a")])
     await running.wait(id_, lambda batch: batch["status"] == "in_progress")
-    real, full = jobs.save, [True]
+    full = [True]
 
-    def save(path: Path, content: Any) -> None:
+    def save_next_time(path: Path, content: Any) -> None:
         if full:
             full.clear()
             raise OSError(28, "No space left on device")
-        real(path, content)
+        save(path, content)
 
-    monkeypatch.setattr(jobs, "save", save)
+    monkeypatch.setattr(jobs, "save", save_next_time)
     assert (await running.client.post(f"/v1/batches/{id_}/cancel")).status_code == 503
     await running.wait(id_, lambda batch: batch["status"] == "cancelled")
 

@@ -14,7 +14,7 @@ import pytest
 from composer.batch.answers import Answers
 from composer.batch.lines import Lines
 from composer.batch.runner import Unwatched
-from composer.errors import EngineError, EngineUnavailable, RequestError, StoreError
+from composer.errors import EngineError, EngineUnavailable, Overloaded, RequestError, StoreError
 from composer.scheduling.base import Lease, Place
 from composer.scheduling.events import Model
 from composer.scheduling.policy import PolicySettings, SwapPolicy
@@ -143,6 +143,27 @@ async def test_a_server_that_is_away_is_waited_for(
     scheduler.refusals = 99
     [answered] = await Bench(stage(), scheduler).run(source, tmp_path / "out2")
     assert answered["response"]["status_code"] == 503
+
+
+async def test_a_server_that_says_when_to_come_back_is_believed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pauses, real = [], asyncio.sleep
+
+    async def sleep(seconds: float) -> None:
+        pauses.append(seconds)
+        await real(0)
+
+    source = write(tmp_path / "in", [line("a")])
+    for told, waited in ((7.0, [7.0, 7.0, 30.0]), (900.0, [60.0, 60.0, 60.0])):
+        staged = stage()
+        staged.engine.fail = Overloaded("it answered 429", retry_after=told)
+        with monkeypatch.context() as patch:
+            patch.setattr("composer.batch.runner.asyncio.sleep", sleep)
+            [answered] = await Bench(staged).run(source, tmp_path / f"out{told}")
+        assert answered["response"]["status_code"] == 503
+        assert [seconds for seconds in pauses if seconds] == waited
+        pauses.clear()
 
 
 async def test_when_the_service_closes_nothing_is_put_down_as_failed(tmp_path: Path) -> None:
