@@ -67,7 +67,7 @@ def _per_wait(share: float, work: Workload) -> float:
 
 RULES: Mapping[str, tuple[Sequence[float], Callable[[float, Workload], DevicePolicy]]] = {
     OURS: (
-        (0.02, 0.1, 0.25, 0.5, 0.75, 0.9, 1.0),
+        (0.001, 0.02, 0.1, 0.25, 0.5, 0.75, 1.0),
         lambda knob, work: SwapPolicy(PolicySettings(patience=knob)),
     ),
     "arrival order": ((1, 8), lambda knob, work: ArrivalOrder(int(knob))),

@@ -196,12 +196,13 @@ class Answers:
                 puts, self._waiting = self._waiting, []
                 try:
                     await asyncio.to_thread(self._commit, puts)
-                except OSError as error:
+                except Exception as error:
+                    why = error.strerror if isinstance(error, OSError) else repr(error)
                     for put in puts:
                         if not put.done.cancelled():
                             put.done.set_exception(
                                 StoreError(
-                                    f"{self._path} cannot be written: {error.strerror}; what was "
+                                    f"{self._path} cannot be written: {why}; what was "
                                     "answered before is safe"
                                 )
                             )

@@ -214,7 +214,7 @@ class ManagedProcess:
             died = await self._watch()
             if time.monotonic() - since >= restarts.healthy_s:
                 pause = restarts.first_s
-            log.error("%s", self._failure(f"{died}; it is started again in {pause:g} s"))
+            self._failure(f"{died}; it is started again in {pause:g} s")
             while not await self._begin_again(pause):
                 pause = min(2 * pause, restarts.most_s)
             pause = min(2 * pause, restarts.most_s)
@@ -353,9 +353,11 @@ class ManagedProcess:
             log.error("server %s: %s", self.name, failure)
 
     def _failure(self, what: str) -> EngineUnavailable:
+        """The error, and in our log more than it says."""
+        # What the server said is for our log: the error is shown to callers, in /health too.
         said = "".join(f"\n    {line}" for line in self.log.tail(LAST_LINES))
-        ends = f"which ends in:{said}" if said else "which is empty"
-        return EngineUnavailable(f"server {self.name} {what}; its log is {self.log.path}, {ends}")
+        log.error("server %s %s; its log ends in:%s", self.name, what, said or " nothing")
+        return EngineUnavailable(f"server {self.name} {what}; see its log, {self.log.path}")
 
     def _lost_its_port(self) -> bool:
         if not is_free(self.port):

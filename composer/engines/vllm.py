@@ -22,7 +22,7 @@ from composer.engines.vllm_launch import (
     check_placement,
 )
 from composer.engines.vllm_server import VllmServer
-from composer.errors import EngineError
+from composer.errors import EngineError, Unsupported
 from composer.types import (
     SAFE_PARAMETERS,
     Ability,
@@ -127,6 +127,8 @@ class VllmEngine:
     async def run(self, call: Call) -> AsyncGenerator[Chunk, None]:
         if not self._server.running:
             raise self._server.not_running()
+        if not self._settings.remote_images:
+            _refuse_remote_images(call.messages)
         with self._server.upstream.flight() as flight:
             body = await self._body(call, flight)
             begun = False
@@ -205,3 +207,20 @@ class VllmEngine:
             "POST", f"{self._server.root()}/tokenize", body, flight=flight
         )
         return int(counted["count"])
+
+
+def _refuse_remote_images(messages: Sequence[Message]) -> None:
+    """Raises Unsupported where the server would fetch an image for a caller."""
+    parts = (
+        part
+        for message in messages
+        if isinstance(content := message.get("content"), list)
+        for part in content
+        if part.get("type") == "image_url"
+    )
+    if any(not part["image_url"]["url"].startswith("data:") for part in parts):
+        raise Unsupported(
+            "this server fetches no images; send them as data: URLs, or have its `remote_images` "
+            "set to true",
+            param="messages",
+        )

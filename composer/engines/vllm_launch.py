@@ -92,6 +92,11 @@ class VllmSettings(BaseModel):
         description="By how much a probe's log-probabilities may differ: batches and "
         "half-precision kernels move them.",
     )
+    remote_images: bool = Field(
+        False,
+        description="Whether callers may have it fetch images from http(s) addresses. It fetches "
+        "from where it stands, so it may reach what callers cannot; `data:` is always taken.",
+    )
     start_timeout_s: Seconds = Field(
         30.0, description="How long a start waits for somebody else's server, in seconds."
     )

@@ -80,14 +80,17 @@ async def test_a_caller_that_gives_up_does_not_end_the_start(make: Make) -> None
     assert first.cancelled()
 
 
-async def test_a_start_that_fails_names_the_log_and_its_last_lines(make: Make) -> None:
+async def test_a_start_that_fails_names_the_log_whose_last_lines_are_in_ours(
+    make: Make, caplog: pytest.LogCaptureFixture
+) -> None:
     standin = make("--fail", "no such model: tiny-large")
     with pytest.raises(EngineUnavailable) as failure:
         await standin.process.start()
     message = str(failure.value)
     assert "server standin ended with status 1" in message
     assert str(standin.log) in message
-    assert "    loading weights\n    no such model: tiny-large" in message  # without its colours
+    assert "tiny-large" not in message  # it is shown to callers
+    assert "    loading weights\n    no such model: tiny-large" in caplog.text  # without colours
     assert not standin.process.alive
     assert not standin.left()
     with pytest.raises(EngineUnavailable):  # tried anew, not remembered
@@ -95,11 +98,14 @@ async def test_a_start_that_fails_names_the_log_and_its_last_lines(make: Make) -
     assert len(standin.runs) == 2
 
 
-async def test_a_command_that_is_not_there_says_so(tmp_path: Path, make: Make) -> None:
+async def test_a_command_that_is_not_there_says_so(
+    make: Make, caplog: pytest.LogCaptureFixture
+) -> None:
     standin = make()
     standin.process._command = lambda port: ["/no/such/python", "-m", "vllm"]
-    with pytest.raises(EngineUnavailable, match="cannot run /no/such/python: No such file"):
+    with pytest.raises(EngineUnavailable, match="see its log"):
         await standin.process.start()
+    assert "cannot run /no/such/python: No such file" in caplog.text
 
 
 async def test_a_log_that_cannot_be_written_says_so(tmp_path: Path, make: Make) -> None:
@@ -134,7 +140,7 @@ async def test_a_ready_that_hangs_does_not_hide_a_death(make: Make) -> None:
     standin = make("--fail", "out of memory")
     standin.process._ready = lambda: asyncio.sleep(60, result=True)
     async with asyncio.timeout(20):
-        with pytest.raises(EngineUnavailable, match="out of memory"):
+        with pytest.raises(EngineUnavailable, match="ended with status 1"):
             await standin.process.start()
 
 
@@ -533,7 +539,7 @@ async def test_the_log_has_a_default_place(tmp_path: Path, monkeypatch: pytest.M
         raise AssertionError
 
     process = ManagedProcess("tiny", Launch(), lambda port: ["/bin/false"], {}, ready, restarted)
-    with pytest.raises(EngineUnavailable, match=r"data/logs/tiny\.log, which is empty"):
+    with pytest.raises(EngineUnavailable, match=r"see its log, data/logs/tiny\.log"):
         await process.start()
     assert (tmp_path / "data" / "logs" / "tiny.log").exists()
     with pytest.raises(EngineUnavailable, match="has not been started"):

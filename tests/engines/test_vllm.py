@@ -18,7 +18,13 @@ from composer.engines.adapters import Probe, name_of
 from composer.engines.http import Timeouts
 from composer.engines.vllm import VllmEngine
 from composer.engines.vllm_launch import VllmSettings
-from composer.errors import ComposerError, ContextTooLong, EngineError, EngineUnavailable
+from composer.errors import (
+    ComposerError,
+    ContextTooLong,
+    EngineError,
+    EngineUnavailable,
+    Unsupported,
+)
 from composer.types import Adapter, Call, Chunk, Forward, Sampling, Usage
 from tests.engines.upstream import FakeVllm, Serving, serve
 
@@ -96,6 +102,28 @@ async def test_the_base_and_its_adapters_answer(
     assert {seen.model for seen in fake.generations()} == {
         "base-model", name_of(red), name_of(blue)
     }  # fmt: skip
+
+
+async def test_images_are_not_fetched_for_callers_unless_allowed(fake: FakeVllm) -> None:
+    def seeing(url: str) -> Call:
+        parts: list[dict[str, Any]] = [
+            {"type": "text", "text": "what is this"},
+            {"type": "image_url", "image_url": {"url": url}},
+        ]
+        return call(messages=({"role": "user", "content": parts},))
+
+    for allowed in (False, True):
+        engine = engine_at(fake.url, remote_images=allowed)
+        await engine.start()
+        assert await chunks_of(engine, seeing("data:image/png;base64,AAAA"))
+        before = len(fake.requests)
+        if allowed:
+            assert await chunks_of(engine, seeing("http://169.254.169.254/meta"))
+        else:
+            with pytest.raises(Unsupported, match="send them as data: URLs"):
+                await chunks_of(engine, seeing("http://169.254.169.254/meta"))
+            assert len(fake.requests) == before
+        await engine.close()
 
 
 async def test_what_is_open_is_neutral(engine: VllmEngine, fake: FakeVllm) -> None:
