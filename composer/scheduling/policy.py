@@ -113,7 +113,9 @@ class SwapPolicy:
         if call.deadline is not None and call.deadline < now:
             fleet.say_no(call, "late", RETRY_AFTER_S[0])
             return
-        if len(state.queue.order) >= state.model.queue:
+        idle = state.phase is Phase.RESIDENT and not state.queue.order
+        at_once = idle and self._may_run(state, call, now)
+        if not at_once and len(state.queue.order) >= state.model.queue:
             pace = state.run.mean / state.model.in_flight
             fleet.say_no(call, "full", pace * (len(state.queue.order) + 1))
             return
@@ -124,8 +126,7 @@ class SwapPolicy:
             call.arrived + self.settings.adapter_patience * bound,
         )
         fleet.enter(state, call, entry)
-        idle = state.phase is Phase.RESIDENT and not state.queue.order
-        if idle and self._may_run(state, call, now):
+        if at_once:
             state.queue.insert(0, entry)
         elif not self._planner.admit(state, entry, now):
             if state.phase is Phase.OFF and entry.deadline - now < 2 * state.swap_s:

@@ -246,12 +246,12 @@ async def test_windows(engine: VllmEngine, embedded: EmbeddedEngine) -> None:
     assert chunk.usage.completion_tokens <= 3
 
 
-async def running(engine: VllmEngine) -> float:
-    """Requests in vLLM's batch, by its own metrics."""
+async def measured(engine: VllmEngine, metric: str) -> float:
+    """One of vLLM's own metrics, all its series added up."""
     assert engine._server.process is not None
     async with httpx.AsyncClient(trust_env=False) as client:
         text = (await client.get(f"http://127.0.0.1:{engine._server.process.port}/metrics")).text
-    lines = [line for line in text.splitlines() if line.startswith("vllm:num_requests_running")]
+    lines = [line for line in text.splitlines() if line.startswith(f"vllm:{metric}{{")]
     return sum(float(line.rsplit(" ", 1)[1]) for line in lines)
 
 
@@ -260,15 +260,19 @@ async def test_closing_aborts_the_generation(engine: VllmEngine, stream: bool) -
     endless = dataclasses.replace(
         sampled(call("x"), max_tokens=480), stream=stream, extra={"ignore_eos": True}
     )
-    task = asyncio.create_task(chunks_of(engine, endless))
-    async with asyncio.timeout(30):
-        while not await running(engine):
-            assert not task.done()
+    before = await measured(engine, "generation_tokens_total")
+    async with asyncio.timeout(60):
+        # So many that they cannot have ended before anybody looks.
+        tasks = [asyncio.create_task(chunks_of(engine, endless)) for _ in range(64)]
+        while not await measured(engine, "num_requests_running"):
             await asyncio.sleep(0.01)
-        task.cancel()
-        while await running(engine):
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        while await measured(engine, "num_requests_running"):
             await asyncio.sleep(0.01)
-    assert task.cancelled() or not task.done()
+    assert all(task.cancelled() for task in tasks)
+    assert await measured(engine, "generation_tokens_total") - before < 64 * 480 / 2
 
 
 async def test_an_adapter_that_is_not_there(engine: VllmEngine, tmp_path: Path) -> None:

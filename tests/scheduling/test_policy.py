@@ -17,6 +17,7 @@ from composer.scheduling.events import (
     Arrived,
     Configured,
     Finished,
+    Grant,
     Left,
     Load,
     Loaded,
@@ -620,3 +621,11 @@ def test_the_snapshot_is_plain_data() -> None:
     assert shown["plan"] == [
         {"model": "b", "instead_of": ["a"], "at_the_latest": pytest.approx(48.0, abs=0.01)}
     ]
+
+
+def test_without_a_queue_a_free_place_is_given_at_once() -> None:
+    policy = SwapPolicy()
+    policy.on(Configured((Model("a", in_flight=1, queue=0),), 0.0, ("a",)), 0.0)
+    assert Grant(1) in policy.on(Arrived(Waiting(1, "a", 0.0, deadline=9.0)), 0.0)
+    refused = policy.on(Arrived(Waiting(2, "a", 0.0, deadline=9.0)), 0.0)
+    assert [(a.call, a.reason) for a in refused if isinstance(a, Refuse)] == [(2, "full")]
