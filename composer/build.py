@@ -203,11 +203,11 @@ async def _engine_for(server: Server, live: Sequence[Generation]) -> tuple[Engin
     if shared is not None:
         engine, place = shared.engines[server.id], shared.places[server.id]
         if server.placement is None and not await engine.healthy():
-            await _started(engine)
+            await _started(server.id, engine)
         return engine, place
     engine = ENGINES[server.engine](server.id, server.settings, placement=server.placement)
     try:
-        there = server.placement is None and await _started(engine)
+        there = server.placement is None and await _started(server.id, engine)
     except BaseException:
         await engine.close()
         raise
@@ -215,7 +215,7 @@ async def _engine_for(server: Server, live: Sequence[Generation]) -> tuple[Engin
     return engine, replace(place_of(server, engine, taken), there=there)
 
 
-async def _started(engine: Engine) -> bool:
+async def _started(server: str, engine: Engine) -> bool:
     """Somebody else's server may be away: the scheduler then waits for it, and its calls with
     it, up to their bounds."""
     if not engine.external:
@@ -225,7 +225,8 @@ async def _started(engine: Engine) -> bool:
         async with asyncio.timeout(LOOK_S):
             await engine.start()
     except (EngineUnavailable, TimeoutError) as error:
-        log.warning("not there yet: %s", error or "no answer")
+        why = str(error) or f"no answer within {LOOK_S:g} s"
+        log.warning("server %r is not there yet: %s", server, why)
         return False
     return True
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
 import os
 import socket
 import sys
@@ -21,6 +22,8 @@ from rich.table import Table
 
 from composer.errors import CatalogError, ComposerError, SettingsError
 from composer.settings import Settings
+
+log = logging.getLogger(__name__)
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 out = Console(width=None if sys.stdout.isatty() else 160)  # a pipe is not 80 columns wide
@@ -71,6 +74,7 @@ def serve(
             runner.run(service.start())  # before the app would: its failure is told in one line
         except ComposerError as error:
             _fail(error)
+        log.info("serving on http://%s:%d", *bound.getsockname()[:2])
         with suppress(KeyboardInterrupt):  # uvicorn raises it again after a clean stop
             runner.run(server.serve(sockets=[bound]))
     if not server.started:
