@@ -261,11 +261,21 @@ async def test_closing_aborts_the_generation(engine: VllmEngine, stream: bool) -
         sampled(call("x"), max_tokens=480), stream=stream, extra={"ignore_eos": True}
     )
     before = await measured(engine, "generation_tokens_total")
+    begun = asyncio.Event()
+
+    async def read() -> None:
+        async with aclosing(engine.run(endless)) as chunks:
+            async for _ in chunks:
+                begun.set()
+
     async with asyncio.timeout(60):
-        # So many that they cannot have ended before anybody looks.
-        tasks = [asyncio.create_task(chunks_of(engine, endless)) for _ in range(64)]
-        while not await measured(engine, "num_requests_running"):
-            await asyncio.sleep(0.01)
+        # So many that those read whole cannot have ended before anybody looks.
+        tasks = [asyncio.create_task(read()) for _ in range(64)]
+        if stream:
+            await begun.wait()  # a look at the metrics would wait behind all the events
+        else:
+            while not await measured(engine, "num_requests_running"):
+                await asyncio.sleep(0.01)
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
