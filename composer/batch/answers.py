@@ -14,7 +14,6 @@ from __future__ import annotations
 import asyncio
 import fcntl
 import os
-import zlib
 from array import array
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -22,6 +21,7 @@ from pathlib import Path
 
 import orjson
 
+from composer.durable import framed, sync_folder, unframed, write_all
 from composer.errors import Conflict, StoreError
 
 VERSION = 1
@@ -150,7 +150,7 @@ class Answers:
 
     def _recover(self) -> int:
         """Reads what is there and cuts off a torn tail; the length of what counts."""
-        head = _framed(orjson.dumps(self._head))
+        head = framed(orjson.dumps(self._head))
         end = 0
         with open(self._fd, "rb", closefd=False) as file:
             file.seek(0)
@@ -214,7 +214,7 @@ class Answers:
             self._writer = None
 
     def _commit(self, puts: Sequence[_Put]) -> None:
-        lines = [_framed(b"%d %d %b" % (put.index, put.status, put.text)) for put in puts]
+        lines = [framed(b"%d %d %b" % (put.index, put.status, put.text)) for put in puts]
         try:
             self._append(b"".join(lines))
         except OSError:
@@ -225,28 +225,10 @@ class Answers:
             self._count(put.index, put.status, self._end - 1 - len(put.text), len(put.text))
 
     def _append(self, data: bytes) -> None:
-        view = memoryview(data)
-        while view:
-            view = view[os.write(self._fd, view) :]
+        write_all(self._fd, data)
         os.fsync(self._fd)
-
-
-def _framed(payload: bytes) -> bytes:
-    return b"%08x %b\n" % (zlib.crc32(payload), payload)
 
 
 def _payload(raw: bytes) -> bytes | None:
     """What a line says, or None where it is torn or damaged."""
-    if not raw.endswith(b"\n") or raw[8:9] != b" ":
-        return None
-    payload = raw[9:-1]
-    return payload if raw[:8] == b"%08x" % zlib.crc32(payload) else None
-
-
-def sync_folder(folder: Path) -> None:
-    """Makes names in it durable."""
-    fd = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
+    return unframed(raw[:-1]) if raw.endswith(b"\n") else None

@@ -21,7 +21,7 @@ from uuid import uuid4
 
 import orjson
 
-from composer.batch.answers import sync_folder
+from composer.durable import sync_folder
 from composer.errors import NotFound, StoreError
 
 Purpose = Literal["batch", "batch_output"]

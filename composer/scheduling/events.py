@@ -123,6 +123,11 @@ class Grant:
     call: int
 
 
+RETRY_AFTER_S = (1.0, 600.0)
+"""Bounds of the advice to a refused caller: below a second it would come back into the same
+queue; above ten minutes the estimate says nothing any more."""
+
+
 @dataclass(frozen=True, slots=True)
 class Refuse:
     """The call gets none. `reason` is "full", "late" (its bound cannot or could not be met) or

@@ -10,13 +10,19 @@ import heapq
 import math
 from collections import Counter
 
-from composer.scheduling.events import Action, Configured, Grant, Load, Refuse, Unload, Waiting
+from composer.scheduling.events import (
+    RETRY_AFTER_S,
+    Action,
+    Configured,
+    Grant,
+    Load,
+    Refuse,
+    Unload,
+    Waiting,
+)
 from composer.scheduling.plan import ROUNDING_GB
 from composer.scheduling.queues import Entry
 from composer.scheduling.state import ModelState, Phase, PolicySettings
-
-RETRY_AFTER_S = (1.0, 600.0)
-"""Bounds of the advice to a refused caller."""
 
 LEAVING = (Phase.CLOSING, Phase.DRAINING, Phase.UNLOADING)
 SERVING = (Phase.RESIDENT, Phase.CLOSING, Phase.DRAINING)

@@ -25,6 +25,7 @@ from typing import Any
 
 from composer.scheduling.batch_choice import BatchChoice
 from composer.scheduling.events import (
+    RETRY_AFTER_S,
     Action,
     Arrived,
     Configured,
@@ -39,7 +40,7 @@ from composer.scheduling.events import (
     Waiting,
     Wake,
 )
-from composer.scheduling.fleet import RETRY_AFTER_S, Fleet
+from composer.scheduling.fleet import Fleet
 from composer.scheduling.plan import choose_victims, evaluate
 from composer.scheduling.planner import ADMIT_S, GUARD_S, Planner
 from composer.scheduling.queues import Entry

@@ -9,12 +9,8 @@ from dataclasses import dataclass
 
 from composer.errors import ComposerError, EngineUnavailable, Overloaded
 from composer.scheduling.base import Lease
-from composer.scheduling.events import Model, Waiting
+from composer.scheduling.events import RETRY_AFTER_S, Model, Waiting
 from composer.types import Priority
-
-RETRY_AFTER_S = (1.0, 600.0)
-"""Bounds of the advice to a refused caller: below a second it would come back into the same
-queue; above ten minutes the estimate says nothing any more."""
 
 
 @dataclass(eq=False, slots=True)

@@ -19,7 +19,6 @@ from __future__ import annotations
 import fcntl
 import logging
 import os
-import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -27,6 +26,7 @@ from pathlib import Path
 
 import orjson
 
+from composer.durable import framed, sync_folder, unframed, write_all
 from composer.errors import StoreError
 
 log = logging.getLogger(__name__)
@@ -91,8 +91,8 @@ class Journal:
                 for path in _segments(folder):
                     self._number += 1
                     path.rename(self._path(self._number))
-                _sync_folder(self._folder)
-                _sync_folder(folder)
+                sync_folder(self._folder)
+                sync_folder(folder)
             finally:
                 os.close(lock)
 
@@ -109,9 +109,9 @@ class Journal:
         if self._active is None or self._size >= self._segment_bytes:
             self._start_segment()
         assert self._active is not None
-        data = b"".join(_line(payload) for payload in payloads)
+        data = b"".join(framed(payload) for payload in payloads)
         try:
-            _write(self._active, data)
+            write_all(self._active, data)
             os.fsync(self._active)
         except OSError:
             # Never append behind a torn line, nor trust pages after a failed fsync.
@@ -142,11 +142,11 @@ class Journal:
         path = self._folder / "rejected.jsonl"
         file = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
         try:
-            _write(file, orjson.dumps(entry) + b"\n")
+            write_all(file, orjson.dumps(entry) + b"\n")
             os.fsync(file)
         finally:
             os.close(file)
-        _sync_folder(self._folder)
+        sync_folder(self._folder)
 
     def _start_segment(self) -> None:
         self.seal()
@@ -154,7 +154,7 @@ class Journal:
         flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_EXCL
         self._active = os.open(self._path(self._number), flags, 0o600)
         self._size = 0
-        _sync_folder(self._folder)
+        sync_folder(self._folder)
 
     # --- reading -------------------------------------------------------------------------
 
@@ -184,9 +184,9 @@ class Journal:
         """The payloads of a segment in order; a torn tail is left out, and logged."""
         *lines, tail = path.read_bytes().split(b"\n")
         for line in lines:
-            payload = _payload(line)
+            payload = unframed(line)
             yield Damaged(line) if payload is None else payload
-        whole = _payload(tail)
+        whole = unframed(tail)
         if whole is not None:
             yield whole
         elif tail:
@@ -195,20 +195,10 @@ class Journal:
     def remove(self, path: Path) -> None:
         """Forgets a segment whose every line is stored elsewhere."""
         path.unlink()
-        _sync_folder(self._folder)
+        sync_folder(self._folder)
 
     def _path(self, number: int) -> Path:
         return self._folder / f"{number:08d}.jsonl"
-
-
-def _line(payload: bytes) -> bytes:
-    return b"%08x %b\n" % (zlib.crc32(payload), payload)
-
-
-def _payload(line: bytes) -> bytes | None:
-    """The payload, or None where the checksum does not hold."""
-    checksum, payload = line[:9], line[9:]
-    return payload if checksum == b"%08x " % zlib.crc32(payload) else None
 
 
 def _number(path: Path) -> int:
@@ -218,21 +208,6 @@ def _number(path: Path) -> int:
 def _segments(folder: Path) -> list[Path]:
     found = (path for path in folder.glob("*.jsonl") if path.stem.isdigit())
     return sorted(found, key=_number)
-
-
-def _write(file: int, data: bytes) -> None:
-    view = memoryview(data)
-    while view:
-        view = view[os.write(file, view) :]
-
-
-def _sync_folder(folder: Path) -> None:
-    """Makes names durable: a new file survives a power cut only with its folder's entry."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def _lock(folder: Path) -> int | None:
