@@ -21,6 +21,7 @@ from composer.calling import CallRun, call_of
 from composer.eligibility import check_exclude
 from composer.errors import ComposerError, UnknownModel, Unsupported
 from composer.generations import Generation, Generations, Hold, Way
+from composer.routing.aims import aim_of
 from composer.routing.base import Query
 from composer.routing.choose import choose
 from composer.scheduling.base import Scheduler
@@ -189,12 +190,20 @@ async def decide(
             reasons={"rule": "named"},
         )
     scores = await way.router.score(Query(request.text), eligible)
+    aim = aim_of(
+        way.policy,
+        way.cost,
+        scores,
+        way.router.curve,
+        quality=request.quality,
+        max_cost=request.max_cost,
+    )
     if way.policy.tolerance == 0:
-        return way, choose(scores, way.cost, way.policy)
+        return way, choose(scores, aim, way.policy)
     catalog = generation.catalog
     loaded = {server: resident(generation.place(server)) for server in catalog.servers}
     here = np.array([loaded[catalog.experts[e].server] for e in way.policy.experts], np.bool_)
-    return way, choose(scores, way.cost, way.policy, here)
+    return way, choose(scores, aim, way.policy, here)
 
 
 @dataclass(frozen=True, slots=True)

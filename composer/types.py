@@ -171,6 +171,17 @@ class Component:
 
 
 @dataclass(frozen=True, slots=True)
+class Unsure:
+    """What a policy does where the best chosen expert's expected quality is `below` its floor:
+    say so in the answer (which it does in any case), ask `k` experts, or go to the best by
+    quality whatever it costs."""
+
+    below: float
+    do: Literal["say", "ask_more", "ask_stronger"] = "say"
+    k: int = 3
+
+
+@dataclass(frozen=True, slots=True)
 class Policy:
     """A named way of answering. `experts` are the ids it may use, in catalog order.
 
@@ -180,6 +191,9 @@ class Policy:
     `max_wait_s` bounds the wait of each of its calls for a lease, in seconds; None: the
     process's default. `parameters` are the extra wire fields that its requests may carry.
     `tolerance` is the expected quality that may be given up for an expert that is resident.
+    `quality` (share of the best single expert's mean quality, at least cost) or `max_cost` (US
+    dollars a request on average) take the place of `cost_weight`, and need a trained router.
+    `min_quality`, `top_p`, `null_expert` with `null_margin`, and `unsure`: see `choose`.
     """
 
     id: str
@@ -193,6 +207,13 @@ class Policy:
     max_wait_s: float | None = None
     parameters: frozenset[str] = SAFE_PARAMETERS
     tolerance: float = 0.0
+    quality: float | None = None
+    max_cost: float | None = None
+    min_quality: float = 0.0
+    top_p: float | None = None
+    null_expert: str | None = None
+    null_margin: float = 0.0
+    unsure: Unsure | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -255,7 +276,8 @@ class Request:
     `needs` are the abilities an expert must have; `extra` holds the wire fields an engine
     passes through untouched (tools, tool_choice, response_format, extra parameters);
     `parameters` names those of them that are beyond OpenAI's core. `max_wait_s` is the caller's
-    own bound on the wait for a lease; it can only tighten the policy's.
+    own bound on the wait for a lease; it can only tighten the policy's. `quality` and `max_cost`
+    (at most one) take the place of the policy's aim.
     """
 
     id: str
@@ -270,6 +292,8 @@ class Request:
     stream: bool = False
     priority: Priority = "interactive"
     max_wait_s: float | None = None
+    quality: float | None = None
+    max_cost: float | None = None
 
     @property
     def text(self) -> str:
@@ -316,7 +340,8 @@ class Plan:
 
     `calls` are the experts known to be called, best first, so that a scheduler can look
     ahead. `scores` is expected quality per considered expert (best few, not all);
-    `reasons` says in words and numbers why.
+    `reasons` says in words and numbers why; `confident` whether the best of them is expected to
+    reach the policy's floor, None where it has none.
     """
 
     policy: str
@@ -325,6 +350,7 @@ class Plan:
     calls: tuple[str, ...]
     scores: Mapping[str, float] = field(default_factory=empty)
     reasons: Mapping[str, Any] = field(default_factory=empty)
+    confident: bool | None = None
 
     @property
     def best(self) -> str:

@@ -20,6 +20,7 @@ from composer.engines.base import Capacity
 from composer.errors import Overloaded
 from composer.generations import Generation, Way
 from composer.routing.base import Query, Scores
+from composer.routing.curve import Curve
 from composer.scheduling.base import Lease, Place
 from composer.scheduling.events import Model
 from composer.strategies.single import Single
@@ -130,6 +131,7 @@ class FakeRouter:
     tier: ClassVar[Tier] = "supported"
     paper: ClassVar[str] = ""
     settings: ClassVar[type[BaseModel]] = FakeSettings
+    curve: Curve | None = None
 
     def __init__(self, experts: Sequence[str]) -> None:
         self.experts = tuple(experts)

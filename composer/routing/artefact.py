@@ -136,8 +136,8 @@ class Artefact:
             packed = (folder / ARRAYS).read_bytes()
             if hashlib.sha256(packed).hexdigest() != manifest.arrays_sha256:
                 raise ArtefactError(
-                    f"{folder / ARRAYS} is not the file its manifest names; train it again, or copy "
-                    "the whole folder"
+                    f"{folder / ARRAYS} is not the file that its manifest names; copy the whole "
+                    "folder, or train it again"
                 )
             arrays = load_arrays(packed)
         except (OSError, SafetensorError) as error:
@@ -151,7 +151,7 @@ class Artefact:
                 raise ArtefactError(
                     f"{folder / ARRAYS} has an array {name!r} of no known part; train it again"
                 )
-            parts[part][rest] = array  # type: ignore[index]
+            parts[part][rest] = array
         states = {part: State(parts[part], manifest.values[part]) for part in parts}
         return cls(manifest, states)
 
@@ -163,7 +163,7 @@ def read_manifest(folder: Path) -> Manifest:
         raw = json.loads(path.read_bytes())
     except FileNotFoundError as error:
         raise ArtefactError(
-            f"there is no artefact in {folder}; make one with `router-training train --out {folder}`"
+            f"there is no artefact in {folder}; make one with `router-training train --out …`"
         ) from error
     except (OSError, ValueError) as error:
         raise ArtefactError(f"{path} cannot be read ({error}); copy the whole folder") from error

@@ -8,6 +8,7 @@ from typing import Any, ClassVar, Protocol, runtime_checkable
 
 from pydantic import BaseModel
 
+from composer.routing.curve import Curve
 from composer.types import BoolArray, Expert, FloatArray, Tier
 
 
@@ -25,12 +26,14 @@ class Scores:
     `quality` (E,) is the calibrated probability that the expert answers well, NaN where it
     was not eligible; `uncertainty` (E,) its standard deviation. `reasons` holds, for the
     best few experts only, what the router saw (say `{"similarity": 0.83, "nearest": "…"}`).
+    `cost` (E,) is expected US dollars of the call, None where the router does not know.
     """
 
     experts: tuple[str, ...]
     quality: FloatArray
     uncertainty: FloatArray
     reasons: Mapping[str, Mapping[str, Any]]
+    cost: FloatArray | None = None
 
 
 @runtime_checkable
@@ -68,6 +71,11 @@ class Router(Protocol):
     @classmethod
     def build(cls, experts: Sequence[Expert], settings: Any, embedder: Embedder) -> Router:
         """Blocks (embeds the experts' texts): run it off the event loop. Raises as `check`."""
+        ...
+
+    @property
+    def curve(self) -> Curve | None:
+        """What each weight on cost reaches on average, where that was measured."""
         ...
 
     async def score(self, query: Query, eligible: BoolArray) -> Scores:

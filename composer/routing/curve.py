@@ -3,6 +3,8 @@ expert's quality" or "this much a request" into the chooser's λ. Knows no route
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import numpy as np
 from pydantic import BaseModel, ConfigDict, model_validator
 
@@ -26,7 +28,7 @@ class Point(BaseModel):
 
 
 class Curve(BaseModel):
-    """Points by rising weight, so by falling cost. `best_single` and `best_single_cost` are the mean
+    """Points by rising weight, so by falling cost. `best_single` and `best_single_cost` are mean
     quality and cost of the best single expert on the same questions."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -38,7 +40,7 @@ class Curve(BaseModel):
     @model_validator(mode="after")
     def _ordered(self) -> Curve:
         weights = [point.weight for point in self.points]
-        if not weights or any(b <= a for a, b in zip(weights, weights[1:], strict=False)):
+        if not weights or any(b <= a for a, b in pairwise(weights)):
             raise ValueError("a curve needs points of rising weight")
         return self
 

@@ -125,6 +125,7 @@ class NeighboursRouter:
         "analysis (Fukunaga & Mantock 1983) with Ledoit-Wolf shrinkage (2004)"
     )
     settings: ClassVar[type[BaseModel]] = NeighboursSettings
+    curve: ClassVar[None] = None
 
     def __init__(
         self,
