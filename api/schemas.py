@@ -12,7 +12,14 @@ from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    model_validator,
+)
 from pydantic_core import PydanticCustomError
 
 from api.messages import AnyMessage, needs_of, plain
@@ -75,6 +82,28 @@ class ComposerField(Body):
         description="Most seconds that each of its calls may wait for its expert before the "
         "request is refused (503). It can only shorten what the policy allows.",
     )
+    quality: float | None = Field(
+        None,
+        ge=0,
+        le=2,
+        allow_inf_nan=False,
+        description="Share of the best single expert's mean quality to be reached at least cost; "
+        "needs a policy with a trained router, and takes the place of what it aims at.",
+    )
+    max_cost: float | None = Field(
+        None,
+        gt=0,
+        allow_inf_nan=False,
+        description="US dollars that such requests may cost on average, for the best quality.",
+    )
+
+    @model_validator(mode="after")
+    def _one_aim(self) -> ComposerField:
+        if self.quality is not None and self.max_cost is not None:
+            raise PydanticCustomError(
+                "two_aims", "it has both quality and max_cost; leave one of them out"
+            )
+        return self
 
 
 class StreamOptions(Body):
@@ -149,6 +178,8 @@ class Generation(Ignored, Parameters):
             stream=bool(self.stream),
             priority=ours.priority,
             max_wait_s=ours.max_wait_s,
+            quality=ours.quality,
+            max_cost=ours.max_cost,
             **rest,
         )
 

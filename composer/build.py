@@ -24,7 +24,14 @@ from composer.engines.replay import ReplayEngine
 from composer.engines.vllm import VllmEngine
 from composer.errors import EngineUnavailable, Problem
 from composer.generations import Generation, Way, adapters_on, let_go
-from composer.registry import EngineFamily, Families, Loaded, RegistryError, load_catalog
+from composer.registry import (
+    EngineFamily,
+    Families,
+    Loaded,
+    RegistryError,
+    RouterFamily,
+    load_catalog,
+)
 from composer.routing.base import Embedder, Router
 from composer.routing.neighbours import NeighboursRouter
 from composer.scheduling.base import Place
@@ -55,7 +62,15 @@ ENGINES: Mapping[str, type[Engine]] = {
 def families() -> Families:
     """What experts.yaml may name, with the settings model of each."""
     return Families(
-        routers={name: router.settings for name, router in ROUTERS.items()},
+        routers={
+            name: RouterFamily(
+                settings=router.settings,
+                needs_texts=router.needs_texts,
+                path_fields=router.path_fields,
+                digest=router.digest,
+            )
+            for name, router in ROUTERS.items()
+        },
         strategies={name: strategy.settings for name, strategy in STRATEGIES.items()},
         engines={
             name: EngineFamily(

@@ -164,10 +164,12 @@ class Expert:
 
 @dataclass(frozen=True, slots=True)
 class Component:
-    """A router or strategy by its registered name, with its own validated settings."""
+    """A router or strategy by its registered name, with its own validated settings. `digest`
+    stands for the content of the files that they name."""
 
     name: str
     settings: Any
+    digest: str = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -131,6 +131,8 @@ class FakeRouter:
     tier: ClassVar[Tier] = "supported"
     paper: ClassVar[str] = ""
     settings: ClassVar[type[BaseModel]] = FakeSettings
+    needs_texts: ClassVar[bool] = True
+    path_fields: ClassVar[tuple[str, ...]] = ()
     curve: Curve | None = None
 
     def __init__(self, experts: Sequence[str]) -> None:

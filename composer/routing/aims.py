@@ -47,10 +47,11 @@ def aim_of(
     if quality is None and max_cost is None:
         return Aim(policy.cost_weight, price)
     if curve is None or scores.cost is None:
+        wish = "quality" if quality is not None else "max_cost"
         raise Unsupported(
-            f"{'quality' if quality is not None else 'max_cost'} needs a router trained on outcomes "
-            f"with their costs, for all experts of {policy.id!r}; leave it out, or train one with "
-            "`router-training train` and name its artefact in the policy",
+            f"{wish} needs a router trained on outcomes with their costs, for all experts of "
+            f"{policy.id!r}; leave it out, or train one with `router-training train` and name its "
+            "artefact in the policy",
             param=param,
         )
     if quality is not None:

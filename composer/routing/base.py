@@ -54,18 +54,29 @@ class Embedder(Protocol):
 
 
 class Router(Protocol):
-    """Built once per catalog and policy, then only read: safe for concurrent requests."""
+    """Built once per catalog and policy, then only read: safe for concurrent requests.
+
+    `needs_texts`: it finds experts by their descriptions, skills and examples. `path_fields` are
+    the settings that name files."""
 
     name: ClassVar[str]
     tier: ClassVar[Tier]
     paper: ClassVar[str]
     settings: ClassVar[type[BaseModel]]
+    needs_texts: ClassVar[bool]
+    path_fields: ClassVar[tuple[str, ...]]
     experts: tuple[str, ...]
 
     @classmethod
     def check(cls, experts: Sequence[Expert], settings: Any) -> None:
         """Raises ValueError ("what is wrong; the remedy") when the experts cannot be scored this
         way. Quick: `composer check` asks it for every policy."""
+        ...
+
+    @classmethod
+    def digest(cls, settings: Any) -> str:
+        """Stands for the content of the files that the settings name; "" without any, or where
+        they cannot be read. Quick."""
         ...
 
     @classmethod

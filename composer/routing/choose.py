@@ -28,8 +28,8 @@ def choose(scores: Scores, aim: Aim, policy: Policy, resident: BoolArray | None 
     - `k` experts, or with `top_p` as few as make it that likely that one of them is right, were
       they right independently of each other: at most `k`.
     - The best chosen one's quality is below the policy's floor of confidence: more experts, or
-      the best by quality whatever it costs, as the policy says. `Plan.confident` is False if what is
-      chosen is still below.
+      the best by quality whatever it costs, as the policy says. `Plan.confident` is False if what
+      is chosen is still below.
 
     Weights are the chosen experts' qualities, normalised.
 

@@ -4,6 +4,7 @@ through `families.FAMILIES`, and fits nothing."""
 from __future__ import annotations
 
 import asyncio
+import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +13,7 @@ from typing import Any, ClassVar
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
 
-from composer.routing.artefact import Artefact, ArtefactError, Manifest, read_manifest
+from composer.routing.artefact import MANIFEST, Artefact, ArtefactError, Manifest, read_manifest
 from composer.routing.base import Embedder, Query, Scores
 from composer.routing.costs import CostModel
 from composer.routing.curve import Curve
@@ -118,6 +119,8 @@ class LearnedRouter:
     tier: ClassVar[Tier] = "supported"
     paper: ClassVar[str] = "that of the artefact's family"
     settings: ClassVar[type[BaseModel]] = LearnedSettings
+    needs_texts: ClassVar[bool] = False
+    path_fields: ClassVar[tuple[str, ...]] = ("artefact",)
 
     def __init__(
         self, experts: tuple[str, ...], model: LearnedModel, columns: list[int], embedder: Embedder
@@ -133,6 +136,14 @@ class LearnedRouter:
         has only some of them."""
         whole = len(self._columns) == len(self.model.experts)
         return self.model.manifest.curve if whole else None
+
+    @classmethod
+    def digest(cls, settings: LearnedSettings) -> str:
+        """Of the manifest, which names the arrays by theirs."""
+        try:
+            return hashlib.sha256((settings.artefact / MANIFEST).read_bytes()).hexdigest()
+        except OSError:
+            return ""
 
     @classmethod
     def check(cls, experts: Sequence[Expert], settings: LearnedSettings) -> None:
@@ -185,9 +196,9 @@ def check_embedder(manifest: Manifest, embedder: Embedder, folder: Path) -> None
     asked = manifest.embedder
     if (asked.digest, asked.dim) != (embedder.digest, embedder.dim):
         raise ArtefactError(
-            f"{folder} was trained on vectors of {asked.id} ({asked.digest[:12]}), and this service "
-            f"embeds with {embedder.id} ({embedder.digest[:12]}); set COMPOSER_EMBEDDER, or train it "
-            "again"
+            f"{folder} was trained on vectors of {asked.id} ({asked.digest[:12]}), and this "
+            f"service embeds with {embedder.id} ({embedder.digest[:12]}); set COMPOSER_EMBEDDER, "
+            "or train it again"
         )
 
 
@@ -196,10 +207,10 @@ def _columns(manifest: Manifest, experts: Sequence[Expert], settings: LearnedSet
     place = {stamp.id: column for column, stamp in enumerate(manifest.experts)}
     names = [settings.names.get(expert.id, expert.id) for expert in experts]
     if unknown := sorted(set(names) - place.keys()):
-        known = ", ".join(sorted(place)[:8])
+        known = ", ".join(sorted(place)[:8]) + (", …" if len(place) > 8 else "")
         raise ArtefactError(
-            f"the artefact {settings.artefact} knows nothing of {unknown[0]!r} (it knows {known}"
-            f"{', …' if len(place) > 8 else ''}); train it again with that expert's outcomes, leave "
-            "the expert out of the policy, or give its name there in `names`"
+            f"the artefact {settings.artefact} knows nothing of {unknown[0]!r} (it knows {known}); "
+            "train it again with that expert's outcomes, leave the expert out of the policy, or "
+            "give its name there in `names`"
         )
     return [place[name] for name in names]

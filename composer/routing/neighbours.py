@@ -125,6 +125,8 @@ class NeighboursRouter:
         "analysis (Fukunaga & Mantock 1983) with Ledoit-Wolf shrinkage (2004)"
     )
     settings: ClassVar[type[BaseModel]] = NeighboursSettings
+    needs_texts: ClassVar[bool] = True
+    path_fields: ClassVar[tuple[str, ...]] = ()
     curve: ClassVar[None] = None
 
     def __init__(
@@ -156,6 +158,10 @@ class NeighboursRouter:
         rows = embedder.encode(texts.text)
         ids = tuple(expert.id for expert in experts)
         return cls.of_rows(ids, texts, rows, settings, embedder)
+
+    @classmethod
+    def digest(cls, settings: NeighboursSettings) -> str:
+        return ""
 
     @classmethod
     def check(cls, experts: Sequence[Expert], settings: NeighboursSettings) -> None:
