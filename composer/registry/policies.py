@@ -67,7 +67,9 @@ def _make_policy(
     experts = _matched(context, block, spec, list(prepared))
     _check_default(context, block, spec, experts, list(prepared))
     _check_costs(context, block, id_, spec, experts, prepared)
-    _check_aims(context, block, spec, experts)
+    _check_aims(context, block, spec)
+    if spec.null_expert is not None:
+        _check_own(context, block, "null_expert", spec.null_expert, experts, list(prepared))
     parameters = _parameters(context, block, spec)
     if router is None or strategy is None:
         return None
@@ -204,26 +206,34 @@ def _check_default(
             message = "below it the default expert answers, but the policy has none"
             remedy = "Add `default_expert`, or remove the threshold."
             context.problems.append(block.problem(("threshold",), message, remedy))
-    elif default not in ids:
-        if context.experts_missing:
-            return
-        problem = block.problem(("default_expert",), *unknown_name("expert", default, ids))
-        context.problems.append(problem)
-    elif default not in experts:
-        message = f"{default!r} is not among the policy's experts"
-        remedy = f"Add {default!r} to `experts`, or name one of those."
-        context.problems.append(block.problem(("default_expert",), message, remedy))
+    else:
+        _check_own(context, block, "default_expert", default, experts, ids)
 
 
-def _check_aims(context: Context, block: Block, spec: PolicySpec, experts: Sequence[str]) -> None:
+def _check_own(
+    context: Context,
+    block: Block,
+    key: str,
+    expert: str,
+    experts: Sequence[str],
+    ids: Sequence[str],
+) -> None:
+    """An expert that the policy names has to be one of its own."""
+    if expert not in ids:
+        if not context.experts_missing:
+            problem = block.problem((key,), *unknown_name("expert", expert, ids))
+            context.problems.append(problem)
+    elif expert not in experts:
+        message = f"{expert!r} is not among the policy's experts"
+        remedy = f"Add {expert!r} to `experts`, or name one of those."
+        context.problems.append(block.problem((key,), message, remedy))
+
+
+def _check_aims(context: Context, block: Block, spec: PolicySpec) -> None:
     said = [key for key in ("quality", "max_cost", "cost_weight") if getattr(spec, key)]
     if len(said) > 1:
         message = f"it stands beside {said[0]!r}, and both say what cost is to count for"
         context.problems.append(block.problem((said[1],), message, "Keep one of the two."))
-    null = spec.null_expert
-    if null is not None and null not in experts and not context.experts_missing:
-        problem = block.problem(("null_expert",), *unknown_name("expert", null, list(experts)))
-        context.problems.append(problem)
 
 
 def _check_costs(

@@ -735,7 +735,7 @@ BROKEN: dict[str, Broken] = {
         text=FULL,
         edits=[("max_wait_s: 30", "unsure: {do: ask_more}")],
         says=[
-            "TMP/experts.yaml:40: policies.twice.unsure.below: it is missing. Add it.",
+            "TMP/experts.yaml:40: policies.twice.unsure.below: it is missing. Add `below`: the floor of expected quality.",
         ],
     ),
     "tolerance_above_one": Broken(
