@@ -8,8 +8,7 @@ line in the parametrised tests.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from typing import Any, ClassVar, Protocol, Self
 
 import numpy as np
@@ -17,16 +16,9 @@ import numpy.typing as npt
 from pydantic import BaseModel
 
 from composer.routing.outcomes import Outcomes
+from composer.routing.state import State as State
 from composer.routing.views import Features, View
 from composer.types import FloatArray, Tier
-
-
-@dataclass(frozen=True, slots=True)
-class State:
-    """What a fitted family is kept as: arrays, and plain values for JSON."""
-
-    arrays: Mapping[str, npt.NDArray[Any]]
-    values: Mapping[str, Any]
 
 
 class Family(Protocol):
