@@ -236,7 +236,7 @@ def _table(sides: Sides, weights: Mapping[str, float], seed: int) -> tuple[Sides
     if n <= EXACT_ROWS:
         whole = _all_distances(sides, sides, weights)
         return sides, _Table(whole, whole)
-    kept = np.sort(np.random.default_rng(seed).choice(n, LANDMARKS, replace=False))
+    kept = np.sort(np.random.default_rng(seed).choice(n, min(LANDMARKS, n), replace=False))
     centres = {view: values[kept] for view, values in sides.items()}
     to = _all_distances(sides, centres, weights)
     return centres, _Table(to, to[kept])

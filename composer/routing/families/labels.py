@@ -78,7 +78,12 @@ class Labels:
 
     def posterior(self, features: Features) -> FloatArray:
         """(n, C) the probability of each kind."""
-        return softmax(np.asarray(_design(features) @ self.weight) + self.bias)
+        logits = np.repeat(self.bias[None], count_of(features), axis=0)
+        start = 0
+        for part in _parts(features):
+            logits += part @ self.weight[start : start + part.shape[1]]
+            start += part.shape[1]
+        return softmax(logits)
 
     def crossfitted(
         self,
@@ -113,8 +118,12 @@ class Labels:
         return cls(tuple(state.values["names"]), a["weight"], a["bias"])
 
 
+def _parts(features: Features) -> list[Any]:
+    return [features[view] for view in VIEWS if view in features]
+
+
 def _design(features: Features) -> npt.NDArray[Any] | csr_matrix:
-    parts = [features[view] for view in VIEWS if view in features]
+    parts = _parts(features)
     if not any(issparse(part) for part in parts):
         return np.hstack(parts)
     return hstack([csr_matrix(part) for part in parts], format="csr", dtype=np.float32)
