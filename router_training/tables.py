@@ -69,7 +69,7 @@ def _readable(path: Path) -> Iterator[None]:
         yield
     except FileNotFoundError as error:
         raise DataError.of(str(path), "there is no such file", "Correct the path.") from error
-    except (OSError, EOFError, zlib.error) as error:
+    except (OSError, EOFError, zlib.error, csv.Error) as error:
         raise DataError.of(
             str(path), f"the file cannot be read: {error}", "Mend it, or name another."
         ) from error

@@ -6,7 +6,7 @@ from itertools import pairwise
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
@@ -64,6 +64,7 @@ def test_random_mix_by_hand() -> None:
     assert base.dearest_cost(outcomes([[1, 0]], [[1, NAN]])) is None
 
 
+@settings(deadline=None)
 @given(quality=hnp.arrays(np.float64, (12, 3), elements=st.sampled_from([0, 0.5, 1])))
 def test_in_their_order(quality: Array) -> None:
     """On what they were fitted on: random ≤ best single ≤ best by category ≤ oracle."""

@@ -53,6 +53,7 @@ def test_budget_by_hand() -> None:
     }
 
 
+@settings(deadline=None)
 @given(points=some, extra=point, c_max=st.integers(1, 120).map(lambda c: c / 10))
 def test_a_dominated_point_changes_no_aiq(
     points: list[tuple[float, float]], extra: tuple[float, float], c_max: float
@@ -67,6 +68,7 @@ def test_a_dominated_point_changes_no_aiq(
         assert after == pytest.approx(before, abs=1e-12)
 
 
+@settings(deadline=None)
 @given(points=some)
 def test_the_hull_is_concave_rising_and_above_every_point(
     points: list[tuple[float, float]],
@@ -82,6 +84,7 @@ def test_the_hull_is_concave_rising_and_above_every_point(
         assert above >= quality - 1e-9
 
 
+@settings(deadline=None)
 @given(points=some, budget=st.floats(0, 12))
 def test_a_budget_is_kept(points: list[tuple[float, float]], budget: float) -> None:
     found = of(points)

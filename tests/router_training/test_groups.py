@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from router_training.groups import groups_of, normalised
@@ -18,6 +18,7 @@ def test_texts_and_labels_join_through_each_other() -> None:
     assert groups_of(texts, [None, "g", "g", None, None]).tolist() == [0, 0, 0, 1, 2]
 
 
+@settings(deadline=None)
 @given(
     rows=st.lists(
         st.tuples(st.sampled_from("abcdef"), st.none() | st.sampled_from("xyz")), min_size=1

@@ -68,8 +68,8 @@ def pool(name: str, mean: float, *, table: str | None = None, n: int = 400) -> D
 
 
 def test_better_needs_the_mean_above_zero_and_no_pool_below() -> None:
-    assert verdict([pool("a", 0.2), pool("b", 0.2), pool("c", -0.05)]).better
-    worse = verdict([pool("a", 0.9), pool("b", 0.9), pool("c", -0.2)])
+    assert verdict([pool("a", 0.2), pool("b", 0.2), pool("c", -0.05)], resamples=1000).better
+    worse = verdict([pool("a", 0.9), pool("b", 0.9), pool("c", -0.2)], resamples=1000)
     assert worse.overall.above_zero
     assert worse.pools["c"].below_zero
     assert not worse.better

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
@@ -75,6 +75,7 @@ def test_ece_by_hand() -> None:
     assert measures.ece(np.array([[1.0, 1, 1]]), outcomes([[1, 1, 1]])) == 0
 
 
+@settings(deadline=None)
 @given(
     quality=hnp.arrays(np.float64, (30, 2), elements=st.sampled_from([0.0, 1.0])),
     bins=st.integers(1, 20),
@@ -99,6 +100,7 @@ def test_selective_by_hand() -> None:
     assert measures.selective(np.array([]), np.array([]), 0.5) is None
 
 
+@settings(deadline=None)
 @given(st.data())
 def test_selective_does_not_depend_on_the_order(data: st.DataObject) -> None:
     n = data.draw(st.integers(1, 20))

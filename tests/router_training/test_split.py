@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from router_training.split import folds, holdout, parts
@@ -17,6 +17,7 @@ rows_of = st.lists(
 )
 
 
+@settings(deadline=None)
 @given(rows=rows_of, k=st.integers(2, 5), seed=st.integers(0, 3))
 def test_a_group_is_never_parted(rows: list[tuple[int, str, str]], k: int, seed: int) -> None:
     group = [r[0] for r in rows] + list(range(100, 100 + k))
@@ -36,6 +37,7 @@ def test_a_group_is_never_parted(rows: list[tuple[int, str, str]], k: int, seed:
     assert all(not set(fit.tolist()) & set(judged.tolist()) for fit, judged in parts(fold))
 
 
+@settings(deadline=None)
 @given(categories=st.lists(st.sampled_from("abcd"), min_size=5, max_size=60), k=st.integers(2, 5))
 def test_single_questions_spread_to_within_one(categories: list[str], k: int) -> None:
     data = outcomes(np.zeros((len(categories), 1)), category=categories)
