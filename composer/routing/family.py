@@ -60,4 +60,4 @@ class Family(Protocol):
 
 def decided(quality: FloatArray, known: npt.NDArray[np.bool_]) -> npt.NDArray[np.intp]:
     """(n, E) predictions → (n,) the best expert of those with a known outcome."""
-    return np.where(known, quality, -np.inf).argmax(axis=1)
+    return np.asarray(np.where(known, quality, -np.inf).argmax(axis=1), np.intp)
