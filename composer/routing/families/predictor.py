@@ -36,7 +36,7 @@ class PredictorSettings(FamilySettings):
     the width of the hidden layer or of the factors; `steps` bounds the iterations of L-BFGS."""
 
     kind: Kind = "logistic"
-    penalty: float = Field(3.0, gt=0)
+    penalty: float = Field(10.0, gt=0)
     rank: int = Field(32, ge=1)
     steps: int = Field(60, ge=1)
 
@@ -103,7 +103,8 @@ class Predictor:
     @classmethod
     def grid(cls) -> Sequence[PredictorSettings]:
         kinds: tuple[Kind, ...] = ("logistic", "mlp", "mf", "irt")
-        return [PredictorSettings(kind=k, penalty=p) for k in kinds for p in (3.0, 1.0, 10.0)]
+        tried = [PredictorSettings(kind=k, penalty=p) for k in kinds for p in (10.0, 30.0)]
+        return [*tried, PredictorSettings(penalty=3.0)]
 
     @classmethod
     def views(cls, settings: PredictorSettings) -> frozenset[View]:

@@ -7,7 +7,7 @@ import pytest
 from pydantic import ValidationError
 from scipy.linalg import solve
 
-from composer.routing.families import kernel
+from composer.routing.families import points
 from composer.routing.families.kernel import Kernel, KernelSettings
 from composer.routing.views import rows_of
 from tests.routing.families.world import world
@@ -33,7 +33,7 @@ def test_filling_in_settles_on_the_fit_of_the_known_outcomes(share: float) -> No
     target = rng.standard_normal((150, 2)).astype(np.float32)
     target[rng.random(150) < share, 0] = np.nan
     distance = np.asarray(2 - 2 * x @ x.T, np.float32)
-    alpha = kernel._solved(kernel._Table(distance, distance), target, 1.0, 2.0)
+    alpha = points.solved(points.Table(distance, distance), target, 1.0, 2.0)
     known = ~np.isnan(target[:, 0])
     gram = np.exp(-distance.astype(np.float64))
     only = solve(gram[np.ix_(known, known)] + 2 * np.eye(known.sum()), target[known, 0])
@@ -55,13 +55,13 @@ def test_fit_all_is_fit_for_each() -> None:
 def test_landmarks_come_near_to_all_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     at = world(400, missing=0.2)
     exact = Kernel.fit(at.features, at.outcomes, KernelSettings(), 0)
-    monkeypatch.setattr(kernel, "EXACT_ROWS", 100)
-    monkeypatch.setattr(kernel, "LANDMARKS", 200)
+    monkeypatch.setattr(points, "EXACT_ROWS", 100)
+    monkeypatch.setattr(points, "LANDMARKS", 200)
     some = Kernel.fit(at.features, at.outcomes, KernelSettings(), 0)
     assert len(some.alpha) == 200
     a, b = exact.predict(at.new), some.predict(at.new)
     assert np.corrcoef(a.ravel(), b.ravel())[0, 1] > 0.97
-    monkeypatch.setattr(kernel, "LANDMARKS", 400)
+    monkeypatch.setattr(points, "LANDMARKS", 400)
     every = Kernel.fit(at.features, at.outcomes, KernelSettings(), 0)
     np.testing.assert_allclose(every.predict(at.new), a, atol=5e-3)
 
@@ -89,7 +89,7 @@ def test_stems_that_are_the_questions_are_not_kept() -> None:
     at = world(60)
     alike = {**at.features, "stem": at.features["embedding"]}
     fitted = Kernel.fit(alike, at.outcomes, KernelSettings(), 0)
-    assert "stem" not in fitted.centres
+    assert "stem" not in fitted.weights
     fitted = Kernel.fit(alike, at.outcomes, KernelSettings(category=0), 0)
     without = KernelSettings(stem=0, category=0)
     np.testing.assert_allclose(
