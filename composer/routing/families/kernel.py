@@ -67,8 +67,8 @@ class Kernel:
     name: ClassVar[str] = "kernel"
     tier: ClassVar[Tier] = "supported"
     paper: ClassVar[str] = (
-        "Kernel ridge regression: Saunders et al., ICML 1998; above 10,000 rows Nyström: Williams & "
-        "Seeger, NIPS 2000. The views and the predicted category are ours"
+        "Kernel ridge regression: Saunders et al., ICML 1998; above 10,000 rows Nyström: Williams "
+        "and Seeger, NIPS 2000. The views and the predicted category are ours"
     )
     settings: ClassVar[type[BaseModel]] = KernelSettings
 

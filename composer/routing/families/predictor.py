@@ -32,7 +32,8 @@ VIEWS: tuple[View, ...] = ("embedding", "stem", "format")
 
 class PredictorSettings(FamilySettings):
     """`kind`: the form. `penalty` · ‖weights‖² / 2 is added to the log loss summed over outcomes;
-    the experts' own intercepts are free, so much of it leaves each expert at its mean. `rank` is
+    the experts' own intercepts are free, so much of it leaves each expert at its mean (the forms
+    with factors, `mf` and `irt`, at once: both factors are penalised). `rank` is
     the width of the hidden layer or of the factors; `steps` bounds the iterations of L-BFGS."""
 
     kind: Kind = "logistic"
@@ -103,8 +104,8 @@ class Predictor:
     @classmethod
     def grid(cls) -> Sequence[PredictorSettings]:
         kinds: tuple[Kind, ...] = ("logistic", "mlp", "mf", "irt")
-        tried = [PredictorSettings(kind=k, penalty=p) for k in kinds for p in (10.0, 30.0)]
-        return [*tried, PredictorSettings(penalty=3.0)]
+        tried = [PredictorSettings(kind=k, penalty=p) for k in kinds for p in (10.0, 3.0)]
+        return [*tried, *(PredictorSettings(kind=k, penalty=30.0) for k in kinds[:2])]
 
     @classmethod
     def views(cls, settings: PredictorSettings) -> frozenset[View]:
