@@ -29,9 +29,12 @@ class KernelSettings(FamilySettings):
     `ridge` draws what tells experts apart towards their means, `difficulty_ridge` what is common
     to all of them to 0. They are two because the difficulty of a question is far better seen than
     who masters it: on zeroeval's training part the squared error is lowest with 1, the choice
-    best with 10 to 30. `sharpness` is the inverse penalty of the classifier of kinds."""
+    best with 10 to 30. So does `prior`: each expert's speciality in the predicted kinds of
+    question, worth that many questions less than were asked, is taken off before the kernel sees
+    the rest (None: it is not). `sharpness` is the inverse penalty of the classifier of kinds."""
 
     ridge: float = Field(10.0, gt=0)
+    prior: float | None = Field(20.0, gt=0)
     difficulty_ridge: float = Field(1.0, gt=0)
     gamma: float = Field(1.5, gt=0)
     embedding: float = Field(1.0, ge=0)
@@ -56,7 +59,9 @@ class KernelSettings(FamilySettings):
 @dataclass(frozen=True, slots=True, eq=False)
 class Kernel:
     """`alpha` (m, E) for m centres, `mean` (E,). `weights` are those of the views that count:
-    without `stem` where no question had options. `labels` is None where the category has none.
+    without `stem` where no question had options. `labels` is None where the category has none;
+    otherwise `rates` (C, E) is how far each expert is above its mean in each kind of question,
+    the difficulty of its questions apart.
 
     Missing outcomes are filled in with the fit's own predictions until these settle, beginning
     with the expert's mean and the question's difficulty: a minimiser of the squared error over
@@ -76,6 +81,7 @@ class Kernel:
     centres: Centres
     alpha: FloatArray
     mean: FloatArray
+    rates: FloatArray
     labels: Labels | None
     chosen: KernelSettings
 
@@ -102,8 +108,7 @@ class Kernel:
         """As `fit` for each of the settings; what they have in common is done once."""
         features, outcomes = teaching(features, outcomes)
         parts = Parts.of(np.asarray(outcomes.quality, np.float32))
-        # The difficulty is fitted as one more expert, and added to all of them afterwards.
-        target = np.hstack([parts.rest, parts.difficulty[:, None]])  # (n, E + 1)
+        priors = list(dict.fromkeys(chosen.prior for chosen in settings))
         alike = "stem" in features and np.array_equal(features["stem"], features["embedding"])
         labelled: dict[float, tuple[Labels, FloatArray]] = {}
         tables: dict[str, tuple[Centres, Table]] = {}
@@ -122,13 +127,22 @@ class Kernel:
                 tables.clear()  # one at a time: they are large
                 answers.clear()
                 tables[key] = table_of(Points.of(features, posterior, weights), seed)
+                rates = [_rates(parts.rest, posterior, prior) for prior in priors]
+                # One solution serves all priors; the difficulty is fitted as one more expert.
+                left = [
+                    parts.rest if posterior is None else parts.rest - posterior @ r for r in rates
+                ]
+                target = np.hstack([*left, parts.difficulty[:, None]])
             centres, table = tables[key]
             for ridge in (chosen.ridge, chosen.difficulty_ridge):
                 if (chosen.gamma, ridge) not in answers:
                     answers[chosen.gamma, ridge] = solved(table, target, chosen.gamma, ridge)
-            rest = answers[chosen.gamma, chosen.ridge][:, :-1]
+            number, n_experts = priors.index(chosen.prior), len(parts.mean)
+            own = slice(number * n_experts, (number + 1) * n_experts)
+            rest = answers[chosen.gamma, chosen.ridge][:, own]
             difficulty = answers[chosen.gamma, chosen.difficulty_ridge][:, -1:]
-            fitted.append(cls(weights, centres, rest + difficulty, parts.mean, labels, chosen))
+            alpha = rest + difficulty
+            fitted.append(cls(weights, centres, alpha, parts.mean, rates[number], labels, chosen))
         return fitted
 
     def predict(self, features: Features) -> FloatArray:
@@ -138,10 +152,11 @@ class Kernel:
         for part in chunks(len(out)):
             near = np.exp(-self.chosen.gamma * points.rows(part).distances(self.centres))
             out[part] = near @ self.alpha + self.mean
-        return out
+        return out if posterior is None else out + posterior @ self.rates
 
     def state(self) -> State:
-        own = State({"alpha": self.alpha, "mean": self.mean}, {"weights": dict(self.weights)})
+        arrays = {"alpha": self.alpha, "mean": self.mean, "rates": self.rates}
+        own = State(arrays, {"weights": dict(self.weights)})
         parts = {"kernel": own, "centres": self.centres.state()}
         if self.labels is not None:
             parts["labels"] = self.labels.state()
@@ -151,8 +166,17 @@ class Kernel:
     def restore(cls, state: State, settings: Any) -> Kernel:
         own, centres = part_of(state, "kernel"), Centres.restore(part_of(state, "centres"))
         labels = Labels.restore(part_of(state, "labels")) if "labels" in state.values else None
-        alpha, mean = own.arrays["alpha"], own.arrays["mean"]
-        return cls(own.values["weights"], centres, alpha, mean, labels, settings)
+        alpha, mean, rates = (own.arrays[name] for name in ("alpha", "mean", "rates"))
+        return cls(own.values["weights"], centres, alpha, mean, rates, labels, settings)
+
+
+def _rates(rest: FloatArray, posterior: FloatArray | None, prior: float | None) -> FloatArray:
+    """(C, E) mean rest in each kind, a question counting for each as likely as it is of it."""
+    if posterior is None or prior is None:
+        return np.zeros((0 if posterior is None else posterior.shape[1], rest.shape[1]), np.float32)
+    known = ~np.isnan(rest)
+    total = posterior.T @ np.where(known, rest, 0)
+    return np.asarray(total / (posterior.T @ known + prior), np.float32)
 
 
 def _labelled(

@@ -10,7 +10,7 @@ from scipy.linalg import solve
 from composer.routing.families import points
 from composer.routing.families.kernel import Kernel, KernelSettings
 from composer.routing.views import rows_of
-from tests.routing.families.world import world
+from tests.routing.families.world import EXPERTS, OTHER, OWN, world
 
 PLAIN = KernelSettings(
     ridge=2.0, difficulty_ridge=2.0, gamma=1.0, stem=0, words=0, format=0, category=0
@@ -68,10 +68,21 @@ def test_landmarks_come_near_to_all_rows(monkeypatch: pytest.MonkeyPatch) -> Non
 
 def test_much_ridge_leaves_the_means() -> None:
     at = world(100)
-    far = KernelSettings(ridge=1e6, difficulty_ridge=1e6)
+    far = KernelSettings(ridge=1e6, difficulty_ridge=1e6, prior=None)
     predicted = Kernel.fit(at.features, at.outcomes, far, 0).predict(at.new)
     mean = np.broadcast_to(at.outcomes.quality.mean(axis=0), predicted.shape)
     np.testing.assert_allclose(predicted, mean, atol=1e-3)
+
+
+def test_much_ridge_leaves_what_each_expert_is_good_at_by_kind() -> None:
+    at = world(300)
+    far = KernelSettings(ridge=1e6, difficulty_ridge=1e6, prior=1.0)
+    predicted = Kernel.fit(at.features, at.outcomes, far, 0).predict(at.new)
+    np.testing.assert_array_equal(predicted.argmax(axis=1), at.chance.argmax(axis=1))
+    above = predicted - at.outcomes.quality.mean(axis=0)
+    own = at.chance.argmax(axis=1)
+    speciality = (OWN - OTHER) * (1 - 1 / len(EXPERTS))  # over its mean; the difficulty is none
+    assert abs(float(above[np.arange(len(own)), own].mean()) - speciality) < 0.08
 
 
 def test_a_difficulty_ridge_of_its_own_moves_all_experts_alike() -> None:
