@@ -26,14 +26,19 @@ class KernelSettings(FamilySettings):
     """k(x, z) = exp(−`gamma` · Σ_v w_v ‖x_v − z_v‖² / Σ_v w_v) with the weights of the views below;
     0 leaves a view out. `category` is the root of the predicted probabilities, a unit vector.
 
-    `ridge` draws what tells experts apart towards their means, `difficulty_ridge` what is common
-    to all of them to 0. They are two because the difficulty of a question is far better seen than
-    who masters it: on zeroeval's training part the squared error is lowest with 1, the choice
-    best with 10 to 30. So does `prior`: each expert's speciality in the predicted kinds of
-    question, worth that many questions less than were asked, is taken off before the kernel sees
-    the rest (None: it is not). `sharpness` is the inverse penalty of the classifier of kinds."""
+    What is common to all experts (the difficulty of a question) and what tells them apart are
+    fitted apart, for the first is far better seen than the second: on zeroeval's training part the
+    one ridge for both that has the least squared error decides worse than the best single expert.
+    Of the second, each expert's speciality in the predicted kind of question comes first, drawn to 0 as by
+    `prior` more questions (None: left out); the kernel has the rest, under `ridge`. The
+    difficulty has `difficulty_ridge`. `sharpness` is the inverse penalty of the classifier of
+    kinds.
 
-    ridge: float = Field(10.0, gt=0)
+    Five-fold on the training parts, accuracy and Brier score of zeroeval without o1-mini: ridge 3
+    83.9 and .1456; 100 with prior 20 85.3 and .1460; the category family 85.4 and .1575.
+    """
+
+    ridge: float = Field(30.0, gt=0)
     prior: float | None = Field(20.0, gt=0)
     difficulty_ridge: float = Field(1.0, gt=0)
     gamma: float = Field(1.5, gt=0)
@@ -87,7 +92,15 @@ class Kernel:
 
     @classmethod
     def grid(cls) -> Sequence[KernelSettings]:
-        return [KernelSettings(ridge=r, gamma=g) for g in (1.5, 0.75) for r in (10.0, 3.0, 30.0)]
+        tried = (
+            (30.0, 20.0),
+            (100.0, 20.0),
+            (10.0, 20.0),
+            (3.0, 20.0),
+            (100.0, 100.0),
+            (30.0, None),
+        )
+        return [KernelSettings(ridge=ridge, prior=prior) for ridge, prior in tried]
 
     @classmethod
     def views(cls, settings: KernelSettings) -> frozenset[View]:

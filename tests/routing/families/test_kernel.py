@@ -49,7 +49,8 @@ def test_fit_all_is_fit_for_each() -> None:
         Kernel.fit_all(at.features, at.outcomes, grid, 0), grid, strict=True
     ):
         alone = Kernel.fit(at.features, at.outcomes, settings, 0)
-        np.testing.assert_array_equal(together.predict(at.new), alone.predict(at.new))
+        # Not to the last bit: BLAS adds in another order where there are more columns.
+        np.testing.assert_allclose(together.predict(at.new), alone.predict(at.new), atol=1e-4)
 
 
 def test_landmarks_come_near_to_all_rows(monkeypatch: pytest.MonkeyPatch) -> None:
