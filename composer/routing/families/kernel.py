@@ -29,8 +29,8 @@ class KernelSettings(FamilySettings):
     What is common to all experts (the difficulty of a question) and what tells them apart are
     fitted apart, for the first is far better seen than the second: on zeroeval's training part the
     one ridge for both that has the least squared error decides worse than the best single expert.
-    Of the second, each expert's speciality in the predicted kind of question comes first, drawn to 0 as by
-    `prior` more questions (None: left out); the kernel has the rest, under `ridge`. The
+    Of the second, each expert's speciality in the predicted kind of question comes first, drawn to
+    0 as by `prior` more questions (None: left out); the kernel has the rest, under `ridge`. The
     difficulty has `difficulty_ridge`. `sharpness` is the inverse penalty of the classifier of
     kinds.
 
