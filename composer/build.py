@@ -33,6 +33,7 @@ from composer.registry import (
     load_catalog,
 )
 from composer.routing.base import Embedder, Router
+from composer.routing.learned import LearnedRouter
 from composer.routing.neighbours import NeighboursRouter
 from composer.scheduling.base import Place
 from composer.scheduling.events import Model
@@ -52,7 +53,7 @@ log = logging.getLogger(__name__)
 LOOK_S = 5.0
 """How long a boot or a reload waits for a server that somebody else runs."""
 
-ROUTERS: Mapping[str, type[Router]] = {c.name: c for c in (NeighboursRouter,)}
+ROUTERS: Mapping[str, type[Router]] = {c.name: c for c in (NeighboursRouter, LearnedRouter)}
 STRATEGIES: Mapping[str, type[Strategy]] = {c.name: c for c in (Single, Vote)}
 ENGINES: Mapping[str, type[Engine]] = {
     c.name: c for c in (EmbeddedEngine, OpenAIEngine, ReplayEngine, VllmEngine)
@@ -116,7 +117,9 @@ def _check_routers(loaded: Loaded, file: str) -> None:
     for policy in catalog.policies.values():
         experts = [catalog.experts[expert] for expert in policy.experts]
         try:
-            ROUTERS[policy.router.name].check(experts, policy.router.settings)
+            aims = policy.quality is not None or policy.max_cost is not None
+            router = ROUTERS[policy.router.name]
+            router.check(experts, policy.router.settings, needs_curve=aims)
         except ValueError as error:
             message, _, remedy = str(error).partition("; ")
             path = f"policies.{policy.id}.router"

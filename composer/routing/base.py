@@ -68,9 +68,10 @@ class Router(Protocol):
     experts: tuple[str, ...]
 
     @classmethod
-    def check(cls, experts: Sequence[Expert], settings: Any) -> None:
+    def check(cls, experts: Sequence[Expert], settings: Any, *, needs_curve: bool = False) -> None:
         """Raises ValueError ("what is wrong; the remedy") when the experts cannot be scored this
-        way. Quick: `composer check` asks it for every policy."""
+        way, or `needs_curve` (the policy aims at a quality or a spend) and there will be none.
+        Quick: `composer check` asks it for every policy."""
         ...
 
     @classmethod

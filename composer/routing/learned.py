@@ -146,10 +146,27 @@ class LearnedRouter:
             return ""
 
     @classmethod
-    def check(cls, experts: Sequence[Expert], settings: LearnedSettings) -> None:
+    def check(
+        cls, experts: Sequence[Expert], settings: LearnedSettings, *, needs_curve: bool = False
+    ) -> None:
         """Reads the manifest only. Raises ValueError (ArtefactError) where an expert is unknown to
-        the artefact, or the folder is none."""
-        _columns(read_manifest(settings.artefact), experts, settings)
+        the artefact, the folder is none, or a curve is needed that it does not have."""
+        manifest = read_manifest(settings.artefact)
+        columns = _columns(manifest, experts, settings)
+        if not needs_curve:
+            return
+        if manifest.curve is None:
+            raise ArtefactError(
+                "`quality` and `max_cost` need outcomes with costs, and the artefact "
+                f"{settings.artefact} was trained without; train it again with prices, or leave "
+                "them out"
+            )
+        if left := [e.id for i, e in enumerate(manifest.experts) if i not in columns]:
+            raise ArtefactError(
+                "`quality` and `max_cost` hold for all the artefact's experts together, and the "
+                f"policy leaves out {left[0]!r}; train one for the policy's experts, or leave "
+                "them out"
+            )
 
     @classmethod
     def build(

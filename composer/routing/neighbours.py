@@ -164,8 +164,21 @@ class NeighboursRouter:
         return ""
 
     @classmethod
-    def check(cls, experts: Sequence[Expert], settings: NeighboursSettings) -> None:
-        """Raises ValueError when none of several experts has a text of the sources."""
+    def check(
+        cls,
+        experts: Sequence[Expert],
+        settings: NeighboursSettings,
+        *,
+        needs_curve: bool = False,
+    ) -> None:
+        """Raises ValueError when none of several experts has a text of the sources, or a curve is
+        needed, which only outcomes give."""
+        if needs_curve:
+            raise ValueError(
+                "`quality` and `max_cost` need a router trained on outcomes, and this one is not; "
+                "train one with `router-training train` and name its artefact here, or leave "
+                "them out"
+            )
         if len(experts) > 1 and not Texts.of(experts, settings.sources).text:
             raise ValueError(
                 f"none of the experts has any of {', '.join(settings.sources)} to be found by; "
