@@ -47,3 +47,10 @@ class Problems:
         """Raises DataError if anything was added, the topmost lines first."""
         if self.found:
             raise DataError(sorted(self._first, key=lambda p: p.line or 0), self.found)
+
+
+class TrainingError(ComposerError):
+    """The data can be read, and what was asked cannot be done with it: "what is wrong; the
+    remedy"."""
+
+    code = "cannot_train"

@@ -77,6 +77,24 @@ def paired(
     return _interval(float(np.mean(values, dtype=np.float64)), drawn, level)
 
 
+def side_by_side(
+    columns: npt.NDArray[np.floating],
+    group: npt.NDArray[np.integer],
+    *,
+    seed: int = 0,
+    level: float = 0.95,
+    resamples: int = RESAMPLES,
+) -> list[Interval]:
+    """`paired` of each of the columns (n, P), which share their questions: drawn once for all.
+    Raises ValueError for a missing value (NaN), or no question."""
+    if not len(columns) or not np.isfinite(columns).all():
+        raise ValueError("intervals need every value; leave questions out whose values are missing")
+    pools = [Difference(str(p), "", column, group) for p, column in enumerate(columns.T)]
+    means = columns.mean(axis=0, dtype=np.float64)
+    drawn = _drawn(pools, seed, resamples)
+    return [_interval(float(m), own, level) for m, own in zip(means, drawn.T, strict=True)]
+
+
 def verdict(
     differences: Sequence[Difference],
     *,

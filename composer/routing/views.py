@@ -103,6 +103,13 @@ class Views:
                 features[view] = np.asarray(z / np.float32(np.sqrt(len(FORMAT))), np.float32)
         return features
 
+    def only(self, names: Collection[View]) -> Views:
+        """Some of the views, as they were fitted."""
+        kept = tuple(view for view in self.names if view in names)
+        empty = np.empty(0, np.float32)
+        centre, scale = (self.centre, self.scale) if "format" in kept else (empty, empty)
+        return Views(kept, self.vectorizer if "words" in kept else None, centre, scale)
+
     def state(self) -> State:
         arrays: dict[str, npt.NDArray[Any]] = {}
         values: dict[str, Any] = {"names": list(self.names)}

@@ -139,7 +139,10 @@ class Blend:
         )
 
     def predict(self, features: Features) -> FloatArray:
-        said = np.stack([member.predict(features) for member in self.members])  # (M, n, E)
+        return self.weighed(np.stack([member.predict(features) for member in self.members]))
+
+    def weighed(self, said: FloatArray) -> FloatArray:
+        """What the members say (M, n, E) → (n, E)."""
         level, rest = _parted(said, self.mean)
         common = np.einsum("m,mne->ne", self.level, level)  # (n, 1)
         own = np.einsum("me,mne->ne", self.choice, rest)
