@@ -13,14 +13,22 @@ from composer.routing.artefact import DataStamp, EmbedderStamp, ExpertStamp, Man
 from composer.routing.costs import VIEWS as COST_VIEWS
 from composer.routing.costs import CostModel
 from composer.routing.families import FAMILIES
+from composer.routing.family import Family
 from composer.routing.learned import LearnedModel, Scored
-from composer.routing.outcome_calibration import OutcomeCalibration
 from composer.routing.outcomes import Outcomes
 from composer.routing.views import Encode, View, Views, rows_of
 from composer.types import FloatArray
 from router_training.baselines import mean_costs
 from router_training.cells import listed
-from router_training.crossfit import Chosen, Criterion, CrossFit, by_stem, folds_by_stem, kind_of
+from router_training.crossfit import (
+    Chosen,
+    Criterion,
+    CrossFit,
+    by_stem,
+    calibration_of,
+    folds_by_stem,
+    kind_of,
+)
 from router_training.errors import TrainingError
 from router_training.intervals import paired
 from router_training.knob import curve_of, kept_promises
@@ -126,9 +134,13 @@ class Workshop:
         progress("expected costs", len(folds), len(folds))
         return CostModel.fit(self.features, self.outcomes), out
 
-    def choose(self, family: str) -> Chosen:
-        """Raises TrainingError."""
-        return self._crossfit.choose(family)
+    def choose(self, family: str, *, calibrated: bool = True) -> Chosen:
+        """As `CrossFit.choose`."""
+        return self._crossfit.choose(family, calibrated=calibrated)
+
+    def fit(self, chosen: Chosen) -> Family:
+        """On all questions."""
+        return self._crossfit.fit(chosen)
 
     def best(self, families: Sequence[str]) -> tuple[Chosen, dict[str, Any]]:
         """The family with the highest cross-fitted mean; of equals that with the lower Brier score,
@@ -174,7 +186,7 @@ class Workshop:
         choice: Mapping[str, Any] | None = None,
     ) -> LearnedModel:
         """Fitted on all questions. Calibration and curve are of the out-of-fold predictions."""
-        family = self._crossfit.fit(chosen)
+        family = self.fit(chosen)
         outcomes = self.outcomes
         names = set(type(family).views(chosen.settings))
         if self.costs is not None:
@@ -194,7 +206,7 @@ class Workshop:
             manifest,
             self.views.only(names),
             family,
-            OutcomeCalibration.fit(chosen.raw, outcomes),
+            calibration_of(chosen.raw, outcomes),
             self.costs,
         )
 
@@ -231,18 +243,24 @@ class Workshop:
 
     def card(self, model: LearnedModel, dev: Outcomes, scored: Scored) -> dict[str, Any]:
         """The same from what it said of them."""
-        try:
-            card = scorecard(
-                dev, self.yardstick, scored.quality, expected_cost=scored.cost, seed=self.seed
-            )
-        except ValueError as error:
-            raise TrainingError(f"the questions to judge on: {error}") from error
+        card = self.judge(scored.quality, scored.cost, dev)
         curve, promises = model.manifest.curve, None
         if curve is not None and scored.cost is not None:
             promises = kept_promises(
                 curve, scored.quality, scored.cost, dev, self.yardstick.best, seed=self.seed
             )
         return {"dev": card, "dev_promises": promises}
+
+    def judge(
+        self, quality: FloatArray, expected_cost: FloatArray | None, dev: Outcomes
+    ) -> dict[str, Any]:
+        """The scorecard of decisions by `quality` (n, E). Raises TrainingError."""
+        try:
+            return scorecard(
+                dev, self.yardstick, quality, expected_cost=expected_cost, seed=self.seed
+            )
+        except ValueError as error:
+            raise TrainingError(f"the questions to judge on: {error}") from error
 
 
 def digest_of(outcomes: Outcomes) -> str:

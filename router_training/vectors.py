@@ -8,11 +8,11 @@ import sqlite3
 from collections.abc import Sequence
 from contextlib import closing
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 
 from composer.errors import SettingsError
-from composer.routing.base import Embedder
 from composer.types import FloatArray
 from router_training.progress import Progress, silent
 
@@ -23,12 +23,24 @@ LOOKED_UP = 500
 """Keys of one query, below SQLite's limit of variables."""
 
 
+class Model(Protocol):
+    """What makes vectors: `TextEmbedder`, or an `Encoder` alone."""
+
+    id: str
+    digest: str
+    dim: int
+
+    def encode(self, texts: Sequence[str]) -> FloatArray:
+        """(n,) texts → (n, d) float32 unit rows."""
+        ...
+
+
 class KeptVectors:
     """An embedder whose `encode` asks the model only for texts it has not seen in any run. One
     SQLite file for each model in `folder`, keyed by the texts' SHA-256; several processes may
     write to it at once. Raises SettingsError for a file that is damaged."""
 
-    def __init__(self, embedder: Embedder, folder: Path, progress: Progress = silent) -> None:
+    def __init__(self, embedder: Model, folder: Path, progress: Progress = silent) -> None:
         self.id, self.digest, self.dim = embedder.id, embedder.digest, embedder.dim
         self._embedder, self._progress = embedder, progress
         self.path = folder / f"{embedder.digest[:16]}.db"

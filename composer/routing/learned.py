@@ -13,7 +13,14 @@ from typing import Any, ClassVar
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
 
-from composer.routing.artefact import MANIFEST, Artefact, ArtefactError, Manifest, read_manifest
+from composer.routing.artefact import (
+    MANIFEST,
+    Artefact,
+    ArtefactError,
+    EmbedderStamp,
+    Manifest,
+    read_manifest,
+)
 from composer.routing.base import Embedder, Query, Scores
 from composer.routing.costs import CostModel
 from composer.routing.curve import Curve
@@ -208,7 +215,7 @@ class LearnedRouter:
         }
 
 
-def check_embedder(manifest: Manifest, embedder: Embedder, folder: Path) -> None:
+def check_embedder(manifest: Manifest, embedder: Embedder | EmbedderStamp, folder: Path) -> None:
     """Raises ArtefactError where the artefact was fitted on another embedder's vectors."""
     asked = manifest.embedder
     if (asked.digest, asked.dim) != (embedder.digest, embedder.dim):

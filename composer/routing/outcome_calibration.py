@@ -36,10 +36,13 @@ class OutcomeCalibration:
     covariance: FloatArray
 
     @classmethod
-    def fit(cls, raw: FloatArray, outcomes: Outcomes) -> OutcomeCalibration:
+    def fit(
+        cls, raw: FloatArray, outcomes: Outcomes, *, shared: bool = False
+    ) -> OutcomeCalibration:
         """`raw` (n, E): predictions of questions that their maker had not seen; rows of NaN, and
-        missing outcomes, are left out. Outcomes between 0 and 1 count in proportion. Raises
-        ValueError where nothing is left."""
+        missing outcomes, are left out. Outcomes between 0 and 1 count in proportion. `shared`: one
+        map for all experts, which leaves their order alone; how unsure it is of each is still that
+        of its own. Raises ValueError where nothing is left."""
         if raw.shape != outcomes.quality.shape:
             raise ValueError(
                 f"predictions of shape {raw.shape} for outcomes of shape "
@@ -56,7 +59,7 @@ class OutcomeCalibration:
             for e, asked in enumerate(known.T)
         ]
         return cls(
-            np.stack([np.asarray(fit.b, np.float32) for fit in own]),
+            np.stack([np.asarray((pooled if shared else fit).b, np.float32) for fit in own]),
             np.stack([np.asarray(fit.covariance, np.float32) for fit in own]),
         )
 
