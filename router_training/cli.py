@@ -70,8 +70,9 @@ def train(
     budget: Annotated[
         list[float] | None,
         typer.Option(
+            min=0.0,
             help="A share of the best single expert's mean cost; repeat for several. Settings are "
-            "then chosen by the quality within these budgets, not by the highest."
+            "then chosen by the quality within these budgets, not by the highest.",
         ),
     ] = None,
     experts: Experts = None,

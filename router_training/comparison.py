@@ -45,14 +45,15 @@ def of_pool(c: Comparison) -> str:
         ]
     if (kept := c.of(c.best).promises) is not None:
         parts += [
-            f"The knob of {c.best}, shares of the best single expert's quality:",
+            f"The knob of {c.best}: quality asked as a share of the best single expert's on train.",
             _table(
                 [
                     "asked",
-                    "promised (95 %)",
-                    "achieved (95 %)",
+                    "promised, % (95 %)",
+                    "achieved",
                     "within",
-                    "cost promised, achieved",
+                    "share here",
+                    "cost, US dollars",
                 ],
                 [_promise_row(promise) for promise in kept],
             ),
@@ -120,11 +121,11 @@ def _budget_row(m: Method, shares: Sequence[str]) -> list[str]:
 def _promise_row(promise: Mapping[str, Any]) -> list[str]:
     return [
         f"{promise['asked']:g}",
-        f"{promise['promised']:.3f} ({promise['interval'][0]:.3f} to {promise['interval'][1]:.3f})",
-        f"{promise['achieved']:.3f} ({promise['achieved_ci95'][0]:.3f} to "
-        f"{promise['achieved_ci95'][1]:.3f})",
+        f"{_percent(promise['promised'])} ({_range(*promise['interval'])})",
+        f"{_percent(promise['achieved'])} ({_range(*promise['achieved_ci95'])})",
         "yes" if promise["within_interval"] else "no",
-        f"{promise['promised_cost']:.3g}, {promise['achieved_cost']:.3g}",
+        _decimal(promise["achieved_share"]),
+        f"{promise['achieved_cost']:.3g}, {promise['promised_cost']:.3g} promised",
     ]
 
 

@@ -94,16 +94,17 @@ def kept_promises(
     seed: int = 0,
 ) -> list[dict[str, Any]] | None:
     """What the curve's weights reach on other questions, for each share ASKED of the best single
-    expert's quality: shares are of its quality on the questions that each was measured on.
-    `within_interval` says whether what was achieved lies between the bounds that the curve gives.
-    Questions without an outcome of the best single expert are left out. None without any other, or
-    without their costs."""
+    expert's quality on the curve's own: that mean quality is what is promised, with the bounds that
+    the curve gives, and `within_interval` says whether what was achieved lies between them. They
+    know nothing of how easy other questions are, so `achieved_share` tells the same as a share of
+    what the best single expert reaches there. Questions without an outcome of it are left out.
+    None without any other, or without their costs."""
     rows = np.asarray(outcomes.known[:, best], np.bool_)
     outcomes, quality, expected_cost = outcomes.rows(rows), quality[rows], expected_cost[rows]
     if not len(outcomes) or not outcomes.priced:
         return None
     single = float(base_rates(outcomes)[best])
-    if single <= 0 or curve.best_single <= 0:
+    if single <= 0:
         return None
     told = []
     for share in ASKED:
@@ -111,16 +112,16 @@ def kept_promises(
         chosen = decided_at(weight, quality, expected_cost, outcomes)
         both = np.stack([earned(outcomes.quality, chosen), earned(outcomes.cost, chosen)], axis=1)
         reached, spent = side_by_side(both, outcomes.group, seed=seed, resamples=RESAMPLES)
-        low, high = point.low / curve.best_single, point.high / curve.best_single
         told.append(
             {
                 "asked": share,
                 "weight": weight,
-                "promised": point.quality / curve.best_single,
-                "interval": [low, high],
-                "achieved": reached.mean / single,
-                "achieved_ci95": [reached.low / single, reached.high / single],
-                "within_interval": low <= reached.mean / single <= high,
+                "promised": point.quality,
+                "interval": [point.low, point.high],
+                "achieved": reached.mean,
+                "achieved_ci95": [reached.low, reached.high],
+                "within_interval": point.low <= reached.mean <= point.high,
+                "achieved_share": reached.mean / single,
                 "promised_cost": point.cost,
                 "achieved_cost": spent.mean,
             }
