@@ -96,6 +96,7 @@ class ComposerField(Body):
         allow_inf_nan=False,
         description="US dollars that such requests may cost on average, for the best quality.",
     )
+    explore: bool = Field(True, description="Whether an expert may be tried out on this request.")
 
     @model_validator(mode="after")
     def _one_aim(self) -> ComposerField:
@@ -180,6 +181,7 @@ class Generation(Ignored, Parameters):
             max_wait_s=ours.max_wait_s,
             quality=ours.quality,
             max_cost=ours.max_cost,
+            explore=ours.explore,
             **rest,
         )
 

@@ -36,6 +36,7 @@ from composer.registry import (
 from composer.routing.base import Embedder, Router
 from composer.routing.learned import LearnedRouter
 from composer.routing.neighbours import NeighboursRouter
+from composer.routing.online import OnlineRouter
 from composer.scheduling.base import Place
 from composer.scheduling.events import Model
 from composer.scheduling.policy import SwapPolicy
@@ -54,7 +55,9 @@ log = logging.getLogger(__name__)
 LOOK_S = 5.0
 """How long a boot or a reload waits for a server that somebody else runs."""
 
-ROUTERS: Mapping[str, type[Router]] = {c.name: c for c in (NeighboursRouter, LearnedRouter)}
+ROUTERS: Mapping[str, type[Router]] = {
+    c.name: c for c in (NeighboursRouter, LearnedRouter, OnlineRouter)
+}
 STRATEGIES: Mapping[str, type[Strategy]] = {c.name: c for c in (Single, Vote)}
 ENGINES: Mapping[str, type[Engine]] = {
     c.name: c for c in (EmbeddedEngine, OpenAIEngine, ReplayEngine, VllmEngine)
@@ -258,15 +261,17 @@ async def _started(server: str, engine: Engine) -> bool:
 
 
 async def build_ways(catalog: Catalog, embedder: Embedder) -> dict[str, Way]:
-    """Every policy made runnable; policies with the same router over the same experts share it.
-    Starts no engine, so that a decision can be tried without one."""
-    routers: dict[tuple[str, str, tuple[str, ...]], Router] = {}
+    """Every policy made runnable; policies with the same router over the same experts share it,
+    except that a router which learns is one policy's own. Starts no engine, so that a decision can
+    be tried without one."""
+    routers: dict[tuple[str, str, tuple[str, ...], str], Router] = {}
     ways: dict[str, Way] = {}
     for policy in catalog.policies.values():
         experts = [catalog.experts[expert] for expert in policy.experts]
-        key = (policy.router.name, repr(policy.router.settings), policy.experts)
+        kind = ROUTERS[policy.router.name]
+        owner = policy.id if issubclass(kind, OnlineRouter) else ""
+        key = (kind.name, repr(policy.router.settings), policy.experts, owner)
         if key not in routers:
-            kind = ROUTERS[policy.router.name]
             routers[key] = await asyncio.to_thread(
                 kind.build, experts, policy.router.settings, embedder
             )

@@ -194,10 +194,11 @@ async def _decide(text: str, policy: str | None, catalog: Any, embedder: Any) ->
     from composer.build import build_ways, named_ways
     from composer.generations import Generation
     from composer.pipeline import decide
-    from composer.types import Request
+    from composer.types import Message, Request
 
     generation = Generation(catalog, await build_ways(catalog, embedder), named_ways(catalog), {})
-    request = Request(id="route", model=policy or "", messages=({"role": "user", "content": text},))
+    messages: tuple[Message, ...] = ({"role": "user", "content": text},)
+    request = Request(id="route", model=policy or "", messages=messages, explore=False)
     try:
         await embedder.embed("warm up")  # the first run of a model is not what a service sees
         began = perf_counter()

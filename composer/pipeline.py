@@ -24,6 +24,7 @@ from composer.generations import Generation, Generations, Hold, Way
 from composer.routing.aims import aim_of
 from composer.routing.base import Query
 from composer.routing.choose import choose
+from composer.routing.explore import draw_of, explored
 from composer.scheduling.base import Scheduler
 from composer.types import (
     Ask,
@@ -198,12 +199,15 @@ async def decide(
         quality=request.quality,
         max_cost=request.max_cost,
     )
+    draw = draw_of(request.id) if request.explore else None
     if way.policy.tolerance == 0:
-        return way, choose(scores, aim, way.policy)
+        plan = choose(scores, aim, way.policy)
+        return way, explored(plan, scores, aim, way.policy, draw)
     catalog = generation.catalog
     loaded = {server: resident(generation.place(server)) for server in catalog.servers}
     here = np.array([loaded[catalog.experts[e].server] for e in way.policy.experts], np.bool_)
-    return way, choose(scores, aim, way.policy, here)
+    plan = choose(scores, aim, way.policy, here)
+    return way, explored(plan, scores, aim, way.policy, draw)
 
 
 @dataclass(frozen=True, slots=True)

@@ -279,7 +279,7 @@ class Request:
     passes through untouched (tools, tool_choice, response_format, extra parameters);
     `parameters` names those of them that are beyond OpenAI's core. `max_wait_s` is the caller's
     own bound on the wait for a lease; it can only tighten the policy's. `quality` and `max_cost`
-    (at most one) take the place of the policy's aim.
+    (at most one) take the place of the policy's aim. `explore` False: no expert is tried out on it.
     """
 
     id: str
@@ -296,6 +296,7 @@ class Request:
     max_wait_s: float | None = None
     quality: float | None = None
     max_cost: float | None = None
+    explore: bool = True
 
     @property
     def text(self) -> str:
@@ -343,7 +344,8 @@ class Plan:
     `calls` are the experts known to be called, best first, so that a scheduler can look
     ahead. `scores` is expected quality per considered expert (best few, not all);
     `reasons` says in words and numbers why; `confident` whether the best of them is expected to
-    reach the policy's floor, None where it has none.
+    reach the policy's floor, None where it has none. `learning` is what the router needs again
+    when the outcome is known: recorded, and not shown.
     """
 
     policy: str
@@ -353,6 +355,7 @@ class Plan:
     scores: Mapping[str, float] = field(default_factory=empty)
     reasons: Mapping[str, Any] = field(default_factory=empty)
     confident: bool | None = None
+    learning: Mapping[str, Any] = field(default_factory=empty)
 
     @property
     def best(self) -> str:

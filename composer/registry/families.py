@@ -64,9 +64,10 @@ def no_files(settings: Any) -> str:
 @dataclass(frozen=True, slots=True)
 class RouterFamily:
     """A router as the registry sees it. `needs_texts`: it finds experts by what is said about
-    them, so each must say something. `path_fields` are settings that hold a path: relative ones
-    start at the registry file's folder, and what lies there is watched. `digest` stands for the
-    content of those files, and is "" where they cannot be read."""
+    them, so each must say something. `path_fields` are settings that hold a path, dotted where
+    they lie deeper: relative ones start at the registry file's folder, and what lies there is
+    watched. `digest` stands for the content of those files, and is "" where they cannot be read.
+    """
 
     settings: type[BaseModel]
     needs_texts: bool = True

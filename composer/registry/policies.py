@@ -105,19 +105,27 @@ def _router(
     name = written.get("name") if isinstance(written, Mapping) else None
     family = routers.get(name) if isinstance(name, str) else None
     if family is not None and isinstance(written, Mapping):
-        paths = {
-            key: os.path.abspath(context.located(path))
-            for key in family.path_fields
-            if isinstance(path := written.get(key), str) and path
-        }
-        for path in paths.values():
-            context.look(Path(path))
-        block = replace(block, data={**block.data, "router": {**written, **paths}})
+        for dotted in family.path_fields:
+            path = dotted.split(".")
+            inner: Any = written
+            for key in path:
+                inner = inner.get(key) if isinstance(inner, Mapping) else None
+            if isinstance(inner, str) and inner:
+                located = os.path.abspath(context.located(inner))
+                written = _with(written, path, located)
+                context.look(Path(located))
+        block = replace(block, data={**block.data, "router": written})
     settings = {name: family.settings for name, family in routers.items()}
     router = _component(context, block, "router", settings)
     if router is None or family is None:
         return router
     return replace(router, digest=family.digest(router.settings))
+
+
+def _with(data: Mapping[str, Any], path: Sequence[str], value: str) -> dict[str, Any]:
+    """A copy with another value where the path leads."""
+    key, *rest = path
+    return {**data, key: _with(data[key], rest, value) if rest else value}
 
 
 def _component(

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar, Protocol, runtime_checkable
 
 from pydantic import BaseModel
 
 from composer.routing.curve import Curve
-from composer.types import BoolArray, Expert, FloatArray, Tier
+from composer.types import BoolArray, Expert, FloatArray, Tier, empty
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,6 +20,17 @@ class Query:
 
 
 @dataclass(frozen=True, slots=True)
+class Exploration:
+    """How the router wants to try experts out: `floor` is the share of requests spread evenly over
+    all eligible ones; `thompson` draws the rest by quality and uncertainty. `learning` is what it
+    must read again to learn from the outcome; it is recorded with the decision and not shown."""
+
+    floor: float
+    thompson: bool
+    learning: Mapping[str, Any] = field(default_factory=empty)
+
+
+@dataclass(frozen=True, slots=True)
 class Scores:
     """One row per expert, in the router's own order `experts`.
 
@@ -27,6 +38,7 @@ class Scores:
     was not eligible; `uncertainty` (E,) its standard deviation. `reasons` holds, for the
     best few experts only, what the router saw (say `{"similarity": 0.83, "nearest": "…"}`).
     `cost` (E,) is expected US dollars of the call, None where the router does not know.
+    `exploration` None: the best is always taken.
     """
 
     experts: tuple[str, ...]
@@ -34,6 +46,7 @@ class Scores:
     uncertainty: FloatArray
     reasons: Mapping[str, Mapping[str, Any]]
     cost: FloatArray | None = None
+    exploration: Exploration | None = None
 
 
 @runtime_checkable
