@@ -8,17 +8,21 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import numpy as np
-import numpy.typing as npt
 from pydantic import BaseModel, Field, field_validator
 
-from composer.routing.families.common import FamilySettings, expert_means, folds_of, teaching
+from composer.routing.families.common import (
+    FamilySettings,
+    expert_means,
+    folds_of,
+    followed,
+    non_negative,
+    teaching,
+)
 from composer.routing.family import Family
 from composer.routing.outcomes import Outcomes
 from composer.routing.state import State, packed, part_of
 from composer.routing.views import Features, View, rows_of
 from composer.types import FloatArray, Tier
-
-Float64 = npt.NDArray[np.float64]
 
 
 class Member(FamilySettings):
@@ -29,17 +33,18 @@ class Member(FamilySettings):
 
 
 class BlendSettings(FamilySettings):
-    """`per_expert` None: each expert has weights of its own only where cross-validation finds the
-    squared error lower with them."""
+    """`closeness`: how near to the best an expert has to be to count where it is learnt whom to
+    ask (see `followed`); None: all count the same, which is right where budgets send most
+    questions to cheaper ones."""
 
     members: tuple[Member, ...] = (
         Member(family="kernel"),
         Member(family="category"),
+        Member(family="clusters"),
         Member(family="predictor"),
-        Member(family="neighbours", settings={"prior": 5.0}),
     )
     folds: int = Field(5, ge=2)
-    per_expert: bool | None = None
+    closeness: float | None = Field(0.01, gt=0)
 
     @field_validator("members")
     @classmethod
@@ -56,10 +61,9 @@ class Blend:
     """Breiman's stacked regressions: non-negative least squares on out-of-fold predictions.
 
     What a member says is parted in two, each with weights of its own: `level` (M,) for how easy
-    the question is for all experts, and `choice` (M, E) for how each differs from the others, the
-    same for all experts unless `per_expert`. The first decides how much is promised, the second
-    who is asked. Both are deviations from the experts' means (E,), so weights that add up to less
-    than 1 draw experts to these.
+    the question is for all experts, and `choice` (M,) for how each differs from the others. The
+    first decides how much is promised, the second who is asked. Both are deviations from the
+    experts' means (E,), so weights that add up to less than 1 draw experts to these.
     """
 
     name: ClassVar[str] = "blend"
@@ -75,7 +79,7 @@ class Blend:
 
     @classmethod
     def grid(cls) -> Sequence[BlendSettings]:
-        return [BlendSettings()]
+        return [BlendSettings(closeness=closeness) for closeness in (0.01, 0.04, None)]
 
     @classmethod
     def views(cls, settings: BlendSettings) -> frozenset[View]:
@@ -123,20 +127,12 @@ class Blend:
         if not known.any():
             raise ValueError("no outcome has a prediction to stack on; give more questions")
         level, off = _parted(np.where(np.isnan(apart), mean, apart), mean)
-        target = np.where(known, outcomes.quality - mean, 0).astype(np.float64)
-        follow = _non_negative(np.broadcast_to(level, off.shape)[:, known], target[known])
-        own = settings.per_expert
-        rest, target = _about_row(off, known), _about_row(target, known)
-        if own is None:
-            own = _own_weights_help(rest, target, known, outcomes, settings.folds)
-        choice = _choice(rest, target, known, own)
-        return cls(
-            tuple(members),
-            np.asarray(follow, np.float32),
-            choice.astype(np.float32),
-            mean,
-            settings,
-        )
+        target = np.where(known, outcomes.quality - mean, 0).astype(np.float32)
+        follow = non_negative(np.broadcast_to(level, off.shape)[:, known], target[known])
+        choice = followed(off, target, known, mean, settings.closeness)
+        if choice is None:
+            choice = np.full(len(apart), 1 / len(apart), np.float32)
+        return cls(tuple(members), np.asarray(follow, np.float32), choice, mean, settings)
 
     def predict(self, features: Features) -> FloatArray:
         return self.weighed(np.stack([member.predict(features) for member in self.members]))
@@ -145,7 +141,7 @@ class Blend:
         """What the members say (M, n, E) → (n, E)."""
         level, rest = _parted(said, self.mean)
         common = np.einsum("m,mne->ne", self.level, level)  # (n, 1)
-        own = np.einsum("me,mne->ne", self.choice, rest)
+        own = np.einsum("m,mne->ne", self.choice, rest)
         return np.asarray(self.mean + common + own, np.float32)
 
     def state(self) -> State:
@@ -182,56 +178,3 @@ def _parted(said: FloatArray, mean: FloatArray) -> tuple[FloatArray, FloatArray]
     off = said - mean
     level = off.mean(axis=2, keepdims=True)
     return level, off - level
-
-
-def _about_row(values: npt.NDArray[np.floating], known: npt.NDArray[np.bool_]) -> Float64:
-    """(…, n, E) less each question's mean over the experts it was asked of; 0 elsewhere."""
-    values = np.where(known, values, 0)
-    mean = values.sum(axis=-1, keepdims=True) / np.maximum(known.sum(axis=-1, keepdims=True), 1)
-    return np.where(known, values - mean, 0)
-
-
-def _non_negative(x: npt.NDArray[Any], y: npt.NDArray[Any]) -> Float64:
-    """(M, p), (p,) → (M,) weights of at least 0 with the least squared error, by way of the (M, M)
-    normal equations. A hair of ridge parts members that say the same."""
-    from scipy.optimize import nnls
-
-    x = np.asarray(x, np.float64)
-    gram = x @ x.T
-    gram[np.diag_indices_from(gram)] += 1e-6 * max(float(np.trace(gram)), 1e-6)
-    root = np.linalg.cholesky(gram)
-    weights: Float64 = nnls(root.T, np.linalg.solve(root, x @ y))[0]
-    return weights
-
-
-def _choice(rest: Float64, target: Float64, known: npt.NDArray[np.bool_], own: bool) -> Float64:
-    """(M, n, E), (n, E) → (M, E)."""
-    if not own:
-        shared = _non_negative(rest[:, known], target[known])
-        return np.repeat(shared[:, None], rest.shape[2], axis=1)
-    columns = [
-        _non_negative(rest[:, asked, e], target[asked, e]) for e, asked in enumerate(known.T)
-    ]
-    return np.stack(columns, axis=1)
-
-
-def _own_weights_help(
-    rest: Float64,
-    target: Float64,
-    known: npt.NDArray[np.bool_],
-    outcomes: Outcomes,
-    folds: int,
-) -> bool:
-    """Whether weights per expert lower the squared error of held-out questions by more than its
-    standard error: there are E times as many of them."""
-    fold = folds_of(outcomes.group, folds)
-    gain = np.zeros(len(outcomes))
-    for number in np.unique(fold):
-        held = fold == number
-        errors = []
-        for own in (False, True):
-            weights = _choice(rest[:, ~held], target[~held], known[~held], own)
-            off = target[held] - np.einsum("me,mne->ne", weights, rest[:, held])
-            errors.append((off**2 * known[held]).sum(axis=1))
-        gain[held] = errors[0] - errors[1]
-    return bool(gain.mean() > gain.std() / np.sqrt(len(gain)))

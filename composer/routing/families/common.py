@@ -1,5 +1,5 @@
-"""What families share: which rows can teach, an expert's mean, a question's difficulty, dense
-features side by side. Knows no family."""
+"""What families share: which rows can teach, an expert's mean, a question's difficulty, how far
+several opinions are to be followed. Knows no family."""
 
 from __future__ import annotations
 
@@ -14,6 +14,8 @@ from pydantic import BaseModel, ConfigDict
 from composer.routing.outcomes import IntArray, Outcomes
 from composer.routing.views import Features, View, count_of, rows_of
 from composer.types import FloatArray
+
+Float64 = npt.NDArray[np.float64]
 
 CHUNK = 1024
 """Queries that are compared with all rows at a time, so that no table grows with both."""
@@ -76,6 +78,59 @@ def filled(quality: FloatArray) -> FloatArray:
     parts = Parts.of(quality)
     guess = np.clip(parts.mean + parts.difficulty[:, None], 0, 1)
     return np.asarray(np.where(np.isnan(quality), guess, quality), np.float32)
+
+
+def about_row(
+    values: npt.NDArray[np.floating], known: npt.NDArray[np.bool_], weight: Float64
+) -> Float64:
+    """(…, n, E) less each question's mean over the experts it was asked of, these weighed by
+    `weight` (E,); 0 elsewhere."""
+    shown = np.where(known, weight, 0)
+    total = np.maximum(shown.sum(axis=1, keepdims=True), np.finfo(np.float64).tiny)
+    mean = (np.where(known, values, 0) * shown).sum(axis=-1, keepdims=True) / total
+    return np.where(known, values - mean, 0)
+
+
+def followed(
+    said: FloatArray,
+    target: FloatArray,
+    known: npt.NDArray[np.bool_],
+    mean: FloatArray,
+    closeness: float | None,
+) -> FloatArray | None:
+    """How far each of M opinions `said` (M, n, E) on how experts differ is to be followed, (M,):
+    non-negative least squares (Breiman's stacking) on outcomes that their makers had not seen,
+    `target` (n, E). None where no question has two known outcomes, so that nothing is told.
+
+    An expert of mean quality `mean` counts as exp((mean − highest mean) / `closeness`), all the
+    same at None. Decisions fall between the best few, who differ less than the others do: with
+    all alike, what tells the weak from the strong is believed of the strong, too.
+    """
+    known = known & (known.sum(axis=1, keepdims=True) > 1)
+    if not known.any():
+        return None
+    weight = np.ones(len(mean), np.float64)
+    if closeness is not None:
+        weight = np.exp((mean.astype(np.float64) - float(mean.max())) / closeness)
+    root = np.sqrt(weight)
+    x = (about_row(said, known, weight) * root)[:, known]
+    y = (about_row(target, known, weight) * root)[known]
+    return np.asarray(non_negative(x, y), np.float32)
+
+
+def non_negative(x: npt.NDArray[Any], y: npt.NDArray[Any]) -> Float64:
+    """(M, p), (p,) → (M,) weights of at least 0 with the least squared error, by way of the (M, M)
+    normal equations. A hair of ridge parts opinions that are the same."""
+    from scipy.optimize import nnls
+
+    x = np.asarray(x, np.float64)
+    gram = x @ x.T
+    if not gram.any():
+        return np.zeros(len(x))
+    gram[np.diag_indices_from(gram)] += 1e-6 * float(np.trace(gram))
+    root = np.linalg.cholesky(gram)
+    weights: Float64 = nnls(root.T, np.linalg.solve(root, x @ y))[0]
+    return weights
 
 
 def dense(features: Features, views: Sequence[View]) -> FloatArray:

@@ -10,13 +10,23 @@ from typing import Any, ClassVar
 import numpy as np
 from pydantic import BaseModel, Field, model_validator
 
-from composer.routing.families.common import FamilySettings, Parts, chunks, teaching
+from composer.routing.families.common import (
+    FamilySettings,
+    Parts,
+    chunks,
+    folds_of,
+    followed,
+    teaching,
+)
 from composer.routing.families.labels import VIEWS, Labels, kinds_of
 from composer.routing.families.points import Centres, Points, Table, solved, table_of
-from composer.routing.outcomes import Outcomes
+from composer.routing.outcomes import IntArray, Outcomes
 from composer.routing.state import State, packed, part_of
 from composer.routing.views import Features, View
 from composer.types import FloatArray, Tier
+
+FOLDS = 3
+"""Parts in which it is found how far each ridge is to be followed."""
 
 CATEGORY_FOLDS = 4
 """Parts of the questions in which the classifier of kinds is cross-fitted."""
@@ -30,15 +40,15 @@ class KernelSettings(FamilySettings):
     fitted apart, for the first is far better seen than the second: on zeroeval's training part the
     one ridge for both that has the least squared error decides worse than the best single expert.
     Of the second, each expert's speciality in the predicted kind of question comes first, drawn to
-    0 as by `prior` more questions (None: left out); the kernel has the rest, under `ridge`. The
-    difficulty has `difficulty_ridge`. `sharpness` is the inverse penalty of the classifier of
-    kinds.
-
-    Five-fold on the training parts, accuracy and Brier score of zeroeval without o1-mini: ridge 3
-    83.9 and .1456; 100 with prior 20 85.3 and .1460; the category family 85.4 and .1575.
+    0 as by `prior` more questions (None: left out); the kernel has the rest, once for each of
+    `ridges`. One ridge is followed as it is. Of several, cross-fitting finds how far each of them
+    and the specialities by kind are followed, with the experts counting by their `closeness` to
+    the best (see `followed`). The difficulty has `difficulty_ridge`. `sharpness` is the inverse
+    penalty of the classifier of kinds.
     """
 
-    ridge: float = Field(30.0, gt=0)
+    ridges: tuple[float, ...] = (3.0, 10.0, 100.0)
+    closeness: float | None = Field(0.01, gt=0)
     prior: float | None = Field(20.0, gt=0)
     difficulty_ridge: float = Field(1.0, gt=0)
     gamma: float = Field(1.5, gt=0)
@@ -53,6 +63,8 @@ class KernelSettings(FamilySettings):
     def _some(self) -> KernelSettings:
         if not self.weights():
             raise ValueError("every view has weight 0; give at least one a weight")
+        if not self.ridges or min(self.ridges) <= 0:
+            raise ValueError("ridges are positive numbers; give at least one")
         return self
 
     def weights(self) -> dict[str, float]:
@@ -92,15 +104,7 @@ class Kernel:
 
     @classmethod
     def grid(cls) -> Sequence[KernelSettings]:
-        tried = (
-            (30.0, 20.0),
-            (100.0, 20.0),
-            (10.0, 20.0),
-            (3.0, 20.0),
-            (100.0, 100.0),
-            (30.0, None),
-        )
-        return [KernelSettings(ridge=ridge, prior=prior) for ridge, prior in tried]
+        return [KernelSettings(closeness=closeness) for closeness in (0.01, 0.04, None)]
 
     @classmethod
     def views(cls, settings: KernelSettings) -> frozenset[View]:
@@ -121,11 +125,11 @@ class Kernel:
         """As `fit` for each of the settings; what they have in common is done once."""
         features, outcomes = teaching(features, outcomes)
         parts = Parts.of(np.asarray(outcomes.quality, np.float32))
-        priors = list(dict.fromkeys(chosen.prior for chosen in settings))
+        fold = folds_of(outcomes.group, FOLDS)
         alike = "stem" in features and np.array_equal(features["stem"], features["embedding"])
         labelled: dict[float, tuple[Labels, FloatArray]] = {}
         tables: dict[str, tuple[Centres, Table]] = {}
-        answers: dict[tuple[float, float], FloatArray] = {}
+        pieces: dict[str, tuple[Pieces, FloatArray | None]] = {}
         fitted = []
         for chosen in settings:
             weights, labels, posterior = chosen.weights(), None, None
@@ -138,24 +142,17 @@ class Kernel:
             key = repr((weights, chosen.category and chosen.sharpness))
             if key not in tables:
                 tables.clear()  # one at a time: they are large
-                answers.clear()
                 tables[key] = table_of(Points.of(features, posterior, weights), seed)
-                rates = [_rates(parts.rest, posterior, prior) for prior in priors]
-                # One solution serves all priors; the difficulty is fitted as one more expert.
-                left = [
-                    parts.rest if posterior is None else parts.rest - posterior @ r for r in rates
-                ]
-                target = np.hstack([*left, parts.difficulty[:, None]])
             centres, table = tables[key]
-            for ridge in (chosen.ridge, chosen.difficulty_ridge):
-                if (chosen.gamma, ridge) not in answers:
-                    answers[chosen.gamma, ridge] = solved(table, target, chosen.gamma, ridge)
-            number, n_experts = priors.index(chosen.prior), len(parts.mean)
-            own = slice(number * n_experts, (number + 1) * n_experts)
-            rest = answers[chosen.gamma, chosen.ridge][:, own]
-            difficulty = answers[chosen.gamma, chosen.difficulty_ridge][:, -1:]
-            alpha = rest + difficulty
-            fitted.append(cls(weights, centres, alpha, parts.mean, rates[number], labels, chosen))
+            same = key + repr(chosen.model_copy(update={"closeness": None}))
+            if same not in pieces:
+                apart = None
+                if len(chosen.ridges) > 1:
+                    apart = _apart(table, parts.rest, posterior, fold, chosen)
+                pieces[same] = Pieces.fit(table, parts, posterior, chosen), apart
+            own, said = pieces[same]
+            alpha, rates = own.joined(_weights(said, parts, chosen))
+            fitted.append(cls(weights, centres, alpha, parts.mean, rates, labels, chosen))
         return fitted
 
     def predict(self, features: Features) -> FloatArray:
@@ -183,13 +180,81 @@ class Kernel:
         return cls(own.values["weights"], centres, alpha, mean, rates, labels, settings)
 
 
-def _rates(rest: FloatArray, posterior: FloatArray | None, prior: float | None) -> FloatArray:
-    """(C, E) mean rest in each kind, a question counting for each as likely as it is of it."""
+@dataclass(frozen=True, slots=True, eq=False)
+class Pieces:
+    """What is added up: specialities by kind `rates` (C, E), the kernel's `rest` (m, E) for each
+    ridge, and the `difficulty` (m, 1)."""
+
+    rates: FloatArray
+    rest: list[FloatArray]
+    difficulty: FloatArray
+
+    @classmethod
+    def fit(
+        cls, table: Table, parts: Parts, posterior: FloatArray | None, chosen: KernelSettings
+    ) -> Pieces:
+        rates, left = _specialities(parts.rest, posterior, chosen.prior)
+        target = np.hstack([left, parts.difficulty[:, None]])  # as if of one more expert
+        ridges = (*chosen.ridges, chosen.difficulty_ridge)
+        *rest, hard = solved(table, target, chosen.gamma, ridges)
+        return cls(rates, [alpha[:, :-1] for alpha in rest], hard[:, -1:])
+
+    def joined(self, follow: FloatArray) -> tuple[FloatArray, FloatArray]:
+        """Weights (1 + R,) of the rates and of each ridge → alpha (m, E) and rates (C, E)."""
+        rest = np.einsum("r,rme->me", follow[1:], np.stack(self.rest))
+        return np.asarray(rest + self.difficulty, np.float32), follow[0] * self.rates
+
+
+def _apart(
+    table: Table,
+    rest: FloatArray,
+    posterior: FloatArray | None,
+    fold: IntArray,
+    chosen: KernelSettings,
+) -> FloatArray:
+    """(1 + R, n, E) what the specialities by kind, and the kernel with each ridge, say of questions
+    that they have not seen."""
+    out = np.zeros((1 + len(chosen.ridges), *rest.shape), np.float32)
+    exact = table.centres is table.questions
+    for number in np.unique(fold):
+        held = fold == number
+        if held.all():
+            break
+        some = None if posterior is None else posterior[~held]
+        rates, left = _specialities(rest[~held], some, chosen.prior)
+        if posterior is not None:
+            out[0, held] = posterior[held] @ rates
+        to = table.questions[np.ix_(held, ~held)] if exact else table.questions[held]
+        near = np.exp(-chosen.gamma * to)
+        for r, alpha in enumerate(solved(table.rows(~held), left, chosen.gamma, chosen.ridges)):
+            out[1 + r, held] = near @ alpha
+    return out
+
+
+def _weights(apart: FloatArray | None, parts: Parts, chosen: KernelSettings) -> FloatArray:
+    """(1 + R,) how far the rates and each ridge are followed."""
+    if apart is not None:
+        known = ~np.isnan(parts.rest)
+        target = np.where(known, parts.rest, 0)
+        found = followed(apart, target, known, parts.mean, chosen.closeness)
+        if found is not None:
+            return found
+    count = len(chosen.ridges)
+    return np.array([1, *[1 / count] * count], np.float32)
+
+
+def _specialities(
+    rest: FloatArray, posterior: FloatArray | None, prior: float | None
+) -> tuple[FloatArray, FloatArray]:
+    """(C, E) mean rest in each kind, a question counting for each as likely as it is of it; and
+    what they leave of it (n, E)."""
     if posterior is None or prior is None:
-        return np.zeros((0 if posterior is None else posterior.shape[1], rest.shape[1]), np.float32)
+        kinds = 0 if posterior is None else posterior.shape[1]
+        return np.zeros((kinds, rest.shape[1]), np.float32), rest
     known = ~np.isnan(rest)
     total = posterior.T @ np.where(known, rest, 0)
-    return np.asarray(total / (posterior.T @ known + prior), np.float32)
+    rates = np.asarray(total / (posterior.T @ known + prior), np.float32)
+    return rates, rest - posterior @ rates
 
 
 def _labelled(

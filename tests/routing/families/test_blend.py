@@ -29,7 +29,7 @@ def test_a_member_that_knows_is_followed_and_one_that_guesses_is_not() -> None:
     for missing in (0.0, 0.5):
         blend = stacked(apart, chance, TWO, missing=missing)
         np.testing.assert_allclose(blend.level, [1, 0], atol=0.15)
-        np.testing.assert_allclose(blend.choice, np.repeat([[1], [0]], 4, axis=1), atol=0.15)
+        np.testing.assert_allclose(blend.choice, [1, 0], atol=0.15)
 
 
 def test_members_complete_one_another_in_level_and_choice() -> None:
@@ -44,17 +44,28 @@ def test_members_complete_one_another_in_level_and_choice() -> None:
     np.testing.assert_allclose(blend.choice[1], 0.5, atol=0.1)
 
 
-def test_own_weights_are_taken_only_where_experts_differ() -> None:
+def test_who_tells_the_best_apart_is_followed_and_not_who_knows_the_weak() -> None:
     rng = np.random.default_rng(0)
-    said = rng.uniform(0.1, 0.9, (2, 4000, 4)).astype(np.float32)
-    alike = stacked(said, (said[0] + said[1]) / 2, TWO)
-    assert (alike.choice == alike.choice[:, :1]).all()
-    apart = np.concatenate([said[0, :, :2], said[1, :, 2:]], axis=1)  # each half has its teller
-    differ = stacked(said, apart, TWO)
-    assert (differ.choice[0, :2] > differ.choice[1, :2] + 0.5).all()
-    assert (differ.choice[1, 2:] > differ.choice[0, 2:] + 0.5).all()
-    forced = stacked(said, apart, TWO.model_copy(update={"per_expert": False}))
-    assert (forced.choice == forced.choice[:, :1]).all()
+    chance = rng.uniform(-0.1, 0.1, (6000, 4)) + np.array([0.8, 0.8, 0.2, 0.2])
+    strong, weak = np.array([[1, 1, 0, 0]]), np.array([[0, 0, 1, 1]])
+    middle = chance.mean(axis=0)
+    apart = np.stack([middle + (chance - middle) * side for side in (strong, weak)])
+    near, all_alike = (
+        stacked(apart.astype(np.float32), chance.astype(np.float32), closeness)
+        for closeness in (TWO, TWO.model_copy(update={"closeness": None}))
+    )
+    assert near.choice[0] > 0.7
+    assert near.choice[1] < 0.3
+    assert all_alike.choice.min() > 0.7
+
+
+def test_where_no_question_was_asked_of_two_all_members_count_the_same() -> None:
+    at = world(100)
+    only = np.eye(len(at.outcomes.experts), dtype=bool)[np.arange(100) % len(at.outcomes.experts)]
+    quality = np.where(only, at.outcomes.quality, np.nan)
+    apart = np.stack([at.outcomes.quality, at.outcomes.quality / 2])
+    blend = Blend.of([], apart, replace(at.outcomes, quality=quality), TWO)
+    np.testing.assert_array_equal(blend.choice, [0.5, 0.5])
 
 
 def test_predictions_made_elsewhere_serve_as_well() -> None:

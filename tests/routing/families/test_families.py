@@ -27,7 +27,7 @@ CASES: tuple[tuple[str, Mapping[str, Any]], ...] = (
     ("predictor", {"kind": "irt", "rank": 8, "penalty": 2.0}),
     ("kernel", {}),
     ("kernel", {"category": 0.0, "words": 0.0, "difficulty_ridge": 3.0}),
-    ("kernel", {"prior": None, "ridge": 3.0}),
+    ("kernel", {"prior": None, "ridges": (3.0,)}),
     ("category", {}),
     ("blend", {"folds": 3, "members": [{"family": "neighbours"}, {"family": "category"}]}),
 )

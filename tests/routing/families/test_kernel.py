@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from pydantic import ValidationError
@@ -13,7 +15,7 @@ from composer.routing.views import rows_of
 from tests.routing.families.world import EXPERTS, OTHER, OWN, world
 
 PLAIN = KernelSettings(
-    ridge=2.0, difficulty_ridge=2.0, gamma=1.0, stem=0, words=0, format=0, category=0
+    ridges=(2.0,), difficulty_ridge=2.0, gamma=1.0, stem=0, words=0, format=0, category=0
 )
 
 
@@ -33,7 +35,7 @@ def test_filling_in_settles_on_the_fit_of_the_known_outcomes(share: float) -> No
     target = rng.standard_normal((150, 2)).astype(np.float32)
     target[rng.random(150) < share, 0] = np.nan
     distance = np.asarray(2 - 2 * x @ x.T, np.float32)
-    alpha = points.solved(points.Table(distance, distance), target, 1.0, 2.0)
+    alpha = points.solved(points.Table(distance, distance), target, 1.0, [2.0])[0]
     known = ~np.isnan(target[:, 0])
     gram = np.exp(-distance.astype(np.float64))
     only = solve(gram[np.ix_(known, known)] + 2 * np.eye(known.sum()), target[known, 0])
@@ -69,7 +71,7 @@ def test_landmarks_come_near_to_all_rows(monkeypatch: pytest.MonkeyPatch) -> Non
 
 def test_much_ridge_leaves_the_means() -> None:
     at = world(100)
-    far = KernelSettings(ridge=1e6, difficulty_ridge=1e6, prior=None)
+    far = KernelSettings(ridges=(1e6,), difficulty_ridge=1e6, prior=None)
     predicted = Kernel.fit(at.features, at.outcomes, far, 0).predict(at.new)
     mean = np.broadcast_to(at.outcomes.quality.mean(axis=0), predicted.shape)
     np.testing.assert_allclose(predicted, mean, atol=1e-3)
@@ -77,13 +79,40 @@ def test_much_ridge_leaves_the_means() -> None:
 
 def test_much_ridge_leaves_what_each_expert_is_good_at_by_kind() -> None:
     at = world(300)
-    far = KernelSettings(ridge=1e6, difficulty_ridge=1e6, prior=1.0)
+    far = KernelSettings(ridges=(1e6,), difficulty_ridge=1e6, prior=1.0)
     predicted = Kernel.fit(at.features, at.outcomes, far, 0).predict(at.new)
     np.testing.assert_array_equal(predicted.argmax(axis=1), at.chance.argmax(axis=1))
     above = predicted - at.outcomes.quality.mean(axis=0)
     own = at.chance.argmax(axis=1)
     speciality = (OWN - OTHER) * (1 - 1 / len(EXPERTS))  # over its mean; the difficulty is none
     assert abs(float(above[np.arange(len(own)), own].mean()) - speciality) < 0.08
+
+
+def test_of_several_ridges_that_which_decides_is_followed() -> None:
+    at = world(300)
+    useless = KernelSettings(ridges=(1e-3, 1e6), prior=None)
+    fitted = Kernel.fit(at.features, at.outcomes, KernelSettings(), 0)
+    little = Kernel.fit(at.features, at.outcomes, useless, 0)
+    all_noise = Kernel.fit(at.features, at.outcomes, KernelSettings(ridges=(1e-3,), prior=None), 0)
+    right = at.chance.argmax(axis=1)
+    assert (fitted.predict(at.new).argmax(axis=1) == right).mean() > 0.95
+    off, noisy = (
+        float(np.square(m.predict(at.new) - at.chance).mean()) for m in (little, all_noise)
+    )
+    assert off < 0.7 * noisy  # what learns by heart is followed less than as it is
+
+
+def test_one_expert_a_question_is_enough() -> None:
+    at = world(400)
+    only = np.eye(len(EXPERTS), dtype=bool)[np.arange(400) % len(EXPERTS)]
+    outcomes = replace(at.outcomes, quality=np.where(only, at.outcomes.quality, np.nan))
+    predicted = Kernel.fit(at.features, outcomes, KernelSettings(), 0).predict(at.new)
+    assert (predicted.argmax(axis=1) == at.chance.argmax(axis=1)).mean() > 0.8
+
+
+def test_no_ridge_is_refused() -> None:
+    with pytest.raises(ValidationError, match="ridges are positive numbers; give at least one"):
+        KernelSettings(ridges=())
 
 
 def test_a_difficulty_ridge_of_its_own_moves_all_experts_alike() -> None:
