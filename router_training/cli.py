@@ -18,7 +18,7 @@ from rich.progress import Progress as Bars
 from rich.table import Table
 
 from composer.errors import ComposerError
-from router_training.embedding import open_embedding, process_settings
+from router_training.environment import process_settings
 from router_training.progress import Progress
 
 if TYPE_CHECKING:
@@ -87,7 +87,7 @@ def train(
 ) -> None:
     """Fit a router on outcomes and write the artefact that a policy in experts.yaml loads."""
     with _told_plainly():
-        process_settings()
+        from router_training.embedding import open_embedding
         from router_training.train import train as fit
 
         if dev is None and dev_split is not None:
@@ -123,10 +123,10 @@ def train(
     ):
         return
     if "choice" in metrics:
-        table = Table("family", "cross-fitted", "behind the best (95 %)", "Brier")
+        table = Table("family", "cross-fitted", "behind the highest (95 %)", "Brier")
         for name, row in metrics["choice"]["families"].items():
             low, high = row["ci95"]
-            behind = f"{100 * row['best_is_ahead_by']:.2f} ({100 * low:.2f} to {100 * high:.2f})"
+            behind = f"{100 * row['behind']:.2f} ({100 * low:.2f} to {100 * high:.2f})"
             table.add_row(name, f"{100 * row['value']:.2f}", behind, f"{row['brier']:.4f}")
         out.print(table)
         _say(f"chosen: {metrics['choice']['why']}")
@@ -148,7 +148,7 @@ def evaluate(
 ) -> None:
     """Judge artefacts on outcomes that they were not fitted on, beside the baselines."""
     with _told_plainly():
-        process_settings()
+        from router_training.embedding import open_embedding
         from router_training.evaluate import evaluate as judge
 
         outcomes = _read(data, None, split, prices, judging=True)
@@ -207,10 +207,10 @@ def compare(
 ) -> None:
     """Compare all families on one table: settings by cross-validation, judged on dev. Markdown."""
     with _told_plainly():
-        process_settings()
         from composer.routing.families import FAMILIES
         from router_training.compare import compare as judge
         from router_training.comparison import markdown
+        from router_training.embedding import open_embedding
         from router_training.tables import name_of
 
         names = _experts(data, experts, pool)
@@ -287,12 +287,17 @@ def _read(
 def _told_plainly() -> Iterator[None]:
     """What is wrong with the data or the request is told in its own words; exit status 2. Anything
     else is a fault of this program, and shows where."""
-    from composer.routing.artefact import ArtefactError
-
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     try:
+        process_settings()
         yield
-    except (ComposerError, ArtefactError) as error:
+    except ComposerError as error:
+        _refuse(str(error))
+    except ValueError as error:
+        from composer.routing.artefact import ArtefactError  # after the thread count is set
+
+        if not isinstance(error, ArtefactError):
+            raise
         _refuse(str(error))
     except OSError as error:
         _refuse(f"{error.filename or 'a file'}: {error.strerror or error}; see that it can be used")

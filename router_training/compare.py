@@ -24,7 +24,7 @@ from router_training.intervals import Difference, Interval, Verdict, paired, ver
 from router_training.measures import earned
 from router_training.progress import Progress, silent
 from router_training.scorecard import Yardstick, baseline_cards
-from router_training.train import Workshop
+from router_training.train import Workshop, same_experts
 
 BAR = "tuned kNN"
 """The published k nearest neighbours, which decides by the plain mean of their outcomes: settings
@@ -87,9 +87,8 @@ def compare(
     seed: int = 0,
     progress: Progress = silent,
 ) -> Comparison:
-    """`dev` has the experts of `train`; its questions without an outcome are left out. Raises
-    TrainingError."""
-    dev = dev.of(train.experts)
+    """Questions of `dev` without an outcome are left out. Raises TrainingError."""
+    dev = same_experts(dev, train.experts)
     dev = dev.rows(np.asarray(dev.known.any(axis=1), np.bool_))
     wanted = list(dict.fromkeys(["neighbours", *families]))
     workshop = Workshop(train, wanted, encode, seed=seed, progress=progress)

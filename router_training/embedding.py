@@ -3,16 +3,11 @@ outcome."""
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 
-from pydantic import ValidationError
-from pydantic_settings import SettingsError as BadSetting
-
-from composer.errors import SettingsError
 from composer.routing.artefact import EmbedderStamp
 from composer.routing.views import Encode
-from composer.settings import Settings
+from router_training.environment import process_settings
 from router_training.progress import Progress, silent
 from router_training.vectors import KeptVectors
 
@@ -33,7 +28,7 @@ class Embedding:
 def open_embedding(progress: Progress = silent) -> Embedding:
     """The embedder that COMPOSER_EMBEDDER names, on one thread. Raises SettingsError."""
     settings = process_settings()
-    from composer.embedder import TextEmbedder, load_encoder  # after the thread count is set
+    from composer.embedder import TextEmbedder, load_encoder  # torch, perhaps
 
     encoder = load_encoder(
         settings.embedder,
@@ -44,14 +39,3 @@ def open_embedding(progress: Progress = silent) -> Embedding:
     bare = TextEmbedder(encoder, cache_size=0, row_cache_size=0)
     kept = KeptVectors(bare, settings.cache_dir / "vectors", progress)
     return Embedding(kept, bare.encode)
-
-
-def process_settings() -> Settings:
-    """Call it before importing anything numeric: the libraries read their thread count once.
-    Raises SettingsError."""
-    try:
-        settings = Settings()
-    except (ValidationError, BadSetting) as error:
-        raise SettingsError(f"the environment's COMPOSER_ settings are wrong: {error}") from error
-    os.environ.setdefault("OMP_NUM_THREADS", str(settings.threads))
-    return settings

@@ -28,6 +28,7 @@ from router_training.crossfit import (
     calibration_of,
     folds_by_stem,
     kind_of,
+    standard_error,
 )
 from router_training.errors import TrainingError
 from router_training.intervals import paired
@@ -53,7 +54,8 @@ def train(
     seed: int = 0,
     progress: Progress = silent,
 ) -> LearnedModel:
-    """A family by name, or `best`: the one whose cross-fitted decisions earn most.
+    """A family by name, or `best`: the one whose cross-fitted decisions earn most, or as much as
+    can be told, with the lowest Brier score.
 
     `dev` is judged on once and decides nothing. `budgets` are shares of the best single expert's
     mean cost: settings and family are then chosen by the mean quality within them, not by the best
@@ -65,7 +67,7 @@ def train(
     chosen, choice = workshop.best(families) if router == BEST else (workshop.choose(router), None)
     model = workshop.model(chosen, embedder, source=source, choice=choice)
     if dev is not None:
-        judged = workshop.judged(model, dev.of(outcomes.experts), encode)
+        judged = workshop.judged(model, same_experts(dev, outcomes.experts), encode)
         metrics = {**model.manifest.metrics, **judged}
         model.manifest = model.manifest.model_copy(update={"metrics": metrics})
     return model
@@ -143,38 +145,39 @@ class Workshop:
         return self._crossfit.fit(chosen)
 
     def best(self, families: Sequence[str]) -> tuple[Chosen, dict[str, Any]]:
-        """The family with the highest cross-fitted mean; of equals that with the lower Brier score,
-        then the first. Also what each reached, and why it is this one, in plain values."""
-        all_chosen = [self.choose(family) for family in families]
-        scores = [(float(c.values.mean()), _brier(c, self.outcomes)) for c in all_chosen]
-        order = sorted(range(len(families)), key=lambda i: (-scores[i][0], scores[i][1]))
-        winner = all_chosen[order[0]]
-        table = {}
-        for i in order:
-            chosen = all_chosen[i]
-            ahead = paired(winner.values - chosen.values, self.outcomes.group, seed=self.seed)
-            assert ahead is not None  # every question has an outcome
-            table[chosen.family] = {
-                "value": scores[i][0],
-                "brier": scores[i][1],
-                "best_is_ahead_by": ahead.mean,
-                "ci95": [ahead.low, ahead.high],
+        """Of the families that are behind the highest cross-fitted mean by no more than one
+        standard error, that with the lowest Brier score: who decides as well, as far as can be
+        told, and knows better how well it does. Also what each reached, and why it is this one, in
+        plain values."""
+        every = [self.choose(family) for family in families]
+        top = max(every, key=lambda chosen: float(chosen.values.mean()))
+        rows: dict[str, dict[str, Any]] = {}
+        for chosen in sorted(every, key=lambda c: -float(c.values.mean())):
+            behind = top.values - chosen.values
+            around = paired(behind, self.outcomes.group, seed=self.seed)
+            assert around is not None  # every question has an outcome
+            rows[chosen.family] = {
+                "value": float(chosen.values.mean()),
+                "behind": around.mean,
+                "ci95": [around.low, around.high],
+                "standard_error": standard_error(behind, self.outcomes.group),
+                "brier": _brier(chosen, self.outcomes),
             }
-        return winner, {"families": table, "why": self._why(winner, table)}
+        near = {name: row for name, row in rows.items() if row["behind"] <= row["standard_error"]}
+        winner = min(near, key=lambda name: float(near[name]["brier"]))
+        why = self._why(winner, top.family, rows, len(near))
+        return self.choose(winner), {"families": rows, "why": why}
 
-    def _why(self, winner: Chosen, table: Mapping[str, Mapping[str, Any]]) -> str:
+    def _why(self, winner: str, top: str, rows: Mapping[str, Mapping[str, Any]], near: int) -> str:
         by = "mean quality within the budgets" if self.budgets else "mean quality of its decisions"
-        said = (
-            f"{winner.family}: the highest cross-fitted {by} "
-            f"({100 * table[winner.family]['value']:.2f})"
-        )
-        if len(table) == 1:
-            return said
-        second = list(table)[1]
-        ahead, (low, high) = table[second]["best_is_ahead_by"], table[second]["ci95"]
+        row = rows[winner]
+        if near == 1:
+            return f"{winner}: the highest cross-fitted {by} ({100 * row['value']:.2f})"
+        place = f"{100 * row['behind']:.2f} ± {100 * row['standard_error']:.2f} behind {top}"
         return (
-            f"{said}; {second} is {100 * ahead:.2f} points behind "
-            f"(95 % interval {100 * low:.2f} to {100 * high:.2f})"
+            f"{winner}: the lowest Brier score ({row['brier']:.4f}) of the {near} families within "
+            f"one standard error of the highest cross-fitted {by}: {100 * row['value']:.2f}, "
+            f"{'the highest itself' if winner == top else place}"
         )
 
     def model(
@@ -261,6 +264,16 @@ class Workshop:
             )
         except ValueError as error:
             raise TrainingError(f"the questions to judge on: {error}") from error
+
+
+def same_experts(dev: Outcomes, experts: Sequence[str]) -> Outcomes:
+    """Those trained on, in their order. Raises TrainingError where one is not there."""
+    if unknown := [expert for expert in experts if expert not in dev.experts]:
+        raise TrainingError(
+            f"the questions to judge on have no outcomes of {listed(unknown)}; name others, or "
+            "leave these experts out of the pool"
+        )
+    return dev.of(experts)
 
 
 def digest_of(outcomes: Outcomes) -> str:

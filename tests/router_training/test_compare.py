@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import cache
+
 import numpy as np
 
 from router_training.compare import BAR, Comparison, compare, over_pools
@@ -12,6 +14,7 @@ from tests.routing.helpers import WordEmbedder
 FEW = ("category", "clusters")
 
 
+@cache
 def compared(name: str = "all", *, priced: bool = True, experts: int = 3) -> Comparison:
     train, dev = table(priced=priced), table(250, seed=2, priced=priced)
     some = train.experts[:experts]

@@ -153,6 +153,7 @@ def test_what_a_family_refuses_is_told_in_its_words() -> None:
         out_of_fold(Fake, [Noise(refuses=True)], features, outcomes, fold, 0)  # type: ignore[type-abstract]
 
 
+@pytest.mark.usefixtures("short_grids")
 def test_the_blend_follows_the_members_with_their_own_settings() -> None:
     features, outcomes, fold = ready(table(150))
     crossfit = CrossFit(features, outcomes, criterion=Criterion(), fold=fold)

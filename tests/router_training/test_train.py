@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -22,16 +23,18 @@ from tests.routing.helpers import WordEmbedder
 
 ENCODE = WordEmbedder().encode
 
+pytestmark = pytest.mark.usefixtures("short_grids")
 
-def trained(router: str = "category", **changes: object) -> LearnedModel:
-    return train(table(), router, ENCODE, stamp(), **changes)  # type: ignore[arg-type]
+
+def trained(router: str = "category", n: int = 300, **changes: Any) -> LearnedModel:
+    return train(table(n), router, ENCODE, stamp(), **changes)
 
 
 @pytest.mark.parametrize("router", FAMILIES)
 def test_what_is_loaded_scores_as_what_was_trained_to_the_last_bit(
     router: str, tmp_path: Path
 ) -> None:
-    model = trained(router)
+    model = trained(router, 120)
     model.artefact().save(tmp_path / "router")
     loaded = load_router(tmp_path / "router", WordEmbedder())
     texts = [*table(30, seed=9).text, "", "an unknown wording of nothing"]
@@ -102,12 +105,15 @@ def test_best_is_the_one_that_cross_validation_prefers(monkeypatch: pytest.Monke
     monkeypatch.setattr("router_training.train.FAMILIES", few)
     model = trained("best")
     choice = model.manifest.metrics["choice"]
-    values = {name: row["value"] for name, row in choice["families"].items()}
-    assert values.keys() == few.keys()
-    assert model.manifest.family == max(values, key=lambda name: values[name])
-    assert next(iter(values)) == model.manifest.family
-    assert choice["why"].startswith(f"{model.manifest.family}: the highest cross-fitted mean")
-    assert "points behind (95 % interval" in choice["why"]
+    rows = choice["families"]
+    assert rows.keys() == few.keys()
+    values = [row["value"] for row in rows.values()]
+    assert values == sorted(values, reverse=True)
+    assert next(iter(rows.values()))["behind"] == 0
+    near = {name for name, row in rows.items() if row["behind"] <= row["standard_error"]}
+    assert model.manifest.family == min(near, key=lambda name: rows[name]["brier"])
+    assert choice["why"].startswith(f"{model.manifest.family}: the ")
+    assert "cross-fitted mean quality of its decisions" in choice["why"]
 
 
 def test_budgets_decide_if_asked() -> None:
@@ -130,6 +136,8 @@ def test_what_cannot_be_trained_on_says_why() -> None:
         train(replace(outcomes, quality=silent), "category", ENCODE, stamp())
     with pytest.raises(TrainingError, match="there is 1 expert and nothing to choose from"):
         train(outcomes.of(["poems"]), "category", ENCODE, stamp())
+    with pytest.raises(TrainingError, match="to judge on have no outcomes of algebra"):
+        trained(dev=outcomes.of(["poems", "cheap"]))
     same = replace(outcomes, group=np.zeros(40, np.int64))
     with pytest.raises(TrainingError, match="1 different questions cannot be cross-validated"):
         train(same, "category", ENCODE, stamp())
