@@ -41,10 +41,9 @@ class BlendSettings(FamilySettings):
         Member(family="kernel"),
         Member(family="category"),
         Member(family="clusters"),
-        Member(family="predictor"),
     )
     folds: int = Field(5, ge=2)
-    closeness: float | None = Field(0.01, gt=0)
+    closeness: float | None = Field(0.02, gt=0)
 
     @field_validator("members")
     @classmethod
@@ -79,7 +78,7 @@ class Blend:
 
     @classmethod
     def grid(cls) -> Sequence[BlendSettings]:
-        return [BlendSettings(closeness=closeness) for closeness in (0.01, 0.04, None)]
+        return [BlendSettings(closeness=closeness) for closeness in (0.02, 0.05, None)]
 
     @classmethod
     def views(cls, settings: BlendSettings) -> frozenset[View]:

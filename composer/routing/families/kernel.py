@@ -25,7 +25,7 @@ from composer.routing.state import State, packed, part_of
 from composer.routing.views import Features, View
 from composer.types import FloatArray, Tier
 
-FOLDS = 3
+FOLDS = 5
 """Parts in which it is found how far each ridge is to be followed."""
 
 CATEGORY_FOLDS = 4
@@ -48,7 +48,7 @@ class KernelSettings(FamilySettings):
     """
 
     ridges: tuple[float, ...] = (3.0, 10.0, 100.0)
-    closeness: float | None = Field(0.01, gt=0)
+    closeness: float | None = Field(0.02, gt=0)
     prior: float | None = Field(20.0, gt=0)
     difficulty_ridge: float = Field(1.0, gt=0)
     gamma: float = Field(1.5, gt=0)
@@ -104,7 +104,7 @@ class Kernel:
 
     @classmethod
     def grid(cls) -> Sequence[KernelSettings]:
-        return [KernelSettings(closeness=closeness) for closeness in (0.01, 0.04, None)]
+        return [KernelSettings(closeness=closeness) for closeness in (0.02, 0.05, None)]
 
     @classmethod
     def views(cls, settings: KernelSettings) -> frozenset[View]:
