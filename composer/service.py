@@ -28,6 +28,7 @@ from composer.errors import (
     UnknownModel,
 )
 from composer.generations import Generation, Generations, let_go
+from composer.learning import Learning
 from composer.metrics import Metrics
 from composer.pipeline import Outcome, Pipeline
 from composer.recording import record_of
@@ -35,7 +36,7 @@ from composer.registry import Loaded, RegistryError
 from composer.registry.watch import Watcher
 from composer.scheduling.base import Scheduler
 from composer.settings import Settings
-from composer.store import Recorder, Store
+from composer.store import Lessons, Recorder, Store
 from composer.types import Catalog, Expert
 
 log = logging.getLogger(__name__)
@@ -85,6 +86,7 @@ class Service:
             max_wait_s=settings.max_wait_s,
             reads_text=settings.log_content,
         )
+        self.learning = Learning(Lessons(store), self.generations)
         self.reload_state = ReloadState()
         self._load = load
         self._build = build
@@ -117,6 +119,7 @@ class Service:
             await self.close()
             raise
         self._spawn(self._watcher.run(self.reload, self._stop))
+        self._spawn(self.learning.run(self._stop))
         log.info("ready after %.1f s", perf_counter() - self._started)
 
     async def drain(self) -> None:
@@ -269,6 +272,7 @@ class Service:
             return
         generation = await self._build(loaded.catalog, self.generations.live)
         try:
+            await self.learning.take_up(generation)
             if keep is not None:
                 await keep()
             if self._stop.is_set():

@@ -18,7 +18,7 @@ from composer.types import Choice, Plan, Policy
 Float64 = npt.NDArray[np.float64]
 
 CONTENDERS = 32
-"""Experts, by value + 2 standard deviations, among which the best is drawn. The floor is for all."""
+"""Experts, by value + 2 standard deviations, that may be drawn as the best. The floor is all's."""
 
 POINTS = 32
 """Of the quadrature: where the spreads differ tenfold the probabilities are right to about 0.01.

@@ -8,9 +8,9 @@ whoever scores meanwhile needs no lock.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Protocol, Self
+from typing import Any, Protocol, Self, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
@@ -61,6 +61,27 @@ class Learner(Protocol):
         ...
 
     def state(self) -> State: ...
+
+
+@runtime_checkable
+class LearningRouter(Protocol):
+    """A router that follows outcomes; `routing/online.py` says what each of these is."""
+
+    @property
+    def fingerprint(self) -> str: ...
+
+    @property
+    def learner(self) -> Learner: ...
+
+    def observed(self, learning: Mapping[str, Any], outcomes: Mapping[str, float]) -> Observed: ...
+
+    def after(self, observed: Sequence[Observed]) -> Learner: ...
+
+    def use(self, learner: Any) -> None: ...
+
+    def packed(self, learner: Any) -> bytes: ...
+
+    def unpacked(self, data: bytes) -> Learner: ...
 
 
 @dataclass(frozen=True, slots=True, eq=False)

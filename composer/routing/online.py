@@ -22,9 +22,6 @@ from composer.routing.neighbours import NeighboursRouter, NeighboursSettings
 from composer.routing.state import State
 from composer.types import BoolArray, Expert, FloatArray, Tier
 
-LABEL = "experts"
-"""The label of a feedback that says how several experts would have done: {expert id: score}."""
-
 
 class OnlineSettings(BaseModel):
     """What is learnt, from what, and how much is tried out for it."""
@@ -40,7 +37,7 @@ class OnlineSettings(BaseModel):
         "bandit",
         description="bandit: only the expert that answered is known to be good or bad, so others "
         "are tried where they may be better. full: each feedback says of (nearly) every expert "
-        f"whether it was right, in its label `{LABEL}: {{id: score}}`.",
+        "whether it was right, in its label `experts: {id: score}`.",
     )
     floor: float = Field(
         0.02,
