@@ -193,20 +193,25 @@ class CrossFit:
         by weights from the other folds; the members' predictions there come from fits that had
         seen this fold, which only these few weights could pass on (the usual way: fitting every
         member anew within every fold takes six times as long)."""
-        default = BlendSettings()
-        members = tuple(
-            self.choose(member.family, calibrated=calibrated) for member in default.members
-        )
-        named = tuple(
-            Member(family=m.family, settings=m.settings.model_dump(mode="json")) for m in members
-        )
-        settings = default.model_copy(update={"members": named})
-        apart = np.stack([member.raw for member in members])  # (M, n, E)
-        raw = np.empty(apart.shape[1:], np.float32)
-        for seen, held in parts(self.fold):
-            weights = Blend.of([], apart[:, seen], self.outcomes.rows(seen), settings)
-            raw[held] = weights.weighed(apart[:, held])
-        return replace(self._best(Blend.name, [settings], raw[None], calibrated), members=members)
+        grid: list[BlendSettings] = []
+        raw: list[FloatArray] = []
+        members: list[tuple[Chosen, ...]] = []
+        for tried in Blend.grid():
+            own = tuple(self.choose(m.family, calibrated=calibrated) for m in tried.members)
+            named = tuple(
+                Member(family=m.family, settings=m.settings.model_dump(mode="json")) for m in own
+            )
+            settings = tried.model_copy(update={"members": named})
+            apart = np.stack([member.raw for member in own])  # (M, n, E)
+            said = np.empty(apart.shape[1:], np.float32)
+            for seen, held in parts(self.fold):
+                weights = Blend.of([], apart[:, seen], self.outcomes.rows(seen), settings)
+                said[held] = weights.weighed(apart[:, held])
+            grid.append(settings)
+            raw.append(said)
+            members.append(own)
+        best = self._best(Blend.name, grid, np.stack(raw), calibrated)
+        return replace(best, members=members[grid.index(cast(BlendSettings, best.settings))])
 
 
 def folds_by_stem(outcomes: Outcomes, seed: int, k: int = FOLDS) -> IntArray:
