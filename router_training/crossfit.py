@@ -191,8 +191,9 @@ class CrossFit:
     def _stacked(self, calibrated: bool) -> Chosen:
         """A blend of families with the settings chosen for each. What is said of a fold is weighed
         by weights from the other folds; the members' predictions there come from fits that had
-        seen this fold, which only these few weights could pass on (the usual way: fitting every
-        member anew within every fold takes six times as long)."""
+        seen this fold, which only these few weights can pass on. Fitting every member anew within
+        every fold takes six times as long: on mix10's training part that gave 75.2 % and a Brier
+        score of .1519, this 75.8 and .1522."""
         grid: list[BlendSettings] = []
         raw: list[FloatArray] = []
         members: list[tuple[Chosen, ...]] = []
