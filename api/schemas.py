@@ -9,6 +9,7 @@ none of them is refused as unknown.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Annotated, Any, Literal
 
@@ -96,6 +97,13 @@ class ComposerField(Body):
         allow_inf_nan=False,
         description="US dollars that such requests may cost on average, for the best quality.",
     )
+    session: str | None = Field(
+        None,
+        min_length=1,
+        max_length=512,
+        description="Your name for this conversation, which then rather keeps its expert; default: "
+        "the header x-composer-session, `prompt_cache_key`, or how the conversation began.",
+    )
     explore: bool = Field(True, description="Whether an expert may be tried out on this request.")
 
     @model_validator(mode="after")
@@ -105,6 +113,17 @@ class ComposerField(Body):
                 "two_aims", "it has both quality and max_cost; leave one of them out"
             )
         return self
+
+
+@dataclass(frozen=True, slots=True)
+class Caller:
+    """What the headers say of who asks. `id` is a digest; `session` the conversation's name."""
+
+    id: str = ""
+    session: str | None = None
+
+
+NOBODY = Caller()
 
 
 class StreamOptions(Body):
@@ -145,6 +164,7 @@ class Generation(Ignored, Parameters):
     def _request(
         self,
         id: str,
+        caller: Caller,
         *,
         max_tokens: int | None,
         logprobs: int | None,
@@ -182,6 +202,8 @@ class Generation(Ignored, Parameters):
             quality=ours.quality,
             max_cost=ours.max_cost,
             explore=ours.explore,
+            session=ours.session or caller.session or self.prompt_cache_key,
+            caller="/".join((caller.id, self.safety_identifier or self.user or "")),
             **rest,
         )
 
@@ -225,7 +247,7 @@ class ChatBody(Generation, ChatParameters):
     prediction: Annotated[Any, off()] = None
     web_search_options: Annotated[Any, off()] = None
 
-    def request(self, id: str) -> Request:
+    def request(self, id: str, caller: Caller = NOBODY) -> Request:
         """Raises RequestError where fields contradict each other."""
         if self.top_logprobs is not None and not self.logprobs:
             raise RequestError("top_logprobs needs logprobs: true", param="top_logprobs")
@@ -233,6 +255,7 @@ class ChatBody(Generation, ChatParameters):
             raise RequestError("tool_choice needs tools", param="tool_choice")
         return self._request(
             id,
+            caller,
             max_tokens=self._max_tokens(),
             logprobs=(self.top_logprobs or 0) if self.logprobs else None,
             needs=needs_of(self.messages) | self._needs(),
@@ -309,10 +332,11 @@ class CompletionBody(Generation):
     echo: Annotated[Any, off(False)] = None
     suffix: Annotated[Any, off("")] = None
 
-    def request(self, id: str) -> Request:
+    def request(self, id: str, caller: Caller = NOBODY) -> Request:
         """Raises RequestError where fields contradict each other."""
         return self._request(
             id,
+            caller,
             max_tokens=self.max_tokens or LEGACY_MAX_TOKENS,
             logprobs=self.logprobs,
             prompt=self.prompt,

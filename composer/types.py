@@ -196,6 +196,7 @@ class Policy:
     `quality` (share of the best single expert's mean quality, at least cost) or `max_cost` (US
     dollars a request on average) take the place of `cost_weight`, and need a trained router.
     `min_quality`, `top_p`, `null_expert` with `null_margin`, and `unsure`: see `choose`.
+    `stay` is the expected quality that may be given up for a conversation to keep its experts.
     """
 
     id: str
@@ -216,6 +217,7 @@ class Policy:
     null_expert: str | None = None
     null_margin: float = 0.0
     unsure: Unsure | None = None
+    stay: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -279,7 +281,9 @@ class Request:
     passes through untouched (tools, tool_choice, response_format, extra parameters);
     `parameters` names those of them that are beyond OpenAI's core. `max_wait_s` is the caller's
     own bound on the wait for a lease; it can only tighten the policy's. `quality` and `max_cost`
-    (at most one) take the place of the policy's aim. `explore` False: no expert is tried out on it.
+    (at most one) take the place of the policy's aim. `session` is the caller's own name for the
+    conversation; `caller` tells callers apart, and is no secret. `explore` False: no expert is
+    tried out on it.
     """
 
     id: str
@@ -297,11 +301,20 @@ class Request:
     quality: float | None = None
     max_cost: float | None = None
     explore: bool = True
+    session: str | None = None
+    caller: str = ""
 
     @property
     def text(self) -> str:
-        """The text a router reads: the prompt, or the last user message."""
+        """What is asked now: the prompt, or the last user message."""
         return self.prompt if self.prompt is not None else last_user_text(self.messages)
+
+    @property
+    def turns(self) -> tuple[str, ...]:
+        """What was asked so far, oldest first, ending with `text`: the user's messages. System
+        messages and answers are not among them: they say more of an application, and of the
+        experts that have answered, than of what is wanted."""
+        return (self.prompt,) if self.prompt is not None else user_texts(self.messages)
 
     @property
     def n_chars(self) -> int:
@@ -323,10 +336,13 @@ def message_text(message: Message) -> str:
 
 def last_user_text(messages: Sequence[Message]) -> str:
     """The text of the last user message; without one, of the last message."""
-    for message in reversed(messages):
-        if message["role"] == "user":
-            return message_text(message)
-    return message_text(messages[-1]) if messages else ""
+    return user_texts(messages)[-1]
+
+
+def user_texts(messages: Sequence[Message]) -> tuple[str, ...]:
+    """The texts of all user messages; without one, of the last message. At least one text."""
+    texts = tuple(message_text(message) for message in messages if message["role"] == "user")
+    return texts or ((message_text(messages[-1]) if messages else ""),)
 
 
 @dataclass(frozen=True, slots=True)

@@ -297,6 +297,7 @@ def _policy_content(policy: Policy) -> dict[str, Any]:
         "null_expert": policy.null_expert,
         "null_margin": policy.null_margin,
         "unsure": asdict(policy.unsure) if policy.unsure else None,
+        "stay": policy.stay,
     }
 
 

@@ -94,6 +94,7 @@ def _make_policy(
         null_expert=spec.null_expert,
         null_margin=spec.null_margin,
         unsure=Unsure(**spec.unsure.model_dump()) if spec.unsure else None,
+        stay=spec.stay,
     )
 
 

@@ -276,6 +276,13 @@ class PolicySpec(Spec):
         0.0, ge=0, le=1, strict=True, description="What `nearly` means, in expected quality."
     )
     unsure: UnsureSpec | None = Field(None, description="What to do where expectations are low.")
+    stay: float = Field(
+        0.0,
+        ge=0,
+        le=1,
+        strict=True,
+        description="Expected quality given up for a conversation to keep the expert it had last.",
+    )
 
 
 def _no_bool(value: Any) -> Any:

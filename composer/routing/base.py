@@ -14,9 +14,12 @@ from composer.types import BoolArray, Expert, FloatArray, Tier, empty
 
 @dataclass(frozen=True, slots=True)
 class Query:
-    """What a router reads of a request. `text` is the caller's words, untouched."""
+    """What can be read of a request. `text` is the caller's last words, untouched, and all that a
+    router reads; `earlier` are their turns before it, oldest first, of which `conversation` makes
+    queries that need none."""
 
     text: str
+    earlier: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -15,7 +16,13 @@ SHOWN_SCORES = 8
 """How many experts' scores a plan carries: enough to explain, few enough to log."""
 
 
-def choose(scores: Scores, aim: Aim, policy: Policy, resident: BoolArray | None = None) -> Plan:
+def choose(
+    scores: Scores,
+    aim: Aim,
+    policy: Policy,
+    resident: BoolArray | None = None,
+    session: BoolArray | None = None,
+) -> Plan:
     """The policy's plan for these scores.
 
     Experts are ordered by `quality − weight · cost` (`aims.py`); ties go to the earlier expert. In
@@ -38,6 +45,12 @@ def choose(scores: Scores, aim: Aim, policy: Policy, resident: BoolArray | None 
     takes the place of a better expert is worse by at most that, and no further resident could take
     one. The reasons then name those who gave way, and by how much the plan is worse (`gave_up`: of
     the ordering's value, the mean over its experts).
+
+    `session` (E,) says who answered last in this conversation. Of those, who reach the threshold
+    are chosen as if they were better by the policy's `stay`, what reading the conversation anew
+    costs another expert; but for one that is not resident, whose prefix is as cold as the others'.
+    A swap's price is the tolerance here too: a resident expert of the session is left only for one
+    that is better by `stay`, and by `tolerance` more where that one would have to be loaded.
     """
     quality = scores.quality
     eligible = ~np.isnan(quality)
@@ -60,19 +73,16 @@ def choose(scores: Scores, aim: Aim, policy: Policy, resident: BoolArray | None 
         order = order[good] if good.any() else order[[quality[order].argmax()]]
     reasons: dict[str, Any] = {"rule": "best_score", **aim.reasons}
     chosen = order[: policy.k]
-    if resident is not None and policy.tolerance > 0:
-        allowed = np.zeros_like(eligible)
-        allowed[order] = True
-        trusted = resident & allowed & (quality >= policy.threshold)
-        near = _with_residents(np.where(allowed, utility, -np.inf), trusted, policy, len(chosen))
-        if gone := [scores.experts[i] for i in chosen if i not in near]:
-            gave_up = float(utility[chosen].mean() - utility[near].mean())
-            reasons |= {
-                "rule": "resident_within_tolerance",
-                "instead_of": gone,
-                "gave_up": round(gave_up, 6),
-            }
-            chosen = near
+    plain = chosen
+    trusted = order[quality[order] >= policy.threshold]
+    for rule, bonus in _bonuses(policy, resident, session, trusted, len(quality)):
+        near = _preferred(utility, bonus, order, len(plain))
+        if set(near) != set(chosen):
+            reasons["rule"] = rule
+        chosen = near
+    if gone := [scores.experts[i] for i in plain if i not in chosen]:
+        gave_up = float(utility[plain].mean() - utility[chosen].mean())
+        reasons |= {"instead_of": gone, "gave_up": round(gave_up, 6)}
     if policy.top_p is not None:
         chosen = chosen[: _enough(quality[chosen], policy.top_p)]
     unsure = policy.unsure
@@ -119,14 +129,34 @@ def _enough(quality: FloatArray, p: float) -> int:
     return int(np.searchsorted(reached, p - 1e-12)) + 1
 
 
-def _with_residents(
-    utility: FloatArray, resident: BoolArray, policy: Policy, k: int
+def _bonuses(
+    policy: Policy,
+    resident: BoolArray | None,
+    session: BoolArray | None,
+    trusted: npt.NDArray[np.intp],
+    n_experts: int,
+) -> Iterator[tuple[str, npt.NDArray[np.float64]]]:
+    """The rules that prefer somebody, in their order, each with what the experts then count for
+    more (E,), the rules before it included; only those of the columns `trusted` do."""
+    bonus = np.zeros(n_experts)
+    if resident is not None and policy.tolerance > 0:
+        bonus[trusted] = policy.tolerance * resident[trusted]
+        yield "resident_within_tolerance", bonus
+    if session is not None and policy.stay > 0:
+        warm = session if resident is None else session & resident
+        bonus = bonus.copy()
+        bonus[trusted] += policy.stay * warm[trusted]
+        yield "session_stay", bonus
+
+
+def _preferred(
+    utility: FloatArray, bonus: npt.NDArray[np.float64], order: npt.NDArray[np.intp], k: int
 ) -> npt.NDArray[np.intp]:
-    """(k,) the best by utility (E,), best first, where residents count for the tolerance more."""
-    value = utility.astype(np.float64)
-    preferred = np.lexsort((~resident, -(value + policy.tolerance * resident)))[:k]
-    preferred.sort()  # ties go to the earlier expert here too
-    return preferred[np.argsort(-value[preferred], kind="stable")]
+    """(k,) of those in `order` the best by utility (E,) and bonus (E,) together, ordered as there:
+    by utility alone. Ties go to the larger bonus, then to the earlier in the order."""
+    value = utility[order].astype(np.float64)
+    places = np.lexsort((-bonus[order], -(value + bonus[order])))[:k]
+    return order[np.sort(places)]
 
 
 def _column(expert: str | None, scores: Scores) -> int | None:

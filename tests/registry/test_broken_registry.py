@@ -753,6 +753,12 @@ BROKEN: dict[str, Broken] = {
             "TMP/experts.yaml:40: policies.twice.unsure.below: it is missing. Add `below`: the floor of expected quality.",
         ],
     ),
+    "stay_below_nothing": Broken(
+        edits=[("    k: 2", "    k: 2\n    stay: -0.1")],
+        says=[
+            "TMP/experts.yaml:34: policies.twice.stay: it should be greater than or equal to 0, not -0.1. Write 0 or more.",
+        ],
+    ),
     "tolerance_above_one": Broken(
         edits=[("    k: 2", "    k: 2\n    tolerance: 2")],
         says=[
