@@ -21,7 +21,7 @@ from composer.routing.artefact import (
     Manifest,
     read_manifest,
 )
-from composer.routing.base import Embedder, Query, Scores
+from composer.routing.base import Embedder, Exploration, Query, Scores
 from composer.routing.costs import CostModel
 from composer.routing.curve import Curve
 from composer.routing.families import FAMILIES
@@ -34,6 +34,21 @@ EXPLAINED = 5
 """Experts of a decision whose reasons are told."""
 
 
+class ShadowSettings(BaseModel):
+    """Another artefact, tried beside the one that serves."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    artefact: Path = Field(description="Scored off the answers' way; its choices are recorded.")
+    explore: float = Field(
+        0.05,
+        gt=0,
+        le=1,
+        description="Share of requests spread evenly over all eligible experts: without it nothing "
+        "would be known of what only the shadow would choose.",
+    )
+
+
 class LearnedSettings(BaseModel):
     """Which artefact, and what the experts are called in it."""
 
@@ -43,6 +58,24 @@ class LearnedSettings(BaseModel):
     names: Mapping[str, str] = Field(
         {}, description="Expert id → its name in the artefact, where the two differ."
     )
+    shadow: ShadowSettings | None = Field(
+        None, description="An artefact that may be promoted once it proved better."
+    )
+
+    @property
+    def of_shadow(self) -> LearnedSettings | None:
+        """What the shadow would be served with."""
+        if self.shadow is None:
+            return None
+        return LearnedSettings(artefact=self.shadow.artefact, names=self.names)
+
+    @property
+    def exchanged(self) -> LearnedSettings:
+        """The shadow serves, and the artefact that served runs in its shadow."""
+        if self.shadow is None:
+            return self
+        shadow = self.shadow.model_copy(update={"artefact": self.artefact})
+        return self.model_copy(update={"artefact": self.shadow.artefact, "shadow": shadow})
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -127,15 +160,24 @@ class LearnedRouter:
     paper: ClassVar[str] = "that of the artefact's family"
     settings: ClassVar[type[BaseModel]] = LearnedSettings
     needs_texts: ClassVar[bool] = False
-    path_fields: ClassVar[tuple[str, ...]] = ("artefact",)
+    path_fields: ClassVar[tuple[str, ...]] = ("artefact", "shadow.artefact")
 
     def __init__(
-        self, experts: tuple[str, ...], model: LearnedModel, columns: list[int], embedder: Embedder
+        self,
+        experts: tuple[str, ...],
+        model: LearnedModel,
+        columns: list[int],
+        embedder: Embedder,
+        settings: LearnedSettings,
+        shadow: LearnedRouter | None = None,
     ) -> None:
         self.experts = experts
         self.model = model
         self._columns = columns
         self._embedder = embedder
+        self._settings = settings
+        self.artefact = self.digest(LearnedSettings(artefact=settings.artefact))
+        self.shadow = shadow
 
     @property
     def curve(self) -> Curve | None:
@@ -146,11 +188,13 @@ class LearnedRouter:
 
     @classmethod
     def digest(cls, settings: LearnedSettings) -> str:
-        """Of the manifest, which names the arrays by theirs."""
+        """Of the manifest, which names the arrays by theirs, and of the shadow's."""
         try:
-            return hashlib.sha256((settings.artefact / MANIFEST).read_bytes()).hexdigest()
+            own = hashlib.sha256((settings.artefact / MANIFEST).read_bytes()).hexdigest()
         except OSError:
             return ""
+        shadow = settings.of_shadow
+        return own if shadow is None else f"{own}+{cls.digest(shadow)}"
 
     @classmethod
     def check(
@@ -160,6 +204,8 @@ class LearnedRouter:
         the artefact, the folder is none, or a curve is needed that it does not have."""
         manifest = read_manifest(settings.artefact)
         columns = _columns(manifest, experts, settings)
+        if (shadow := settings.of_shadow) is not None:
+            cls.check(experts, shadow, needs_curve=needs_curve)
         if not needs_curve:
             return
         if manifest.curve is None:
@@ -183,7 +229,11 @@ class LearnedRouter:
         columns = _columns(artefact.manifest, experts, settings)
         check_embedder(artefact.manifest, embedder, settings.artefact)
         ids = tuple(expert.id for expert in experts)
-        return cls(ids, LearnedModel.of(artefact), columns, embedder)
+        model = LearnedModel.of(artefact)
+        shadow = None
+        if (other := settings.of_shadow) is not None:
+            shadow = cls.build(experts, other, embedder)
+        return cls(ids, model, columns, embedder, settings, shadow)
 
     async def score(self, query: Query, eligible: BoolArray) -> Scores:
         wanted = self.model.views.texts(query.text)
@@ -199,7 +249,9 @@ class LearnedRouter:
         quality[~eligible] = np.nan
         uncertainty[~eligible] = np.nan
         cost = None if scored.cost is None else scored.cost[0, self._columns]
-        return Scores(self.experts, quality, uncertainty, self._reasons(quality), cost)
+        tried = self._settings.shadow
+        exploration = None if tried is None else Exploration(tried.explore, thompson=False)
+        return Scores(self.experts, quality, uncertainty, self._reasons(quality), cost, exploration)
 
     def _reasons(self, quality: FloatArray) -> Mapping[str, Mapping[str, Any]]:
         """How far the query moves the best few from their mean quality."""

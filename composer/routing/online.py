@@ -60,7 +60,7 @@ class OnlineSettings(BaseModel):
     )
     noise: float = Field(0.5, gt=0, description="bandit: standard deviation of an outcome.")
     prior: float = Field(
-        0.15, gt=0, description="bandit: how far the base is expected to be off, as its weights."
+        0.05, gt=0, description="bandit: how far the base is expected to be off, as its weights."
     )
     rate: float = Field(0.1, gt=0, description="full: length of a gradient step.")
     decay: float = Field(0.003, ge=0, description="full: what draws a correction back to none.")
@@ -110,6 +110,11 @@ class OnlineRouter:
             raise ValueError(
                 "`quality` and `max_cost` hold for a router that stays as it was trained, and "
                 "`online` goes on learning; use `cost_weight`, or the router `learned`"
+            )
+        if isinstance(settings.base, LearnedSettings) and settings.base.shadow is not None:
+            raise ValueError(
+                "the base of `online` cannot have a `shadow`: its choices are not those that "
+                "are made; leave it out, or use the router `learned`"
             )
         _base(settings).check(experts, settings.base)
 

@@ -4,5 +4,19 @@ from composer.store.lessons import Judged, Lesson, Lessons
 from composer.store.recorder import Receipt, Recorder
 from composer.store.records import Feedback, Record
 from composer.store.repository import Store
+from composer.store.shadows import Compared, Promotion, ShadowChoice, Shadows
 
-__all__ = ["Feedback", "Judged", "Lesson", "Lessons", "Receipt", "Record", "Recorder", "Store"]
+__all__ = [
+    "Compared",
+    "Feedback",
+    "Judged",
+    "Lesson",
+    "Lessons",
+    "Promotion",
+    "Receipt",
+    "Record",
+    "Recorder",
+    "ShadowChoice",
+    "Shadows",
+    "Store",
+]

@@ -95,7 +95,9 @@ class Store:
             return
 
         async def run(connection: AsyncConnection) -> None:
-            statement = _insert(connection, requests).on_conflict_do_nothing(index_elements=["id"])
+            statement = insert_into(connection, requests).on_conflict_do_nothing(
+                index_elements=["id"]
+            )
             await connection.execute(statement, [request_row(record) for record in records])
 
         await self.run(run, "writing records", writes=True)
@@ -253,7 +255,7 @@ async def _add_feedback(connection: AsyncConnection, item: Feedback) -> None:
     if (await connection.execute(known)).one_or_none() is None:
         raise UnknownResponse(f"there is no response {item.response_id!r}")
     row = feedback_row(item)
-    insert = _insert(connection, feedback).on_conflict_do_nothing(
+    insert = insert_into(connection, feedback).on_conflict_do_nothing(
         index_elements=["response_id", "id"]
     )
     if (await connection.execute(insert.values(row))).rowcount:
@@ -275,7 +277,7 @@ async def _dispose(engine: AsyncEngine, timeout_s: float) -> None:
     await asyncio.wait({asyncio.ensure_future(engine.dispose())}, timeout=timeout_s)
 
 
-def _insert(connection: AsyncConnection, table: sa.Table) -> postgresql.Insert | sqlite.Insert:
+def insert_into(connection: AsyncConnection, table: sa.Table) -> postgresql.Insert | sqlite.Insert:
     """Both dialects have ON CONFLICT, spelled the same; SQLAlchemy's common INSERT has not."""
     if connection.dialect.name == "postgresql":
         return postgresql.insert(table)

@@ -108,3 +108,24 @@ experts = sa.Table(
     sa.Column("spec", _json(), nullable=False),
     sa.Column("created", UtcDateTime, nullable=False),
 )
+
+# No foreign key: a choice in shadow may be written before its request's record.
+shadows = sa.Table(
+    "shadows",
+    metadata,
+    sa.Column("response_id", sa.Text, primary_key=True),
+    sa.Column("policy", sa.Text, nullable=False),
+    sa.Column("artefact", sa.Text, nullable=False),
+    sa.Column("choice", sa.Text, nullable=False),
+    sa.Column("scores", _json(), nullable=False),
+    sa.Index("ix_shadows_policy", "policy", "artefact"),
+)
+
+promotions = sa.Table(
+    "promotions",
+    metadata,
+    sa.Column("policy", sa.Text, primary_key=True),
+    sa.Column("artefact", sa.Text, nullable=False),
+    sa.Column("created", UtcDateTime, nullable=False),
+    sa.Column("estimate", _json(), nullable=False),
+)
