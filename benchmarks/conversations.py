@@ -8,7 +8,7 @@ is answered. Each system sees the same turns:
 
 - last message: what a router sees that knows no conversation;
 - all turns as one text: the plainest way to route the whole conversation;
-- composer: the reading of the conversation that tells the experts apart best (`conversation.py`);
+- composer: the reading of the conversation that is understood best (`conversation.py`);
 - composer, stay S: besides, an expert keeps its session where the gain is no more than S, as a
   policy with `stay: S` says (`choose.py`, `sessions.py`).
 
@@ -176,9 +176,10 @@ def _nobody(expert: str) -> Way:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--file", type=Path, default=CONVERSATIONS, help="other conversations")
     add_arguments(parser, quick="the first two conversations of each skill")
     args = parser.parse_args()
-    asked = conversations()
+    asked = conversations(args.file)
     if args.quick:
         asked = [turns for i, turns in enumerate(asked) if i % 6 < 2]
     began = perf_counter()

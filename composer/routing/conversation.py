@@ -20,25 +20,34 @@ READ_CHARS = 1000
 """Of a joined reading: the 256 tokens that the default embedder reads, at four characters a token.
 It reads the beginning of a text, so what is longer would lose its last turn."""
 
+UNDERSTOOD = 2 / 3
+"""Gain from which on a reading needs no more words: its best expert is at least twice as likely
+right as wrong. Chosen on conversations of its own, where 0.55 to 0.88 do better than none:
+`benchmarks/results/conversations.md`."""
+
 GAP = " … "
 
 
 async def score(router: Router, query: Query, eligible: BoolArray) -> tuple[Scores, int]:
-    """The scores of the reading that tells the eligible experts apart best, and how many of the
-    user's turns it began with, counted from the last.
+    """The scores of the reading that is taken, and how many of the user's turns it reaches back.
 
-    That is the one with the largest gain of the best expert over one drawn at random, `max − mean`
-    of calibrated quality. A router that finds experts by what is said of them expects next to
-    nothing of anybody where it understands nothing. One trained on outcomes then expects each
-    expert's mean, so that the spread of the means is in every reading's gain and cancels. Where
-    two are equal, the shorter one: the last word counts.
+    It is the shortest that is `UNDERSTOOD`, else the one that tells the eligible experts apart
+    best; of equal ones the shorter. What is measured is the gain of the best expert over another
+    drawn at random, in calibrated quality. A router that finds experts by what is said of
+    them expects next to nothing of anybody where it understands nothing. One trained on outcomes
+    then expects each expert's mean, so that the spread of the means is in every reading's gain and
+    cancels.
+
+    The shortest, not the clearest: whoever answered before is as clear as ever from the words that
+    he was asked with, so a reading that repeats them outdoes a change of subject in few words.
 
     `eligible` (E,). The readings are scored at once: an embedder makes one batch of them.
     """
     found = readings(query)
     scored = await asyncio.gather(*(router.score(Query(text), eligible) for text, _ in found))
     gains = [_gain(scores) for scores in scored]
-    best = int(np.argmax(gains))  # the first of equal ones
+    understood = (i for i, gain in enumerate(gains) if gain >= UNDERSTOOD)
+    best = next(understood, int(np.argmax(gains)))  # argmax: the first of equal ones
     return scored[best], found[best][1]
 
 
@@ -85,4 +94,6 @@ def _cut(text: str, room: int) -> str:
 
 
 def _gain(scores: Scores) -> float:
-    return float(np.nanmax(scores.quality) - np.nanmean(scores.quality))
+    """Of the best over the mean of the others; 0 where there is no other."""
+    quality = np.sort(scores.quality[~np.isnan(scores.quality)].astype(np.float64))
+    return float(quality[-1] - quality[:-1].mean()) if len(quality) > 1 else 0.0

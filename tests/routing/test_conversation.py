@@ -56,6 +56,13 @@ async def test_a_question_of_its_own_is_read_alone() -> None:
     assert await read(router, "reverse fox", "add 1 and 2") == ("add", 1)
 
 
+async def test_a_change_of_subject_in_few_words_is_not_drowned_by_what_came_before() -> None:
+    router = Router({"add 1, 2": (0.9, 0.0, 0.0), "reverse fox\nadd 1, 2": (0.0, 0.95, 0.0)})
+    assert await read(router, "reverse fox", "add 1, 2") == ("add", 1)
+    router.known = {"add 1, 2": (0.6, 0.0, 0.0), "reverse fox\nadd 1, 2": (0.0, 0.95, 0.0)}
+    assert await read(router, "reverse fox", "add 1, 2") == ("reverse", 2)
+
+
 async def test_what_came_just_before_goes_before_what_it_began_with() -> None:
     router = Router(
         {
