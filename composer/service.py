@@ -105,10 +105,8 @@ class Service:
     # --- life ----------------------------------------------------------------------------
 
     async def start(self) -> None:
-        """Ready to answer when it returns; at once where it has been started before.
-
-        Raises CatalogError, StoreError or EngineError.
-        """
+        """Ready to answer when it returns; at once where it has been started before. Raises
+        CatalogError, StoreError or EngineError."""
         if self.generations.live:
             return
         try:
