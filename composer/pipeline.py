@@ -214,8 +214,9 @@ async def decide(
         quality=request.quality,
         max_cost=request.max_cost,
     )
-    draw = draw_of(request.id) if request.explore else None
     last = _last_experts(request, way, sessions)
+    # A conversation under way is not moved to try somebody out.
+    draw = draw_of(request.id) if request.explore and last is None else None
     here = None
     if way.policy.tolerance > 0 or last is not None:
         catalog = generation.catalog

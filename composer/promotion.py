@@ -17,6 +17,7 @@ from composer.errors import ComposerError, Conflict, UnknownModel
 from composer.generations import Generations, Way
 from composer.pipeline import Outcome
 from composer.registry import Loaded
+from composer.routing import conversation
 from composer.routing.aims import aim_of
 from composer.routing.base import Query, Router
 from composer.routing.choose import choose
@@ -96,7 +97,8 @@ class Promotions:
         if way is None or router is None or version != outcome.catalog_version:
             return None  # another catalog by now, perhaps with another shadow
         shadow: Router = router.shadow
-        scores = await shadow.score(Query(request.text), way.eligibility.mask(request))
+        query = Query(request.text, request.turns[:-1])
+        scores, _ = await conversation.score(shadow, query, way.eligibility.mask(request))
         aim = aim_of(
             way.policy,
             way.cost,

@@ -94,3 +94,20 @@ async def test_a_request_not_to_be_explored_on_is_not(tmp_path: Path) -> None:
     assert {one["reasons"]["exploration"]["propensity"] for one in held} == {1.0}
     assert {one["expert"] for one in free} == {"plural", "uppercase"}
     assert {one["reasons"]["exploration"]["propensity"] for one in free} == {0.5}
+
+
+async def test_a_conversation_under_way_is_not_moved_to_try_somebody_out(tmp_path: Path) -> None:
+    config = yaml.safe_load(online(floor=1.0))
+    config["policies"]["auto"]["stay"] = 0.1
+    async with serving(tmp_path, yaml.safe_dump(config)) as (client, _):
+        for number in range(6):
+            first = chat(f"{QUESTION} number {number}")
+            answer = (await client.post("/v1/chat/completions", json=first)).json()
+            turns = [
+                *first["messages"],
+                answer["choices"][0]["message"],
+                {"role": "user", "content": "and of hen?"},
+            ]
+            second = await client.post("/v1/chat/completions", json=first | {"messages": turns})
+            told = second.json()["composer"]["reasons"]["exploration"]
+            assert told["propensity"] == 1.0
