@@ -1,9 +1,9 @@
 """What a family of trained routers is: features in, one expected quality per expert out.
 
 A family is numbers only. What makes a router of it is the same for all: views of the query
-(`views.py`), calibration, the cost of an answer and the folder they are kept in (`artefact.py`), and
-`learned.py`, which serves any of them. Adding a family is its file, a line in `families.py` and a
-line in the parametrised tests.
+(`views.py`), calibration, the cost of an answer, the folder they are kept in (`artefact.py`), and
+`learned.py`, which serves any of them. Adding a family is its file and a line in
+`families/__init__.py`, over which the tests are parametrised.
 """
 
 from __future__ import annotations

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from composer.routing.families import FAMILIES
+from tests.replayed import Recorded, record
 
 
 @pytest.fixture
@@ -13,3 +16,8 @@ def short_grids(monkeypatch: pytest.MonkeyPatch) -> None:
     for kind in FAMILIES.values():
         few = list(kind.grid())[:2]
         monkeypatch.setattr(kind, "grid", classmethod(lambda cls, few=few: few))
+
+
+@pytest.fixture
+def recorded(tmp_path: Path) -> Recorded:
+    return record(tmp_path)
