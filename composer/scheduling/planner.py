@@ -93,7 +93,9 @@ class Planner:
     def _early(self, demand: Demand, now: float) -> float:
         """When a visit may begin if nobody waits for those in its place."""
         share = self._fleet.settings.lazy_share
-        if demand.busy_s > share * self._fleet.models[demand.model].bound_s:
+        state = self._fleet.models[demand.model]
+        work = len(state.queue.order) * state.run.mean / state.model.in_flight
+        if work > share * state.bound_s:
             return now
         return demand.target - demand.load_s - demand.unload_s
 
