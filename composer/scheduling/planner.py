@@ -136,6 +136,27 @@ class Planner:
                 if self._holds(state, entry, now, lax):
                     return True
                 queue.remove(entry)
+            if self._stays_longer(state, entry, now, lax):
+                return True
+        return False
+
+    def _stays_longer(self, state: ModelState, entry: Entry, now: float, lax: bool) -> bool:
+        """A model on its way out serves a call that would be refused, if those that it leaves for
+        are still served in time: many swaps are begun before they have to be."""
+        if state.phase not in (Phase.CLOSING, Phase.DRAINING) or state.gone or state.lost:
+            return False
+        queue, phase = state.queue, state.phase
+        before, now_on = list(queue.order), queue.now_on
+        if phase is Phase.DRAINING:
+            state.phase = Phase.CLOSING
+            queue.cut(0)
+        queue.insert(queue.now_on, entry)
+        state.unsettle()
+        if self._holds(state, entry, now, lax):
+            return True
+        state.phase = phase
+        queue.restore(before, now_on)
+        state.unsettle()
         return False
 
     def _fits(self, state: ModelState, entry: Entry, now: float) -> bool:
