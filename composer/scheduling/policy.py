@@ -203,7 +203,7 @@ class SwapPolicy:
         return due
 
     def _idle(self) -> list[ModelState]:
-        """Residents that nobody waits for."""
+        """Residents that nobody waits for; calls may still run there."""
         return [
             s
             for s in self._fleet.there.values()
@@ -212,22 +212,28 @@ class SwapPolicy:
 
     def _is_early(self, now: float) -> bool:
         early = self._planner.early
-        return bool(early) and early[0][0] <= now and bool(self._idle())
+        return bool(early) and early[0].at <= now and bool(self._idle())
 
     def _swap_early(self, now: float) -> bool:
         """For calls that have waited as long as they should, though they could longer: a load in
-        the place of models that nobody waits for, if all others are still served in time."""
+        the place of models that nobody waits for, if all others are still served in time. Only
+        for those that have waited longer still do models leave that run calls."""
         fleet, planner, view = self._fleet, self._planner, self._planner.view
-        idle = [view.holders[s.id] for s in self._idle() if s.id in view.holders]
+        idle = [s for s in self._idle() if s.id in view.holders]
+        unused = [view.holders[s.id] for s in idle if not s.running]
+        unwaited = [view.holders[s.id] for s in idle]
         promised = sum([claim.memory_gb for claim in view.claims])
         free = view.free_gb + sum([gb for _, gb in view.leaving]) - promised
         if not idle and free <= 0:
             return False
-        for at, model, again in planner.early:
-            if at > now:
+        for early in planner.early:
+            if early.at > now:
                 return False
-            visit = (model, again)
-            victims = choose_victims(idle, view.demands[visit].memory_gb - free)
+            visit, model = early.visit, early.visit[0]
+            short = view.demands[visit].memory_gb - free
+            victims = choose_victims(unused, short)
+            if victims is None and now >= early.at_most:
+                victims = choose_victims(unwaited, short)
             names = tuple(victim.model for victim in victims or ())
             if victims is None or model in names:
                 continue
