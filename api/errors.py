@@ -27,6 +27,7 @@ from composer.errors import (
     Conflict,
     ContextTooLong,
     EngineError,
+    EngineMisconfigured,
     EngineUnavailable,
     NotFound,
     Overloaded,
@@ -86,6 +87,7 @@ TABLE: Mapping[type[ComposerError], Row] = {
         "the expert's server is not there now (starting, restarting or stopped); try again later",
         retry_after=UNAVAILABLE_RETRY_S,
     ),
+    EngineMisconfigured: Row(502, SERVER),
     Overloaded: Row(503, "overloaded_error"),
     StoreError: Row(
         503,

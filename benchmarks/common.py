@@ -23,10 +23,14 @@ CONSOLE = Console(stderr=True)
 Row = Mapping[str, Any]
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The two options that every benchmark has."""
+def add_arguments(
+    parser: argparse.ArgumentParser, *, quick: str | None = "a smaller run, at most a minute"
+) -> None:
+    """The options that every benchmark has. `quick` is what that option does; None: there is no
+    smaller run, nor the option."""
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the table as JSON")
-    parser.add_argument("--quick", action="store_true", help="a smaller run, at most a minute")
+    if quick is not None:
+        parser.add_argument("--quick", action="store_true", help=quick)
 
 
 def show(rows: Sequence[Row], args: argparse.Namespace, *, title: str) -> None:

@@ -43,6 +43,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from api.app import create_app
 from benchmarks.common import ROOT, Row, add_arguments, progress, show
+from benchmarks.vllm_log import AdapterLoads, adapter_loads
 from composer.build import make_service
 from composer.errors import ComposerError
 from composer.service import Service
@@ -50,7 +51,6 @@ from composer.settings import Settings
 from composer.types import Call, Sampling
 from examples.tiny.experts import base_folder, base_name, expert_folder
 from examples.tiny.tasks import SKILLS, Skill
-from tests.engines.vllm_log import AdapterLoads, adapter_loads
 
 SERVER = "tiny"
 MAX_LORAS, MAX_CPU_LORAS = 2, 4
@@ -382,7 +382,7 @@ async def run(python: Path, orders: int, per_adapter: int) -> list[Row]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    add_arguments(parser)
+    add_arguments(parser, quick="one shuffle of ten requests an adapter")
     parser.add_argument("--orders", type=int, default=3, help="shuffles, each sent three ways")
     args = parser.parse_args()
     python = Path(os.environ.get("COMPOSER_VLLM_PYTHON", ROOT / ".venv-vllm" / "bin" / "python"))

@@ -235,7 +235,7 @@ async def run(python: Path, patience: float) -> Alternation:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    add_arguments(parser)
+    add_arguments(parser, quick=None)  # three starts of vLLM are the least there can be
     parser.add_argument("--patience", type=float, default=0.1, help="COMPOSER_PATIENCE; 0.1")
     args = parser.parse_args()
     python = Path(os.environ.get("COMPOSER_VLLM_PYTHON", ROOT / ".venv-vllm" / "bin" / "python"))

@@ -17,6 +17,7 @@ import numpy as np
 
 from composer.eligibility import Eligibility
 from composer.embedder import TextEmbedder, load_embedder
+from composer.engines import keys
 from composer.engines.base import Engine
 from composer.engines.local import EmbeddedEngine
 from composer.engines.openai import OpenAIEngine
@@ -62,12 +63,12 @@ def families() -> Families:
                 settings=engine.settings,
                 honours=engine.honours,
                 adapter_features=engine.adapter_features,
-                takes_adapters=engine.takes_adapters,
                 model_field=engine.model_field,
                 path_fields=engine.path_fields,
                 program_fields=engine.program_fields,
                 parameters=engine.parameters,
                 check=engine.check,
+                check_adapters=engine.check_adapters,
             )
             for name, engine in ENGINES.items()
         },
@@ -142,7 +143,9 @@ def make_service(settings: Settings) -> Service:
 
 def make_scheduler(settings: Settings) -> DeviceScheduler:
     """One owner per device, each with the same policy."""
-    policy = PolicySettings(patience=settings.patience, drain_s=settings.drain_s)
+    policy = PolicySettings(
+        patience=settings.patience, drain_s=settings.drain_s, preload=settings.preload
+    )
     return DeviceScheduler(
         lambda: SwapPolicy(policy), log=settings.scheduler_log, header=asdict(policy)
     )
@@ -180,6 +183,11 @@ async def build_generation(
     """
     engines: dict[str, Engine] = {}
     places: dict[str, Place] = {}
+    keys.hide(
+        variable
+        for server in catalog.servers.values()
+        if (variable := getattr(server.settings, "api_key_env", None)) is not None
+    )
     making_ways = asyncio.create_task(build_ways(catalog, embedder))  # beside the engines
     try:
         for server in catalog.servers.values():
@@ -202,7 +210,7 @@ async def _engine_for(server: Server, live: Sequence[Generation]) -> tuple[Engin
     shared = next((g for g in reversed(live) if g.catalog.servers.get(server.id) == server), None)
     if shared is not None:
         engine, place = shared.engines[server.id], shared.places[server.id]
-        if server.placement is None and not await engine.healthy():
+        if server.placement is None and not (await engine.health()).ok:
             await _started(server.id, engine)
         return engine, place
     engine = ENGINES[server.engine](server.id, server.settings, placement=server.placement)

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import atexit
+import gc
 import json
-import logging
 import os
 import socket
 import sys
-from contextlib import suppress
 from pathlib import Path
 from time import perf_counter
 from typing import Annotated, Any, NoReturn
@@ -22,8 +22,6 @@ from rich.table import Table
 
 from composer.errors import CatalogError, ComposerError, SettingsError
 from composer.settings import Settings
-
-log = logging.getLogger(__name__)
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 out = Console(width=None if sys.stdout.isatty() else 160)  # a pipe is not 80 columns wide
@@ -48,42 +46,27 @@ def serve(
 ) -> None:
     """Serve the experts of experts.yaml behind one OpenAI-compatible endpoint."""
     settings = _settings(experts=experts, host=host, port=port)
-    import uvicorn
-
-    from api.app import create_app
+    from api.server import Server
     from composer.build import make_service
     from composer.telemetry import configure_logging
 
     try:
         configure_logging(log_level)
-        service = make_service(settings)
+        server = Server(make_service(settings))
+        server.run_on(_bind(settings))  # a taken port is told now, not after the models' load
     except ComposerError as error:
         _fail(error)
-    config = uvicorn.Config(
-        create_app(service),
-        host=settings.host,
-        port=settings.port,
-        log_config=None,
-        access_log=False,
-        timeout_graceful_shutdown=int(settings.drain_timeout_s),
-    )
-    server = uvicorn.Server(config)
-    with asyncio.Runner(loop_factory=config.get_loop_factory()) as runner:
-        try:
-            bound = _bind(settings)  # a taken port is told now, not after the models' load
-            runner.run(service.start())  # before the app would: its failure is told in one line
-        except ComposerError as error:
-            _fail(error)
-        log.info("serving on http://%s:%d", *bound.getsockname()[:2])
-        with suppress(KeyboardInterrupt):  # uvicorn raises it again after a clean stop
-            runner.run(server.serve(sockets=[bound]))
+    except KeyboardInterrupt:
+        err.print("stopped before it was ready")
+        raise typer.Exit(130) from None
     if not server.started:
         raise typer.Exit(3)
 
 
 @app.command()
 def check(experts: ExpertsFile = None) -> None:
-    """Print the catalog as a table, or every error at once (exit status 2)."""
+    """Print the catalog as a table, or every error at once (exit status 2). Warns of programs and
+    keys that are not on this machine; a server's own flags are checked by its start alone."""
     from composer.build import load
     from composer.registry import catalog_table
 
@@ -92,6 +75,8 @@ def check(experts: ExpertsFile = None) -> None:
     except ComposerError as error:
         _fail(error)
     out.print(catalog_table(loaded.catalog))
+    for warning in loaded.warnings:
+        _say(f"warning: {warning}", "yellow")
 
 
 @app.command()
@@ -157,7 +142,8 @@ def batch(
     try:
         configure_logging("warning")
         done = answer_file(
-            lambda: make_service(settings),
+            # Loads nothing ahead: what the batch needs, and in which order, is known.
+            lambda: make_service(settings.model_copy(update={"preload": False})),
             WireCodec(),
             source,
             target,
@@ -274,13 +260,19 @@ def _fail(error: ComposerError) -> NoReturn:
     """Exit 2 for a wrong registry, whose problems are counted; 1 for anything else."""
     problems = error.problems if isinstance(error, CatalogError) else (error,)
     for problem in problems:
-        err.print(str(problem), style="red", markup=False, highlight=False, soft_wrap=True)
+        _say(str(problem), "red")
     if isinstance(error, CatalogError):
         err.print(f"{len(problems)} problem(s); nothing was changed.")
     raise typer.Exit(2 if isinstance(error, CatalogError) else 1)
 
 
+def _say(text: str, style: str) -> None:
+    err.print(text, style=style, markup=False, highlight=False, soft_wrap=True)
+
+
 def main() -> None:
+    # Else the interpreter's last collection goes through all of the libraries, which takes seconds.
+    atexit.register(gc.freeze)
     app()
 
 

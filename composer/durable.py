@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import zlib
+from collections.abc import Iterable
 from pathlib import Path
 
 
@@ -35,3 +36,15 @@ def sync_folder(folder: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def replace_file(path: Path, chunks: Iterable[bytes]) -> None:
+    """The file is there as a whole or as it was, also after a crash. Raises OSError; what then
+    stays of it is `path` with `.tmp` at its end, which the next try overwrites."""
+    part = path.with_name(path.name + ".tmp")
+    with part.open("wb") as file:
+        file.writelines(chunks)
+        file.flush()
+        os.fsync(file.fileno())
+    part.replace(path)
+    sync_folder(path.parent)

@@ -10,7 +10,8 @@ ComposerError
 ├── CatalogError            experts.yaml, a card or a runtime expert is wrong; holds every Problem
 │   └── AdapterError        one adapter folder failed verification
 ├── EngineError             a server failed while it answered
-│   └── EngineUnavailable   it is not there at all (starting, closed, died)
+│   ├── EngineUnavailable   it is not there at all (starting, closed, died)
+│   └── EngineMisconfigured our key for it is missing or wrong: trying again will not help
 ├── Overloaded              queues are full; says when to come back
 ├── StoreError              the database or the journal
 │   └── UnknownResponse     feedback for a response id that was never recorded
@@ -99,6 +100,13 @@ class EngineError(ComposerError):
 
 class EngineUnavailable(EngineError):
     code = "engine_unavailable"
+
+
+class EngineMisconfigured(EngineError):
+    """The server lacks what only its operator can give, such as a key. The message names the
+    server and the remedy in our own words, since callers read it."""
+
+    code = "engine_misconfigured"
 
 
 class Overloaded(ComposerError):

@@ -47,6 +47,7 @@ from pydantic import (
 from regex import Match, Pattern
 
 from composer.errors import Unsupported
+from composer.wording import Skip, Skipped, is_skipped, skipped_words
 
 log = logging.getLogger(__name__)
 
@@ -62,58 +63,6 @@ is this thread's on the processor; the examples' blocks take 0.07 ms, and 5 ms a
 There is no such limit on compiling a pattern, where `(.{1000000}){1000}` asks for all memory:
 read a stranger's card before you serve it.
 """
-
-_FUNCTION_WORDS = """
-a about above after again all also am an and another any anyone are aren't as at away be because
-been before being below both but by came can can't cannot could did didn't do does doesn't doing
-don't done down each either else every everything few for from further had has have having he her
-here hers him his how however i i'd i'll i'm i've if in instead into is isn't it it's its itself
-just let let's lets like many may me might mine more most much must my myself no nor not now of off
-on once one only onto or other others our ours out over own per quite rather really same shall she
-should since so some such than that that's the their theirs them then there there's these they this
-those through throughout to together too under until up upon us very via was we were what what's
-whats whatever when whenever where where's whether which while who who's whom whose why will with
-within without won't would wouldn't yet you you'd you'll you're you've your yours cant didnt doesnt
-dont ill im isnt ive thats theres wheres whos wont wouldnt youre bye cheers dear hello hey hi howdy
-kindly ok okay please pls plz pretty sorry thank thanks thx ty yes
-"""
-_REQUEST_WORDS = """
-able actually alright already always anyway appreciate ask asked asking basically become becomes
-bit bring build call called calling calls came change changed check choose come comes compute
-containing convert converted converting correct correctly create curious currently describe
-determine display easy ensure entire exact exactly explain express fast figure final find finding
-first fix follow following friend fully gave generate get gets getting give given gives giving glad
-go goes going gonna good got gotta grab grateful great guess handle happen happens help homework
-hope hoping input instance keep know last left look looked looking looks love made make makes
-making mean meaning means mind need needed needing needs new next nice nothing obtain offer
-original output perform perhaps pick possible possibly prefer preferably present print printed
-prints proceed process produce prompt provide provided provides put puts putting question quick
-quickly quiz ran read reads ready receive remind render replace replaced replacing reply request
-require required respond response result resulting results return returned returning returns
-rewrite rewritten run running said say saying says see seen send set several show showing shown
-shows simple simply solve somebody someone something somehow start starting stuff submit suppose
-supply sure take taken takes taking talk task tell thing things think transform transformed
-translate translated try trying turn turned turning turns type typed typing understand use used
-uses using value version wanna want wanted wants way wish wonder wonders wondering work working
-works write writes writing written wrong wrote alphabet alphabetic alphabetical answer answers char
-character characters chars description english example expression form format formatted forms key
-language letter letters line message name named noun nouns paragraph passage phrase quote quoted
-sentence spell spelled spelling spells spelt statement string style term text token title word
-wording words whole entirely entirety equivalent counterpart corresponding apply applied according
-exist exists cross yield yields riddle puzzle crossword
-"""
-
-Skip = Literal["none", "function", "request"]
-
-Skipped = dict[Skip, frozenset[str]]
-
-
-@lru_cache(maxsize=4096)
-def _skipped(ignore: tuple[str, ...], context: tuple[str, ...]) -> Skipped:
-    function = frozenset(_FUNCTION_WORDS.split()) | {word.lower() for word in ignore}
-    request = function | {word.lower() for word in context} | frozenset(_REQUEST_WORDS.split())
-    return {"none": frozenset(), "function": function, "request": request}
-
 
 _TOKEN = regex.compile(r"[^\W_]+(?:['\-][^\W_]+)*")
 _STRAIGHT = str.maketrans(
@@ -211,7 +160,7 @@ class RegexStep(BaseModel):
         search, start = self.pattern.search, 0
         while (match := budget.run(search, text, start)) is not None:
             found = {name: value for name, value in match.groupdict().items() if value}
-            passed = [n for n in found if _is_skipped(found[n], skipped[self.skip])]
+            passed = [n for n in found if is_skipped(found[n], skipped[self.skip])]
             if not passed:
                 return found
             # Just behind the skipped word, not behind the match: what follows may be in it. A
@@ -258,7 +207,7 @@ class LeftoverStep(BaseModel):
         left = [
             token.removesuffix("'s")
             for token in _TOKEN.findall(text)
-            if not _is_skipped(token, skipped[self.skip])
+            if not is_skipped(token, skipped[self.skip])
             and budget.run(fullmatch, token.removesuffix("'s"))
         ]
         if not left:
@@ -268,11 +217,6 @@ class LeftoverStep(BaseModel):
         if self.take == "last":
             return {self.field: left[-1]}
         return {self.field: max(reversed(left), key=len)}
-
-
-def _is_skipped(token: str, skipped: frozenset[str]) -> bool:
-    word = token.lower()
-    return not skipped.isdisjoint((word, word.removesuffix("'s")))
 
 
 def _kind(step: Any) -> str | None:
@@ -392,7 +336,7 @@ def extract(spec: PromptSpec, text: str) -> dict[str, str] | None:
     text = text.translate(_STRAIGHT)
     if spec.lower:
         text = text.lower()
-    skipped = _skipped(spec.ignore, spec.context)
+    skipped = skipped_words(spec.ignore, spec.context)
     budget = _Budget(MAX_SECONDS)
     found: dict[str, str] = {}
     for step in spec.extract:

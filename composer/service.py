@@ -15,8 +15,9 @@ from datetime import UTC, datetime
 from time import perf_counter
 from typing import Any
 
+from composer.draining import drained
 from composer.embedder import TextEmbedder
-from composer.engines.base import Engine
+from composer.engines.base import Engine, Health
 from composer.errors import (
     CatalogError,
     ComposerError,
@@ -89,6 +90,7 @@ class Service:
         self._build = build
         self._version = 0
         self._left_out: dict[str, str] = {}
+        self._warnings: tuple[Problem, ...] = ()
         self._rows: Sequence[Mapping[str, Any]] = ()
         self._watcher = Watcher()
         self._changing = asyncio.Lock()
@@ -117,24 +119,29 @@ class Service:
         self._spawn(self._watcher.run(self.reload, self._stop))
         log.info("ready after %.1f s", perf_counter() - self._started)
 
-    async def close(self) -> None:
-        """Lets running requests end for up to `drain_timeout_s`, then stops everything. Every
-        part is closed, whatever another one raises. May be called twice, and after a failed start.
-        """
+    async def drain(self) -> None:
+        """Lets requests end for up to `drain_timeout_s`; to be called when no new ones come. Those
+        left then, or that only wait for servers to come, are refused, and the starts of these
+        servers are broken off."""
         self._stop.set()
+        timeout_s = self.settings.drain_timeout_s
+        if not await drained(self.generations, self.scheduler, timeout_s):
+            await self._close_engines(self._engines())
+
+    async def close(self) -> None:
+        """Drains, then stops everything. Every part is closed, whatever another one raises. May be
+        called twice, and after a failed start."""
         async with AsyncExitStack() as parts:  # closed from the last to the first
             parts.push_async_callback(self.store.close)
             parts.push_async_callback(self.recorder.close)
             parts.push_async_callback(self.embedder.close)
             parts.push_async_callback(self._finish_tasks)
-            engines = {id(e): e for g in self.generations.live for e in g.engines.values()}
-            parts.push_async_callback(self._close_engines, engines.values())
+            parts.push_async_callback(self._close_engines, self._engines())
             parts.callback(self.generations.swap, None)
-            try:
-                async with asyncio.timeout(self.settings.drain_timeout_s):
-                    await self.generations.drained()
-            except TimeoutError:
-                log.warning("stopping with %d requests unfinished", self.generations.holds)
+            await self.drain()
+
+    def _engines(self) -> Collection[Engine]:
+        return {id(e): e for g in self.generations.live for e in g.engines.values()}.values()
 
     async def _close_engines(self, engines: Collection[Engine]) -> None:
         """Beside the scheduler, which begins no move any more and waits for those under way: an
@@ -241,13 +248,17 @@ class Service:
             if keep is None:  # so that mending any of them is noticed
                 self._watcher.looked_at(error.watched, in_part=True)
             raise
+        if loaded.warnings != self._warnings:
+            for warning in loaded.warnings:
+                log.warning("%s", warning)
+            self._warnings = loaded.warnings
         current = self.generations.live[-1] if self.generations.live else None
         if keep is None:  # a change that fails below must not pass for one of the file
             self._watcher.looked_at(loaded.watched)
         if (
             current is not None
             and loaded.catalog.digest == current.catalog.digest
-            and all([await engine.healthy() for engine in current.engines.values()])
+            and all([(await engine.health()).ok for engine in current.engines.values()])
         ):
             if not self.reload_state.ok:
                 log.info(
@@ -322,17 +333,17 @@ class Service:
 
     async def health(self) -> dict[str, Any]:
         """What /health shows. `status` is ok, starting, or degraded: the last reload failed, a
-        runtime expert was left out at boot, a server died, or the database is away."""
+        runtime expert was left out at boot, a server has failed, or the database is away; a server
+        that is off or on its way is as it should be."""
         generation = self.generations.live[-1] if self.generations.live else None
-        servers = {
-            server: await engine.healthy()
-            for server, engine in (generation.engines.items() if generation else ())
-        }
+        engines = generation.engines if generation else {}
+        healths = await asyncio.gather(*(engine.health() for engine in engines.values()))
+        servers = dict(zip(engines, healths, strict=True))
         recorder = self.recorder.stats()
         fine = (
             self.reload_state.ok
             and not self._left_out
-            and all(servers.values())
+            and all(server.ok for server in servers.values())
             and recorder["database_up"]
         )
         status = "starting" if generation is None else "ok" if fine else "degraded"
@@ -350,7 +361,7 @@ class Service:
                     "problems": list(self.reload_state.problems),
                 },
             },
-            "servers": servers,
+            "servers": {id_: _in_words(server) for id_, server in servers.items()},
             "requests": {"running": self.generations.holds},
             "scheduler": self.scheduler.stats(),
             "recorder": recorder,
@@ -365,6 +376,11 @@ class Service:
         self._tasks.discard(task)
         if not task.cancelled() and task.exception() is not None:
             log.error("a background task failed", exc_info=task.exception())
+
+
+def _in_words(server: Health) -> dict[str, str]:
+    reason = {} if server.reason is None else {"reason": server.reason}
+    return {"state": server.state, **reason}
 
 
 def _told(skipped: Mapping[str, Sequence[Problem]]) -> dict[str, str]:

@@ -57,6 +57,11 @@ class Settings(BaseSettings):
         description="The part of that time which a device may let pass before it swaps models: "
         "1 swaps least, less answers those who wait sooner.",
     )
+    preload: bool = Field(
+        True,
+        description="Load what is likely to be asked for next into a device's free memory while it "
+        "is idle, the servers configured first at the start.",
+    )
     drain_s: float = Field(
         30.0,
         ge=0,

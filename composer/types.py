@@ -351,7 +351,8 @@ class Call:
     `stream` is whether the answer is wanted piece by piece; `forward` further allows an engine
     to yield `Chunk.raw`. `max_wait_s` bounds the wait for a lease from `arrived` (the scheduler's
     clock, set at the first attempt, so that a retry keeps its bound); None: no bound. `later`
-    are the servers that the same request is known to call after this one.
+    are the servers that the same request is known to call when this one has answered, so that
+    they are rather kept loaded; calls made at once are seen together anyway.
     """
 
     id: str
@@ -431,9 +432,10 @@ class Ask(Protocol):
         later: Sequence[str] = (),
         verbatim: bool = False,
     ) -> AsyncGenerator[Chunk, None]:
-        """`later` are the experts that this request will surely ask after this one. `verbatim`:
-        every chunk is passed on unread, so they may come as the server's own events. Without
-        `messages` the expert reads the request's own; without `sampling`, its own."""
+        """`later` are the experts that this request will surely ask when this one has answered;
+        those asked at once need not be named, since the scheduler decides on them together.
+        `verbatim`: every chunk is passed on unread, so they may come as the server's own events.
+        Without `messages` the expert reads the request's own; without `sampling`, its own."""
         ...
 
 

@@ -16,7 +16,7 @@ from pydantic import BaseModel, ConfigDict
 
 from composer.adapters.lora_config import AdapterFeature
 from composer.eligibility import Eligibility
-from composer.engines.base import Capacity
+from composer.engines.base import Capacity, Health
 from composer.errors import Overloaded
 from composer.generations import Generation, Way
 from composer.routing.base import Query, Scores
@@ -57,7 +57,6 @@ class FakeEngine:
     settings: ClassVar[type[BaseModel]] = FakeSettings
     honours: ClassVar[frozenset[Ability]] = frozenset({"logprobs"})
     adapter_features: ClassVar[frozenset[AdapterFeature]] = frozenset()
-    takes_adapters: ClassVar[bool] = True
     model_field: ClassVar[str | None] = None
     path_fields: ClassVar[tuple[str, ...]] = ()
     program_fields: ClassVar[tuple[str, ...]] = ()
@@ -66,6 +65,10 @@ class FakeEngine:
     @classmethod
     def check(cls, settings: Any, placement: Placement | None) -> None:
         """Fits everywhere."""
+
+    @classmethod
+    def check_adapters(cls, settings: Any) -> None:
+        """Takes them."""
 
     def __init__(
         self, server: str, settings: Any = None, *, placement: Placement | None = None
@@ -116,8 +119,8 @@ class FakeEngine:
     async def count_tokens(self, messages: Sequence[Message], prompt: str | None) -> int:
         return len(prompt or "") + sum(len(message_text(message)) for message in messages)
 
-    async def healthy(self) -> bool:
-        return not self.closed
+    async def health(self) -> Health:
+        return Health("failed", "it is closed") if self.closed else Health("ready")
 
     async def close(self) -> None:
         self.closed = True

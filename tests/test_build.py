@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import socket
+from typing import Any
 
 import pytest
 
 from composer.build import build_generation
+from composer.engines import keys
+from composer.engines.launch import Launch
 from composer.engines.openai import OpenAISettings
+from composer.engines.processes import ManagedProcess
+from composer.engines.vllm_launch import VllmSettings
 from composer.types import Catalog, Expert, FloatArray, Server
 
 
@@ -37,9 +42,50 @@ async def test_a_remote_server_that_is_away_keeps_no_change_from_being_made(nowh
     second = Catalog(2, "b", {"remote": server}, {"two": Expert("two", "remote")}, {})
     before = await build_generation(first, [], NoEmbedder())  # type: ignore[arg-type]
     try:
-        assert not await before.engines["remote"].healthy()
+        assert not (await before.engines["remote"].health()).ok
+        assert not before.places["remote"].there
         after = await build_generation(second, [before], NoEmbedder())  # type: ignore[arg-type]
         assert after.engines["remote"] is before.engines["remote"]
         assert after.catalog.experts.keys() == {"two"}
     finally:
         await before.engines["remote"].close()
+
+
+async def test_servers_of_ours_see_nobodys_keys(
+    nowhere: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(keys, "_hidden", set())
+    monkeypatch.setenv("FAR_KEY", "secret")
+    monkeypatch.setenv("COMPOSER_API_KEY", "ours")
+    monkeypatch.setenv("HF_TOKEN", "theirs")
+    assert "FAR_KEY" in keys.inherited()
+    settings = OpenAISettings(url=nowhere, model="m", api_key_env="FAR_KEY")
+    server = Server("far", "openai", settings)
+    catalog = Catalog(1, "a", {"far": server}, {"one": Expert("one", "far")}, {})
+    made = await build_generation(catalog, [], NoEmbedder())  # type: ignore[arg-type]
+    await made.engines["far"].close()
+    launch = Launch(env={"MINE": "1"})
+    process = ManagedProcess("s", launch, lambda port: [], {}, _never, _never)
+    environment = process._environment("/venv/bin/python")
+    assert environment.keys() >= {"HF_TOKEN", "MINE", "PATH"}
+    assert not environment.keys() & {"FAR_KEY", "COMPOSER_API_KEY"}
+
+
+async def _never() -> Any:
+    raise AssertionError("nothing is started here")
+
+
+async def test_a_remote_server_whose_key_is_missing_counts_as_there(
+    nowhere: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So that its calls are refused at once, instead of waiting for it."""
+    monkeypatch.delenv("TEST_KEY", raising=False)
+    settings = OpenAISettings(url=nowhere, model="m", api_key_env="TEST_KEY")
+    vllm = VllmSettings(url=nowhere, api_key_env="TEST_KEY")
+    servers = {"a": Server("a", "openai", settings), "b": Server("b", "vllm", vllm)}
+    catalog = Catalog(1, "a", servers, {id_: Expert(id_, id_) for id_ in servers}, {})
+    made = await build_generation(catalog, [], NoEmbedder())  # type: ignore[arg-type]
+    for id_, engine in made.engines.items():
+        assert made.places[id_].there
+        assert f"server {id_!r} has no API key" in str((await engine.health()).reason)
+        await engine.close()

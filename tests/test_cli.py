@@ -56,6 +56,59 @@ def test_check_prints_every_error_at_once_and_exits_with_2(tmp_path: Path) -> No
     assert err.splitlines()[-1].startswith("3 problem(s)")
 
 
+VLLM = """\
+version: 1
+servers:
+  ours: {engine: vllm, model: %(base)s, model_name: composer/tiny-large, context_window: 512,
+         launch: {python: ./no/python}}
+  theirs: {engine: openai, url: "http://127.0.0.1:9/v1", model: m, api_key_env: CHECKED_KEY}
+experts:
+  plain: {server: ours, description: anything}
+  other: {server: theirs, description: something, context_window: 512}
+policies:
+  auto: {router: {name: neighbours}, strategy: {name: single}, experts: ["*"]}
+"""
+
+
+def test_check_warns_of_what_is_not_on_this_machine(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("CHECKED_KEY", raising=False)
+    file = tmp_path / "experts.yaml"
+    file.write_text(VLLM % {"base": ROOT / "examples/tiny/bases/large"})
+    status, out, err = run("check", str(file))
+    assert status == 0
+    assert "plain" in out
+    program, key = err.splitlines()
+    assert program == (
+        f"warning: {file}:4: servers.ours.launch.python: there is no program "
+        f"{tmp_path}/no/python on this machine. Install it there, or correct the path."
+    )
+    assert key.startswith(f"warning: {file}:5: servers.theirs.api_key_env: ")
+    assert "'CHECKED_KEY' is not set" in key
+
+
+def test_check_refuses_adapters_on_a_vllm_that_is_started_without(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COMPOSER_ADAPTER_ROOTS", json.dumps([str(ROOT / "examples")]))
+    file = tmp_path / "experts.yaml"
+    skill = ROOT / "examples/tiny/experts/large/reverse"
+    text = VLLM % {"base": ROOT / "examples/tiny/bases/large"}
+    file.write_text(
+        text.replace("policies:", f"  back: {{server: ours, adapter: {skill}}}\npolicies:")
+    )
+    status, _, err = run("check", str(file))
+    assert status == 2
+    assert err.splitlines()[0] == (
+        f"{file}:9: experts.back.adapter: server 'ours' is started without adapters. Give the "
+        "server `max_loras`, the adapters in one batch, or remove the adapter."
+    )
+    file.write_text(file.read_text().replace("launch:", "max_loras: 2, launch:"))
+    status, _, err = run("check", str(file))
+    assert status == 0, err
+
+
 def test_check_of_no_file_says_so(tmp_path: Path) -> None:
     status, _, err = run("check", str(tmp_path / "none.yaml"))
     assert status == 2

@@ -11,7 +11,7 @@ import pytest
 from sqlalchemy import text
 from sqlalchemy.ext.asyncio import create_async_engine
 
-from tests.store.postgres import PostgresServer, find_binaries
+from tests.store.postgres import PostgresServer, running_server
 from tests.tiny import ASKED, chat, registry, serving
 
 CLIENTS = 8
@@ -21,15 +21,8 @@ pytestmark = pytest.mark.postgres
 
 @pytest.fixture
 def database() -> Iterator[PostgresServer]:
-    if find_binaries() is None:
-        pytest.skip("no PostgreSQL server binaries (apt install postgresql)")
-    server = PostgresServer()
-    try:
-        server.create()
-        server.start()
+    with running_server() as server:
         yield server
-    finally:
-        server.destroy()
 
 
 @pytest.mark.parametrize("outage_s", [3, pytest.param(60, marks=pytest.mark.slow)])

@@ -17,7 +17,8 @@ from typing import Any
 import httpx
 import pytest
 
-from composer.engines.processes import Launch, ManagedProcess
+from composer.engines.launch import Launch
+from composer.engines.processes import ManagedProcess
 
 ROOT = Path(__file__).resolve().parent.parent
 LARGE = ROOT / "examples" / "tiny" / "bases" / "large"

@@ -15,8 +15,12 @@ router = make_router()
 @router.get("/health")
 async def health(service: ServiceDep) -> Response:
     """Always 200 while the process lives; `status` says ok, degraded or starting, and the
-    rest says why."""
+    rest says why. A server is `ready`, `off` (to make room for others), `starting` or `failed`,
+    with the reason."""
     state = await service.health()
+    for server in state["servers"].values():
+        if "reason" in server:
+            server["reason"] = without_paths(server["reason"])
     catalog = state["catalog"]
     catalog["left_out"] = {id_: without_paths(why) for id_, why in catalog["left_out"].items()}
     catalog["reload"]["problems"] = [without_paths(p) for p in catalog["reload"]["problems"]]

@@ -1,17 +1,25 @@
 """Models and adapters named on the Hugging Face hub, as local folders. Knows nothing of LoRA.
 
 Files come from the local hub cache (HF_HUB_CACHE) where they are there; HF_HUB_OFFLINE=1 keeps
-it at that.
+it at that. Whether the hub answers is seen by one quick attempt: its own client goes on trying for
+half a minute, and tells each time.
 """
 
 from __future__ import annotations
 
 import json
 import re
+import threading
+import time
 from pathlib import Path
 
-import httpx
-from huggingface_hub import get_safetensors_metadata, hf_hub_download, snapshot_download
+from huggingface_hub import (
+    constants,
+    get_safetensors_metadata,
+    get_session,
+    hf_hub_download,
+    snapshot_download,
+)
 from huggingface_hub.errors import (
     EntryNotFoundError,
     GatedRepoError,
@@ -27,6 +35,11 @@ from huggingface_hub.errors import (
 from composer.adapters.base_model import BaseModelInfo, describe_base_model, read_base_model
 from composer.adapters.files import CARD, CONFIG, WEIGHTS
 from composer.errors import CatalogError, Problem
+
+ATTEMPT_S = 5.0
+"""How long the hub may take to answer the first question."""
+AGAIN_S = 30.0
+"""How long it is remembered whether it did: a registry may name a hundred adapters there."""
 
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _NAME = re.compile(r"[\w][\w.-]*/[\w][\w.-]*")
@@ -60,7 +73,14 @@ def fetch_adapter(name: str, revision: str) -> Path:
             if (folder / CONFIG).is_file() and (folder / WEIGHTS).is_file():
                 return folder
     try:
-        return Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
+        return Path(
+            snapshot_download(
+                name,
+                revision=revision,
+                allow_patterns=patterns,
+                local_files_only=not _HUB.answers(),
+            )
+        )
     except _FAILURES as error:
         raise _refusal(name, revision, error) from error
 
@@ -85,6 +105,8 @@ def fetch_base_model(name: str, revision: str | None, names: tuple[str, ...]) ->
     except HFValidationError as error:
         raise _refusal(name, revision, error) from error
     try:
+        if not _HUB.answers():
+            raise LocalEntryNotFoundError(name)
         config = json.loads(
             Path(hf_hub_download(name, "config.json", revision=revision)).read_text("utf-8")
         )
@@ -95,12 +117,44 @@ def fetch_base_model(name: str, revision: str | None, names: tuple[str, ...]) ->
     return describe_base_model(config, shapes, names=(name, *names), stamp=f"hub:{name}@{revision}")
 
 
+class _Hub:
+    """Whether the hub is to be asked at all. Used from several threads."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._seen: tuple[float, bool] | None = None
+
+    def answers(self) -> bool:
+        """Blocks for ATTEMPT_S at most."""
+        if constants.HF_HUB_OFFLINE:
+            return False
+        with self._lock:
+            if self._seen is None or time.monotonic() - self._seen[0] > AGAIN_S:
+                self._seen = (time.monotonic(), self._ask())
+            return self._seen[1]
+
+    @staticmethod
+    def _ask() -> bool:
+        try:
+            get_session().head(constants.ENDPOINT, timeout=ATTEMPT_S)
+        except (_HTTP_ERROR, OSError):
+            return False
+        return True  # whatever it said
+
+
+_HUB = _Hub()
+
+_HTTP_ERROR: type[Exception] = next(
+    kind for kind in HfHubHTTPError.__mro__ if kind.__name__ == "HTTPError"
+)
+"""The root of what the hub's HTTP library raises; which library that is differs by its version."""
+
 _FAILURES = (
     HfHubHTTPError,
     HFValidationError,
     NotASafetensorsRepoError,
     SafetensorsParsingError,
-    httpx.HTTPError,
+    _HTTP_ERROR,
     LookupError,  # an answer that is not the hub's, such as a proxy's login page
     OSError,
     ValueError,

@@ -21,7 +21,7 @@ from pathlib import Path
 
 import orjson
 
-from composer.durable import framed, sync_folder, unframed, write_all
+from composer.durable import framed, replace_file, sync_folder, unframed, write_all
 from composer.errors import Conflict, StoreError
 
 VERSION = 1
@@ -93,10 +93,15 @@ class Answers:
             self._writer = asyncio.create_task(self._write_all())
         await put.done
 
-    async def aclose(self) -> None:
-        """What was put is written first. The file stays; safe to call twice."""
+    async def settled(self) -> None:
+        """Returns when all that was put is written, also where who put it did not wait for that.
+        Before then, two looks at the answers may differ."""
         while self._writer is not None:
             await asyncio.wait({self._writer})
+
+    async def aclose(self) -> None:
+        """What was put is written first. The file stays; safe to call twice."""
+        await self.settled()
         self.close()
 
     def close(self) -> None:
@@ -117,17 +122,16 @@ class Answers:
         """The answers as a file, in the order of the input; how many there are. `ok` selects
         those that succeeded or those that did not; `otherwise` makes the lines that have no
         answer. The file is whole or not there, also after a crash. Raises StoreError."""
-        part = path.with_name(path.name + ".tmp")
+        count = 0
+
+        def lines() -> Iterator[bytes]:
+            nonlocal count
+            for text in self._texts(ok, otherwise):
+                count += 1
+                yield text + b"\n"
+
         try:
-            count = 0
-            with part.open("wb") as file:
-                for text in self._texts(ok, otherwise):
-                    file.write(text + b"\n")
-                    count += 1
-                file.flush()
-                os.fsync(file.fileno())
-            part.replace(path)
-            sync_folder(path.parent)
+            replace_file(path, lines())
         except OSError as error:
             raise StoreError(f"{path} cannot be written: {error.strerror}") from error
         return count

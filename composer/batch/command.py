@@ -7,11 +7,11 @@ order. Knows nothing of how a service is made.
 from __future__ import annotations
 
 import asyncio
-import signal
-from collections.abc import Callable, Collection, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Collection
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import orjson
 from rich.console import Console
@@ -29,6 +29,7 @@ from composer.batch.answers import Answers
 from composer.batch.base import Codec
 from composer.batch.lines import Lines
 from composer.batch.runner import CONCURRENCY, Runner
+from composer.batch.stopping import first_signal
 from composer.batch.threads import to_end
 from composer.errors import Conflict, RequestError
 from composer.service import Service
@@ -58,42 +59,43 @@ def answer_file(
     """Answers all of `source` into `target`, going on where an earlier run stopped. Blocks. None:
     an earlier run had come to the end, and nothing was done.
 
+    Told to stop by Ctrl-C or SIGTERM, it says so, begins nothing any more, lets what runs come to
+    its end and puts everything away; told so again, it is ended by that signal at once. What it
+    has is safe either way.
+
     Raises InvalidBatch before anything runs, Conflict, and as a service's start does;
-    KeyboardInterrupt and CancelledError where it was told to stop, everything put away.
+    KeyboardInterrupt where it was told to stop.
     """
-    job = Job(source, target, endpoints=codec.endpoints, fresh=fresh)
+    job = Job(source, target, endpoints=codec.endpoints, fresh=fresh, console=console)
     if job.finished:
         job.lines.close()
         return None
-
-    async def run() -> Done:
-        with stopped_by_sigterm():
-            try:
-                service = await asyncio.to_thread(make_service)
-                try:
-                    await service.start()
-                    runner = Runner(
-                        service.pipeline,
-                        service.generations,
-                        service.scheduler,
-                        codec,
-                        concurrency=concurrency or CONCURRENCY,
-                    )
-                    return await job.run(runner, console)
-                finally:
-                    await service.close()
-            finally:
-                await job.aclose()
-
-    return asyncio.run(run())
+    try:
+        done = asyncio.run(job.run(make_service, codec, concurrency or CONCURRENCY))
+    except asyncio.CancelledError:
+        done = None
+    if done is None:
+        raise KeyboardInterrupt
+    return done
 
 
 class Job:
     """One input and one output file. Opening checks the whole input, before anything runs."""
 
-    def __init__(self, source: Path, target: Path, *, endpoints: Collection[str], fresh: bool):
+    def __init__(
+        self,
+        source: Path,
+        target: Path,
+        *,
+        endpoints: Collection[str],
+        fresh: bool,
+        console: Console,
+    ) -> None:
         """Blocks. Raises InvalidBatch for an input that cannot be run, Conflict for a target
         that belongs to another input or process. `fresh` throws away what an earlier run had."""
+        self._console = console
+        self._task: asyncio.Task[Any] | None = None
+        self._runner: Runner | None = None
         self._target = target
         self._partial = target.with_name(target.name + ".partial")
         if source.resolve() in (target.resolve(), self._partial.resolve()):
@@ -109,6 +111,8 @@ class Job:
             self._answers = Answers(
                 self._partial, digest=self.lines.digest, lines=len(self.lines), fresh=fresh
             )
+            self._before = self._answers.answered
+            self._bars = Bars(console, total=len(self.lines), before=self._before)
         except BaseException:
             self.lines.close()
             raise
@@ -129,18 +133,49 @@ class Job:
             "--fresh to replace it"
         )
 
-    async def run(self, runner: Runner, console: Console) -> Done:
-        """Goes on where an earlier run stopped, to the end. May be cancelled at any moment."""
-        before = self._answers.answered
-        with Bars(console, total=len(self.lines), before=before) as bars:
-            await runner.run(self.lines, self._answers, bars)
+    async def run(
+        self, make_service: Callable[[], Service], codec: Codec, concurrency: int
+    ) -> Done | None:
+        """Goes on where an earlier run stopped; None: it was told to stop before the end. Leaves
+        everything closed. May be cancelled at any moment."""
+        self._task = asyncio.current_task()
+        with first_signal(self._stop):
+            try:
+                service = await asyncio.to_thread(make_service)
+                try:
+                    await service.start()
+                    self._runner = Runner(
+                        service.pipeline,
+                        service.generations,
+                        service.scheduler,
+                        codec,
+                        concurrency=concurrency,
+                    )
+                    return await self._answer(self._runner)
+                finally:
+                    await service.close()
+            finally:
+                await self._answers.aclose()
+                self.lines.close()
+
+    async def _answer(self, runner: Runner) -> Done | None:
+        with self._bars:
+            await runner.run(self.lines, self._answers, self._bars)
+        if self._answers.missing():
+            return None
         await to_end(lambda: self._answers.write(self._target))
         self._partial.unlink()
-        return Done(len(self.lines), self._answers.failed, len(self.lines) - before)
+        return Done(len(self.lines), self._answers.failed, len(self.lines) - self._before)
 
-    async def aclose(self) -> None:
-        await self._answers.aclose()
-        self.lines.close()
+    def _stop(self) -> None:
+        self._bars.stop()  # the next signal would leave no time for it
+        running = 0
+        if self._runner is not None:
+            running = self._runner.drain()
+        elif self._task is not None:  # there is nothing to finish
+            self._task.cancel()
+        words = f"finishing what runs (requests: {running})" if running else "stopping"
+        self._console.print(f"{words}; once more stops at once", soft_wrap=True, highlight=False)
 
 
 @dataclass
@@ -152,7 +187,7 @@ class Bars:
     before: int
     _experts: dict[str, TaskID] = field(default_factory=dict)
 
-    def __enter__(self) -> Bars:
+    def __post_init__(self) -> None:
         self._progress = Progress(
             TextColumn("{task.description}", markup=False),
             BarColumn(),
@@ -162,11 +197,17 @@ class Bars:
             console=self.console,
             disable=not self.console.is_terminal,
         )
-        self._progress.start()
         self._all = self._progress.add_task("all", total=self.total, completed=self.before)
+
+    def __enter__(self) -> Bars:
+        self._progress.start()
         return self
 
     def __exit__(self, *exc: object) -> None:
+        self.stop()
+
+    def stop(self) -> None:
+        """Leaves them as they stand. Safe to call twice."""
         self._progress.stop()
 
     def planned(self, expert: str) -> None:
@@ -182,15 +223,3 @@ class Bars:
         if expert not in self._experts:
             self._experts[expert] = self._progress.add_task(expert or NOBODY, total=0)
         return self._experts[expert]
-
-
-@contextmanager
-def stopped_by_sigterm() -> Iterator[None]:
-    """SIGTERM ends the running task as Ctrl-C does, so that servers are stopped on the way out."""
-    loop, task = asyncio.get_running_loop(), asyncio.current_task()
-    assert task is not None
-    loop.add_signal_handler(signal.SIGTERM, task.cancel)
-    try:
-        yield
-    finally:
-        loop.remove_signal_handler(signal.SIGTERM)

@@ -21,7 +21,7 @@ from uuid import uuid4
 
 import orjson
 
-from composer.durable import sync_folder
+from composer.durable import replace_file, sync_folder
 from composer.errors import NotFound, StoreError
 
 Purpose = Literal["batch", "batch_output"]
@@ -101,7 +101,7 @@ class Files:
             write(folder / "content")
             size = (folder / "content").stat().st_size
             file = File(id, size, time.time_ns(), filename, purpose)
-            save(folder / "meta.json", asdict(file))
+            replace_file(folder / "meta.json", [orjson.dumps(asdict(file))])
             sync_folder(self.folder)
         except OSError as error:
             shutil.rmtree(folder, ignore_errors=True)
@@ -163,14 +163,3 @@ def page(items: Iterable[L], *, after: str | None, limit: int) -> dict[str, Any]
         "last_id": data[-1]["id"] if data else None,
         "has_more": len(found) > start + limit,
     }
-
-
-def save(path: Path, content: Any) -> None:
-    """Writes JSON that is there as a whole or as it was, also after a crash. Raises OSError."""
-    part = path.with_name(path.name + ".tmp")
-    with part.open("wb") as file:
-        file.write(orjson.dumps(content))
-        file.flush()
-        os.fsync(file.fileno())
-    part.replace(path)
-    sync_folder(path.parent)

@@ -49,31 +49,50 @@ class _Server:
 
 
 class Gate:
-    """`capacity` tells a server's; `ended` is called with each call that gave its lease back.
-    A lease's `queue_s` counts from when the call came here."""
+    """`capacity` tells a server's; `came` is called with each call before it waits, and may raise;
+    `ended` with each that gave its lease back. A lease's `queue_s` counts from when the call came.
+    """
 
     def __init__(
         self,
         scheduler: Scheduler,
         capacity: Callable[[str], Capacity],
         ended: Callable[[Call], None] = lambda call: None,
+        came: Callable[[Call], None] = lambda call: None,
     ) -> None:
         self._scheduler = scheduler
         self._capacity = capacity
         self._ended = ended
+        self._came = came
         self._servers: dict[str, _Server] = {}
         self._out: dict[int, tuple[Lease, Call]] = {}
+        self._in: dict[int, Call] = {}  # those that wait, by `id`
+
+    @property
+    def waiting(self) -> list[Call]:
+        """Calls that have come and have no lease yet."""
+        return list(self._in.values())
+
+    @property
+    def running(self) -> list[Call]:
+        """Calls whose lease is out."""
+        return [call for _, call in self._out.values()]
 
     async def acquire(self, call: Call) -> Lease:
         """As the scheduler's, but where there is no room it waits until there is."""
         arrived = self.now()
         server = self._servers.setdefault(call.server, _Server())
-        await self._turn(server, call)
+        self._came(call)
+        self._in[id(call)] = call
         try:
-            lease = await self._lease(server, call)
+            await self._turn(server, call)
+            try:
+                lease = await self._lease(server, call)
+            finally:
+                server.asking -= 1
+                self._hand_on(call.server, server)
         finally:
-            server.asking -= 1
-            self._hand_on(call.server, server)
+            del self._in[id(call)]
         self._out[lease.id] = lease, call
         return dataclasses.replace(lease, queue_s=self.now() - arrived)
 

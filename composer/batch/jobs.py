@@ -1,14 +1,6 @@
 """Batches with a life of their own: made, run beside each other, resumed after a restart.
 
-    FOLDER/batch_…/batch.json        the batch as callers see it
-    FOLDER/batch_…/input.jsonl       its input, a link: the file may be deleted meanwhile
-    FOLDER/batch_…/answers           see `answers`; gone when the batch has ended
-
-Knows no HTTP. The life of a batch, in OpenAI's words:
-
-    validating → in_progress → finalizing → completed
-         │            ├→ cancelling → cancelled
-         └→ failed    └→ expired
+Knows no HTTP, and nothing of how batches are kept or shared between processes (`store`).
 """
 
 from __future__ import annotations
@@ -16,25 +8,22 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import logging
-import os
-import re
-import shutil
 import time
-from collections.abc import Coroutine, Mapping, Sequence
-from contextlib import suppress
-from dataclasses import asdict, dataclass, field
+from collections.abc import Coroutine, Sequence
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 from uuid import uuid4
 
-import orjson
-
 from composer.batch.answers import Answers, Locked
-from composer.batch.files import Files, save
+from composer.batch.files import Files
 from composer.batch.lines import InvalidBatch, LineProblem, Lines
 from composer.batch.runner import Runner, Unwatched, unanswered_line
+from composer.batch.status import CANCELLABLE, ENDED, UNANSWERED, Batch, Ending
+from composer.batch.store import BatchStore
 from composer.batch.threads import to_end
-from composer.errors import Conflict, EngineUnavailable, NotFound, StoreError
+from composer.errors import Conflict, EngineUnavailable, StoreError
 
 log = logging.getLogger(__name__)
 
@@ -47,90 +36,22 @@ AT_ONCE = 4
 RETRY_S = 30.0
 """Pause after the disk refused something, in seconds."""
 
-Status = Literal[
-    "validating",
-    "in_progress",
-    "finalizing",
-    "completed",
-    "failed",
-    "cancelling",
-    "cancelled",
-    "expired",
-]
-Ending = Literal["completed", "cancelled", "expired"]
-ENDED: frozenset[Status] = frozenset({"completed", "failed", "cancelled", "expired"})
-
-UNANSWERED: Mapping[Ending, tuple[str, str]] = {
-    "cancelled": ("batch_cancelled", "The batch was cancelled before this request was answered."),
-    "expired": (
-        "batch_expired",
-        "This request could not be answered before the completion window expired.",
-    ),
-}
-
-_ID = re.compile(r"batch_[0-9a-f]{32}")
-
-
-@dataclass(slots=True)
-class Batch:
-    """Times are in Unix seconds, `created_ns` in nanoseconds."""
-
-    id: str
-    endpoint: str
-    input_file_id: str
-    created_ns: int
-    expires_at: int
-    metadata: dict[str, str] | None = None
-    status: Status = "validating"
-    errors: list[dict[str, Any]] | None = None
-    output_file_id: str | None = None
-    error_file_id: str | None = None
-    times: dict[str, int] = field(default_factory=dict)
-    total: int = 0
-    completed: int = 0
-    failed: int = 0
-
-    def become(self, status: Status) -> None:
-        self.status = status
-        self.times.setdefault(f"{status}_at", int(time.time()))
-
-    def count(self, answers: Answers) -> None:
-        self.completed = answers.answered - answers.failed
-        self.failed = answers.failed
-
-    @property
-    def body(self) -> dict[str, Any]:
-        """In OpenAI's shape."""
-        names = ("in_progress", "finalizing", "completed", "failed", "expired", "cancelling")
-        return {
-            "id": self.id,
-            "object": "batch",
-            "endpoint": self.endpoint,
-            "errors": None if self.errors is None else {"object": "list", "data": self.errors},
-            "input_file_id": self.input_file_id,
-            "completion_window": "24h",
-            "status": self.status,
-            "output_file_id": self.output_file_id,
-            "error_file_id": self.error_file_id,
-            "created_at": self.created_ns // 10**9,
-            "expires_at": self.expires_at,
-            **{f"{name}_at": self.times.get(f"{name}_at") for name in (*names, "cancelled")},
-            "request_counts": {
-                "total": self.total,
-                "completed": self.completed,
-                "failed": self.failed,
-            },
-            "metadata": self.metadata,
-        }
+LOOK_S = 1.0
+"""How often it is looked whether another process wants a batch cancelled, in seconds."""
 
 
 @dataclass(eq=False, slots=True)
 class _Job:
-    """A batch that this process runs."""
+    """A batch that this process runs, or would if no other did."""
 
     batch: Batch
     cancelled: asyncio.Event = field(default_factory=asyncio.Event)
     answers: Answers | None = None
+
+    def cancel(self) -> None:
+        self.cancelled.set()
+        if self.batch.status in CANCELLABLE:
+            self.batch.become("cancelling")
 
 
 class Batches:
@@ -138,13 +59,12 @@ class Batches:
     event loop; what blocks on the disk is done in threads."""
 
     def __init__(self, folder: Path, files: Files, runner: Runner) -> None:
-        self._folder = folder
+        self._store = BatchStore(folder)
         self._files = files
         self._runner = runner
         self._jobs: dict[str, _Job] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self._room = asyncio.Semaphore(AT_ONCE)
-        self._saving = asyncio.Lock()
 
     async def start(self) -> None:
         """Goes on with what has not ended. Raises StoreError when the folder cannot be used."""
@@ -180,52 +100,45 @@ class Batches:
             metadata=metadata,
         )
         source = await asyncio.to_thread(self._files.content, input_file_id)
-        await to_end(lambda: self._found(batch, source))
+        await to_end(lambda: self._store.add(batch, source))
         self._begin(batch)
         return batch
 
     async def get(self, id: str) -> Batch:
         """Raises NotFound."""
-        if id in self._jobs:
-            return self._current(self._jobs[id])
-        if _ID.fullmatch(id):
-            with suppress(FileNotFoundError):
-                return await asyncio.to_thread(self._stored, id)
-        raise NotFound(f"there is no batch {id!r}; GET /v1/batches lists them", param="batch_id")
+        running = self._running(id)
+        return await asyncio.to_thread(self._store.load, id) if running is None else running
 
     async def all(self) -> list[Batch]:
         """The newest first."""
-
-        def load() -> list[Batch]:
-            return [_load(path) for path in self._folder.glob("batch_*/batch.json")]
-
-        found = [
-            self._current(self._jobs[batch.id]) if batch.id in self._jobs else batch
-            for batch in await asyncio.to_thread(load)
-        ]
-        return sorted(found, key=lambda batch: (batch.created_ns, batch.id), reverse=True)
+        found = await asyncio.to_thread(self._store.all)
+        return [self._running(batch.id) or batch for batch in found]
 
     async def cancel(self, id: str) -> Batch:
-        """Its running requests are cut, its answers so far stay. Raises NotFound, Conflict for
-        one that has ended or belongs to another process, StoreError."""
-        batch = await self.get(id)
-        if batch.status in ENDED or batch.status == "finalizing":
-            raise Conflict(f"batch {id!r} is {batch.status}: there is nothing to cancel")
+        """Its running requests are cut, its answers so far stay; whichever process runs it does
+        so within `LOOK_S`. Raises NotFound, Conflict for one that has ended or is about to,
+        StoreError."""
+        try:
+            await to_end(lambda: self._store.cancel(id))
+        except StoreError:
+            if id in self._jobs:  # what cannot be kept is done all the same
+                self._jobs[id].cancel()
+            raise
+        if id in self._jobs:
+            self._jobs[id].cancel()
+        return await self.get(id)
+
+    def _running(self, id: str) -> Batch | None:
         job = self._jobs.get(id)
-        if job is None:
-            raise Conflict(f"batch {id!r} is run by another process; cancel it there")
-        if job.batch.status != "cancelling":
-            job.batch.become("cancelling")
-            job.cancelled.set()  # also where it cannot be kept: its end is kept later
-            await self._save(job.batch)
+        if job is None or job.answers is None:
+            return None
+        job.batch.count(job.answers)
         return job.batch
 
     # --- the life of one -----------------------------------------------------------------
 
     def _begin(self, batch: Batch) -> None:
         job = self._jobs[batch.id] = _Job(batch)
-        if batch.status == "cancelling":
-            job.cancelled.set()
         self._spawn(self._live(job))
 
     def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
@@ -234,7 +147,7 @@ class Batches:
         task.add_done_callback(self._tasks.discard)
 
     async def _live(self, job: _Job) -> None:
-        batch = job.batch
+        id_ = job.batch.id
         try:
             async with self._room:
                 while True:
@@ -242,65 +155,64 @@ class Batches:
                         return
                     await asyncio.sleep(RETRY_S)
         except Locked:
-            log.debug("batch %s is run by another process", batch.id)
-            self._spawn(self._look_again(batch.id))
+            log.debug("batch %s is run by another process", id_)
+            self._spawn(self._look_again(id_))
         except EngineUnavailable as error:
-            log.info("batch %s waits for the next start: %s", batch.id, error)
+            log.info("batch %s waits for the next start: %s", id_, error)
         finally:
-            del self._jobs[batch.id]
+            del self._jobs[id_]
 
     async def _look_again(self, id: str) -> None:
         """The process that runs it may end before it: then it is ours."""
         await asyncio.sleep(RETRY_S)
-        batch = await asyncio.to_thread(self._stored, id)
+        batch = await asyncio.to_thread(self._store.load, id)
         if batch.status not in ENDED and id not in self._jobs:
             self._begin(batch)
 
     async def _try(self, job: _Job) -> bool:
         """Whether the batch has come to its end; False: the disk refused, and may not later."""
-        batch = job.batch
+        id_ = job.batch.id
         try:
             try:
                 await self._run(job)
             except InvalidBatch as error:
-                await self._fail(batch, error.problems)
+                await self._fail(id_, error.problems)
             except (Locked, EngineUnavailable, StoreError):
                 raise
             except Exception:
-                log.exception("batch %s failed", batch.id)
+                log.exception("batch %s failed", id_)
                 words = "the service failed; its log has the cause under this batch's id"
-                await self._fail(batch, [LineProblem("internal_error", words)])
+                await self._fail(id_, [LineProblem("internal_error", words)])
                 return True  # what it had stays on the disk
-            await to_end(lambda: _clear(self._folder / batch.id))
+            await to_end(lambda: self._store.clear(id_))
         except StoreError as error:
-            log.error("batch %s pauses for %g s: %s", batch.id, RETRY_S, error)
+            log.error("batch %s pauses for %g s: %s", id_, RETRY_S, error)
             return False
         return True
 
     async def _run(self, job: _Job) -> None:
-        batch, folder = job.batch, self._folder / job.batch.id
-        lines = await to_end(
-            lambda: Lines(folder / "input.jsonl", {batch.endpoint}), undo=Lines.close
-        )
+        id_, endpoint = job.batch.id, job.batch.endpoint
+        lines = await to_end(lambda: Lines(self._store.input(id_), {endpoint}), undo=Lines.close)
         try:
             answers = await to_end(
-                lambda: Answers(folder / "answers", digest=lines.digest, lines=len(lines)),
+                lambda: Answers(self._store.answers(id_), digest=lines.digest, lines=len(lines)),
                 undo=Answers.close,
             )
             try:
-                stored = await asyncio.to_thread(self._stored, batch.id)
-                if stored.status in ENDED:  # by another process, while this one waited
+                # From here on it is ours; another process may have run it meanwhile.
+                batch = job.batch = await asyncio.to_thread(self._store.load, id_)
+                if batch.status in ENDED:
                     return
-                if stored.status == "cancelling" and not job.cancelled.is_set():
-                    batch.become("cancelling")
-                    job.cancelled.set()
+                if batch.status == "cancelling" or job.cancelled.is_set():
+                    job.cancel()
                 job.answers = answers
                 batch.total = len(lines)
                 if batch.status == "validating":
                     batch.become("in_progress")
                     await self._save(batch)
                 ending = await self._answer(job, lines, answers)
-                await self._finish(batch, lines, answers, ending)
+                await answers.settled()
+                await self._finish(job, lines, answers, ending)
             finally:
                 job.answers = None
                 await answers.aclose()
@@ -309,10 +221,12 @@ class Batches:
 
     async def _answer(self, job: _Job, lines: Lines, answers: Answers) -> Ending:
         """Until all are answered, the batch is cancelled, or its time is over."""
-        if answers.answered == len(lines) and not job.cancelled.is_set():
+        if job.cancelled.is_set():
+            return "cancelled"
+        if answers.answered == len(lines):
             return "completed"  # also where its time was over before it could be finalized
         work = asyncio.create_task(self._runner.run(lines, answers, Unwatched()))
-        told = asyncio.create_task(job.cancelled.wait())
+        told = asyncio.create_task(self._told(job))
         left_s = job.batch.expires_at - time.time()
         try:
             await asyncio.wait(
@@ -329,90 +243,67 @@ class Batches:
             told.cancel()
             await asyncio.gather(work, told, return_exceptions=True)
 
-    async def _finish(self, batch: Batch, lines: Lines, answers: Answers, ending: Ending) -> None:
+    async def _told(self, job: _Job) -> None:
+        """Returns when the batch is to be cancelled, whichever process was asked for it."""
+        while not job.cancelled.is_set():
+            if await asyncio.to_thread(self._store.cancelled, job.batch.id):
+                job.cancel()
+                return
+            with suppress(TimeoutError):
+                async with asyncio.timeout(LOOK_S):
+                    await job.cancelled.wait()
+
+    async def _finish(self, job: _Job, lines: Lines, answers: Answers, ending: Ending) -> None:
         """Done again after a crash half-way, it makes the same files."""
-        batch.count(answers)
-        if ending == "completed":
-            batch.become("finalizing")
+        batch = job.batch
+        with ExitStack() as held:
+            if await to_end(lambda: held.enter_context(self._store.seal(batch.id))):
+                job.cancel()
+                ending = "cancelled"
+            batch.count(answers)
+            if ending == "completed":
+                batch.become("finalizing")
+                await self._save(batch)
+            await to_end(lambda: self._write(batch, lines, answers, ending))
+            batch.become(ending)
             await self._save(batch)
+
+    def _write(self, batch: Batch, lines: Lines, answers: Answers, ending: Ending) -> None:
+        """The files that callers fetch: of those that succeeded, and of all others."""
 
         def unanswered(index: int) -> bytes:
             return unanswered_line(lines[index], *UNANSWERED[ending])
 
-        def write() -> None:
-            left = len(lines) - answers.answered
-            if batch.completed:
-                id_ = _file_id(batch.id, "output")
-                name = f"{batch.id}_output.jsonl"
-                self._files.make(id_, lambda p: answers.write(p, ok=True), name, "batch_output")
-                batch.output_file_id = id_
-            if batch.failed or left:
-                id_ = _file_id(batch.id, "error")
-                name = f"{batch.id}_error.jsonl"
-                self._files.make(
-                    id_,
-                    lambda p: answers.write(p, ok=False, otherwise=unanswered),
-                    name,
-                    "batch_output",
-                )
-                batch.error_file_id = id_
+        if batch.completed:
+            id_ = file_id(batch.id, "output")
+            name = f"{batch.id}_output.jsonl"
+            self._files.make(id_, lambda p: answers.write(p, ok=True), name, "batch_output")
+            batch.output_file_id = id_
+        if batch.failed or len(lines) > answers.answered:
+            id_ = file_id(batch.id, "error")
+            name = f"{batch.id}_error.jsonl"
+            self._files.make(
+                id_,
+                lambda p: answers.write(p, ok=False, otherwise=unanswered),
+                name,
+                "batch_output",
+            )
+            batch.error_file_id = id_
 
-        await to_end(write)
-        batch.become(ending)
-        await self._save(batch)
-
-    async def _fail(self, batch: Batch, problems: Sequence[LineProblem]) -> None:
+    async def _fail(self, id: str, problems: Sequence[LineProblem]) -> None:
         """Unless another process has ended it, which took its input away."""
-        if (await asyncio.to_thread(self._stored, batch.id)).status in ENDED:
+        batch = await asyncio.to_thread(self._store.load, id)
+        if batch.status in ENDED:
             return
         batch.errors = [problem.body for problem in problems]
         batch.become("failed")
         await self._save(batch)
 
-    # --- the disk ------------------------------------------------------------------------
-
-    def _current(self, job: _Job) -> Batch:
-        if job.answers is not None:
-            job.batch.count(job.answers)
-        return job.batch
-
     async def _save(self, batch: Batch) -> None:
-        """One at a time: a batch may be cancelled while its own task saves it."""
-        async with self._saving:
-            content = asdict(batch)
-            try:
-                await to_end(lambda: save(self._folder / batch.id / "batch.json", content))
-            except OSError as error:
-                raise StoreError(f"batch {batch.id} cannot be kept: {error.strerror}") from error
-
-    def _stored(self, id: str) -> Batch:
-        return _load(self._folder / id / "batch.json")
-
-    def _found(self, batch: Batch, source: Path) -> None:
-        folder = self._folder / batch.id
-        try:
-            folder.mkdir()
-            try:
-                os.link(source, folder / "input.jsonl")
-            except OSError:  # a file system without links
-                shutil.copyfile(source, folder / "input.jsonl")
-            save(folder / "batch.json", asdict(batch))
-        except OSError as error:
-            shutil.rmtree(folder, ignore_errors=True)
-            raise StoreError(f"the batch cannot be kept: {error.strerror}") from error
+        now = replace(batch, times=dict(batch.times))  # it may be cancelled meanwhile
+        await to_end(lambda: self._store.save(now))
 
 
-def _load(path: Path) -> Batch:
-    return Batch(**orjson.loads(path.read_bytes()))
-
-
-def _clear(folder: Path) -> None:
-    """What an ended batch needs no more."""
-    for name in ("answers", "input.jsonl"):
-        with suppress(OSError):
-            (folder / name).unlink()
-
-
-def _file_id(batch: str, kind: str) -> str:
+def file_id(batch: str, kind: str) -> str:
     """Always the same, so that a crash between file and batch leaves no file behind."""
     return f"file-{hashlib.sha256(f'{batch}/{kind}'.encode()).hexdigest()[:32]}"

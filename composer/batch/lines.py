@@ -32,18 +32,18 @@ MOST_PROBLEMS = 1000
 
 MAX_ID = 512
 
+WRITE_AN_OBJECT = "write one request, a JSON object, a line"
+
 
 @dataclass(frozen=True, slots=True)
 class LineProblem:
-    """What is wrong with a line, in OpenAI's words for `batch.errors`. Lines count from 1."""
+    """What is wrong with a line, in OpenAI's words for `batch.errors`; `message` says how to mend
+    it, too. Lines count from 1."""
 
     code: str
     message: str
     line: int | None = None
     param: str | None = None
-
-    def __str__(self) -> str:
-        return self.message if self.line is None else f"line {self.line}: {self.message}"
 
     @property
     def body(self) -> dict[str, Any]:
@@ -55,8 +55,13 @@ class InvalidBatch(RequestError):
 
     code = "invalid_batch"
 
-    def __init__(self, problems: Sequence[LineProblem]) -> None:
-        said = [str(problem) for problem in problems[:SHOWN_PROBLEMS]]
+    def __init__(self, file: Path, problems: Sequence[LineProblem]) -> None:
+        said = [
+            f"{file}: {problem.message}"
+            if problem.line is None
+            else f"{file}:{problem.line}: {problem.message}"
+            for problem in problems[:SHOWN_PROBLEMS]
+        ]
         if len(problems) > SHOWN_PROBLEMS:
             said.append(f"and {len(problems) - SHOWN_PROBLEMS} more")
         super().__init__("\n".join(said), param="input_file_id")
@@ -87,9 +92,10 @@ class Lines:
             self.digest = self._scan(endpoints)
             self._refuse_duplicates()
             if not self._problems and not len(self):
-                self._problems.append(LineProblem("empty_file", "the file holds no requests"))
+                words = "there are no requests in it; write one a line"
+                self._problems.append(LineProblem("empty_file", words))
             if self._problems:
-                raise InvalidBatch(sorted(self._problems, key=lambda p: p.line or 0))
+                raise InvalidBatch(path, sorted(self._problems, key=lambda p: p.line or 0))
         except BaseException:
             self.close()
             raise
@@ -129,7 +135,7 @@ class Lines:
             if len(self._problems) >= MOST_PROBLEMS or not raw.strip():
                 continue
             if whole > MAX_LINE:
-                words = f"it has {whole} bytes; at most {MAX_LINE} are read"
+                words = f"the line has {whole} bytes; make it {MAX_LINE} at most"
                 self._problems.append(LineProblem("line_too_long", words, number))
                 continue
             custom_id = _custom_id(number, raw, endpoints)
@@ -153,7 +159,7 @@ class Lines:
             custom_id, number = self[index].custom_id, self._numbers[index]
             earlier = first.setdefault(custom_id, number)
             if earlier != number:
-                words = f"custom_id {custom_id!r} stands in line {earlier} too; make it another"
+                words = f"custom_id {custom_id!r} is also that of line {earlier}; give it another"
                 self._problems.append(
                     LineProblem("duplicate_custom_id", words, number, "custom_id")
                 )
@@ -178,21 +184,25 @@ def _custom_id(number: int, raw: bytes, endpoints: Collection[str]) -> str | Lin
         return LineProblem(code, message, number, param)
 
     try:
-        line = orjson.loads(raw)
+        line = orjson.loads(raw.rstrip())
     except orjson.JSONDecodeError as error:
-        return wrong("invalid_json_line", f"this is not JSON: {error}")
+        # Its own message counts lines too, from the start of this one.
+        words = f"not JSON ({error.msg}, column {error.colno}); {WRITE_AN_OBJECT}"
+        return wrong("invalid_json_line", words)
     if not isinstance(line, dict):
-        return wrong("invalid_json_line", "a line is a JSON object")
+        return wrong("invalid_json_line", f"not a JSON object; {WRITE_AN_OBJECT}")
     custom_id, url = line.get("custom_id"), line.get("url")
     if not isinstance(custom_id, str) or not 0 < len(custom_id) <= MAX_ID:
-        words = f"custom_id is a text of 1 to {MAX_ID} characters"
+        words = f"no usable custom_id; give it a text of 1 to {MAX_ID} characters, its own"
         return wrong("missing_required_parameter", words, "custom_id")
     if line.get("method") != "POST":
-        return wrong("invalid_method", 'method must be "POST"', "method")
+        return wrong("invalid_method", 'the method is not POST; write "method": "POST"', "method")
     if not isinstance(url, str) or url not in endpoints:
-        return wrong("invalid_url", f"url must be {' or '.join(sorted(endpoints))}", "url")
+        words = f"the url cannot be asked; write {' or '.join(sorted(endpoints))}"
+        return wrong("invalid_url", words, "url")
     if not isinstance(line.get("body"), dict):
-        return wrong("missing_required_parameter", "body must be a JSON object", "body")
+        words = "the body is not a JSON object; write the request's fields into one"
+        return wrong("missing_required_parameter", words, "body")
     return custom_id
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Awaitable, Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from uuid import uuid4
 
@@ -50,6 +51,15 @@ LONGEST_PAUSE_S = 60.0
 """Of those that a server asks for itself (429 with Retry-After)."""
 
 
+@dataclass(eq=False, slots=True)
+class _Begun:
+    """A line that is being answered. `replied`: its answer is there and only to be kept."""
+
+    task: asyncio.Task[None]
+    call_ended: Callable[[str], None]
+    replied: bool = False
+
+
 class Runner:
     """Runs batches, several at once where asked to; their calls pass one gate."""
 
@@ -65,12 +75,14 @@ class Runner:
         self.codec = codec
         self._generations = generations
         self._concurrency = concurrency
-        self._gate = Gate(scheduler, self._capacity, self._call_ended)
+        self._gate = Gate(scheduler, self._capacity, self._call_ended, self._call_came)
         self._pipeline = pipeline.behind(self._gate)
-        self._ends: dict[str, Callable[[str], None]] = {}
+        self._begun: set[_Begun] = set()
+        self._requests: dict[str, _Begun] = {}
+        self._draining = False
 
     async def run(self, lines: Lines, answers: Answers, watch: Watch) -> None:
-        """Returns when every line has its answer on disk.
+        """Returns when every line has its answer on disk, or after `drain` those that ran.
 
         A line that fails is answered with its error. Raises StoreError where answers cannot be
         written, RequestError where the input was changed meanwhile, EngineUnavailable when the
@@ -79,6 +91,23 @@ class Runner:
         for section in _sections(answers.missing()):
             planned = await self._plan_all(lines, section, watch)
             await self._answer_all(lines, section, planned, answers, watch)
+
+    def drain(self) -> int:
+        """Lets what runs on a server come to its end, and begins nothing any more; how many lines
+        that are. A line that waits for a server, or comes to wait, is given up: it has no answer,
+        and is asked again by the next run. For good."""
+        self._draining = True
+        waiting = {_request(call) for call in self._gate.waiting}
+        ending = {
+            begun
+            for call in self._gate.running
+            if (request := _request(call)) not in waiting
+            and (begun := self._requests.get(request)) is not None
+        }
+        ending |= {begun for begun in self._begun if begun.replied}
+        for begun in self._begun - ending:
+            begun.task.cancel()
+        return len(ending)
 
     # --- first: who answers --------------------------------------------------------------
 
@@ -92,6 +121,8 @@ class Runner:
 
         async def some() -> None:
             for index in todo:
+                if self._draining:
+                    return
                 try:
                     asked = self.codec.read(lines[index], "0" * 32)
                     planned[index] = await self._pipeline.plan(asked.request)
@@ -134,14 +165,17 @@ class Runner:
                 changed.set()
 
             try:
-                ok = await self._answer(lines[index], plan, answers, call_ended)
+                if self._draining:  # since this task was made
+                    return
+                with self._answering(call_ended) as begun:
+                    ok = await self._answer(lines[index], plan, answers, begun)
             finally:
                 backlog.ended(index)
                 changed.set()
             watch.answered("" if plan is None else plan.plan.best, ok)
 
         async def begin(tasks: asyncio.TaskGroup) -> None:
-            while not backlog.empty:
+            while not backlog.empty and not self._draining:
                 while (index := backlog.next()) is not None:
                     tasks.create_task(one(index))
                 changed.clear()
@@ -149,20 +183,33 @@ class Runner:
 
         await _in_group(begin)
 
+    @contextmanager
+    def _answering(self, call_ended: Callable[[str], None]) -> Iterator[_Begun]:
+        task: asyncio.Task[None] | None = asyncio.current_task()
+        assert task is not None
+        begun = _Begun(task, call_ended)
+        self._begun.add(begun)
+        try:
+            yield begun
+        finally:
+            self._begun.remove(begun)
+
     async def _answer(
         self,
         line: Line,
         planned: Planned | None,
         answers: Answers,
-        call_ended: Callable[[str], None],
+        begun: _Begun,
     ) -> bool:
         """Whether it succeeded; its answer or error is on disk then."""
         for pause_s in (*PAUSES_S, None):
             id_ = uuid4().hex
             try:
-                reply = await self._reply(line, id_, planned, call_ended)
+                reply = await self._reply(line, id_, planned, begun)
             except (EngineUnavailable, Overloaded) as error:
                 self._generations.current  # noqa: B018 (raises when the service is closing)
+                if self._draining:
+                    raise asyncio.CancelledError from error  # given up, as in `drain`
                 if pause_s is not None:
                     told_s = error.retry_after if isinstance(error, Overloaded) else 0.0
                     await asyncio.sleep(max(pause_s, min(told_s, LONGEST_PAUSE_S)))
@@ -171,18 +218,17 @@ class Runner:
             except Exception as error:  # whatever it is, it is this line's and stops no other
                 reply = self.codec.failed(error, id_)
             break
+        begun.replied = True
         await answers.put(line.index, reply.status, output_line(line, id_, reply))
         return reply.status < 400
 
-    async def _reply(
-        self, line: Line, id_: str, planned: Planned | None, call_ended: Callable[[str], None]
-    ) -> Reply:
+    async def _reply(self, line: Line, id_: str, planned: Planned | None, begun: _Begun) -> Reply:
         asked = self.codec.read(line, id_)
-        self._ends[asked.request.id] = call_ended
+        self._requests[asked.request.id] = begun
         try:
             return await asked.reply(self._pipeline, planned)
         finally:
-            del self._ends[asked.request.id]
+            del self._requests[asked.request.id]
 
     # --- for the gate --------------------------------------------------------------------
 
@@ -193,10 +239,17 @@ class Runner:
                     return engine.capacity
         return Capacity(in_flight=1, queue=1)
 
+    def _call_came(self, call: Call) -> None:
+        begun = self._requests.get(_request(call))
+        if self._draining and begun is not None:
+            if begun.task is not asyncio.current_task():  # one of several calls of its line
+                begun.task.cancel()
+            raise asyncio.CancelledError  # given up, as in `drain`
+
     def _call_ended(self, call: Call) -> None:
-        request, _, _ = call.id.rpartition("/")
-        if request in self._ends:
-            self._ends[request](call.server)
+        begun = self._requests.get(_request(call))
+        if begun is not None:
+            begun.call_ended(call.server)
 
 
 @dataclass(frozen=True, slots=True)
@@ -234,6 +287,11 @@ def unanswered_line(line: Line, code: str, message: str) -> bytes:
             "error": {"code": code, "message": message},
         }
     )
+
+
+def _request(call: Call) -> str:
+    """The id of the request that the call is one of."""
+    return call.id.rpartition("/")[0]
 
 
 def _calls(planned: Planned | None, generation: Generation) -> Calls:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -162,12 +163,18 @@ class RuntimeAdapters:
 
     async def _load(self, adapter: Adapter) -> None:
         async with self._slots:
+            began = time.monotonic()
             await self._register(adapter)
             try:
                 await self._check(adapter)
             except BaseException:
                 await self._forget_there([adapter])
                 raise
+            log.info(
+                "server %r: adapter %s (%s) loaded in %.2f s",
+                *(self._server, adapter.digest[:12], adapter.path.name),
+                time.monotonic() - began,
+            )
 
     async def _register(self, adapter: Adapter) -> None:
         path = adapter.server_path or str(adapter.path)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncGenerator, Collection, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, Literal, Protocol
 
 from pydantic import BaseModel
 
@@ -20,6 +20,20 @@ class Capacity:
     in_flight: int
     queue: int
     adapters: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Health:
+    """What a server does now: `ready` for calls; `off`, as it should be while others have its
+    device; `starting`; or `failed`, with the reason in words that anybody may read. One that has
+    failed stays so, while it is tried again, until it is ready."""
+
+    state: Literal["ready", "off", "starting", "failed"]
+    reason: str | None = None
+
+    @property
+    def ok(self) -> bool:
+        return self.state != "failed"
 
 
 class Engine(Protocol):
@@ -38,7 +52,6 @@ class Engine(Protocol):
     settings: ClassVar[type[BaseModel]]
     honours: ClassVar[frozenset[Ability]]
     adapter_features: ClassVar[frozenset[AdapterFeature]]
-    takes_adapters: ClassVar[bool]
     model_field: ClassVar[str | None]
     path_fields: ClassVar[tuple[str, ...]]
     program_fields: ClassVar[tuple[str, ...]]
@@ -48,6 +61,12 @@ class Engine(Protocol):
     def check(cls, settings: Any, placement: Placement | None) -> None:
         """Raises ValueError ("what is wrong; the remedy") for settings that do not fit a
         placement, such as somebody else's server that we were to stop. Quick, and pure."""
+        ...
+
+    @classmethod
+    def check_adapters(cls, settings: Any) -> None:
+        """Raises ValueError for a server that takes no adapters ("is …; the remedy", to stand
+        behind its name). Quick, and pure."""
         ...
 
     def __init__(
@@ -66,7 +85,8 @@ class Engine(Protocol):
     async def start(self) -> None:
         """Ready to run calls, on the base model and on every adapter prepared so far. At once
         where it is ready; joins a start under way; brings back what was stopped or has died.
-        Raises EngineUnavailable with the remedy."""
+        Raises EngineUnavailable with the remedy. Somebody else's server that is there and wants
+        another key counts as started: its calls then raise EngineMisconfigured at once."""
         ...
 
     async def stop(self) -> None:
@@ -95,8 +115,8 @@ class Engine(Protocol):
         """Exact prompt length in tokens, as `run` would count it."""
         ...
 
-    async def healthy(self) -> bool:
-        """Whether it does what it should: also while it is stopped to make room for others."""
+    async def health(self) -> Health:
+        """What it does now; asked of the server itself where it is up."""
         ...
 
     async def close(self) -> None:

@@ -165,9 +165,11 @@ class Guardian:
             self._reap()
         crashed = self._status is not None
         if not self._end(min(self._grace_s, CRASH_GRACE_S) if crashed else self._grace_s):
-            self._say("what is left did not end in time and is killed")
+            self._say("what is left of the server did not end in time and is killed")
             if not self._kill():
-                self._say(f"processes {self._left()} survived SIGKILL: look for a stuck driver")
+                self._say(
+                    f"the server's processes {self._left()} survive SIGKILL: is a driver stuck?"
+                )
 
     def _fork(self) -> int:
         guardian = os.getpid()
@@ -194,7 +196,7 @@ class Guardian:
             os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
             os.execvp(self._command[0], self._command)
         except OSError as error:
-            self._say(f"cannot run {self._command[0]}: {error.strerror}")
+            self._say(f"the server cannot be started: {self._command[0]}: {error.strerror}")
         os._exit(CANNOT_RUN)
 
     def _ask(self, number: int, frame: FrameType | None) -> None:
@@ -267,7 +269,7 @@ class Guardian:
         """Into the server's log, which is our standard error too. A full disk must not end us
         before the server has."""
         with suppress(OSError):
-            os.write(2, f"guardian: {text}\n".encode())
+            os.write(2, f"{text}\n".encode())
 
 
 def kill_group(group: int, number: signal.Signals | None) -> bool:

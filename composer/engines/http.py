@@ -4,6 +4,7 @@ where httpx's errors and a server's refusals become ours. Knows nothing of model
 from __future__ import annotations
 
 import asyncio
+import logging
 import re
 import ssl
 import time
@@ -22,11 +23,14 @@ from composer.errors import (
     ComposerError,
     ContextTooLong,
     EngineError,
+    EngineMisconfigured,
     EngineUnavailable,
     Overloaded,
     RequestError,
     Unsupported,
 )
+
+log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
@@ -248,7 +252,8 @@ def refusal(
     key_hint: str = "",
 ) -> ComposerError:
     """The error for an answer that is none, by OpenAI's and vLLM's conventions. `key_hint` says
-    where the key comes from."""
+    where the key comes from. What callers may read of it has the server's words only where these
+    are about the request; the others go to the log."""
     message, param, code = _said(body)
     told = f"server {server!r} answered {status}: {message}"
     if status in (400, 413, 422):
@@ -258,12 +263,18 @@ def refusal(
     if status == 501:
         return Unsupported(message, param=param)
     if status in (401, 403):
-        return EngineError(f"{told}; {key_hint or 'it wants another API key'}")
+        log.warning(told)
+        hint = key_hint or "it wants another API key"
+        return EngineMisconfigured(f"server {server!r} answered {status}: {hint}")
     if status == 404:
         return UnknownUpstreamModel(told)
     after = _retry_after(headers or {})
     if status == 429 or (status == 503 and after is not None):
-        return Overloaded(told, retry_after=after if after is not None else 1.0)
+        log.warning(told)
+        return Overloaded(
+            f"server {server!r} takes no more calls now (it answered {status}); try again later",
+            retry_after=after if after is not None else 1.0,
+        )
     if status in (502, 503, 504) or _ENGINE_DEAD in message:
         return EngineUnavailable(told)
     return EngineError(told)

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from composer.adapters.lora_config import AdapterFeature
-from composer.engines.base import Capacity
+from composer.engines.base import Capacity, Health
 from composer.engines.prompts import encode, refuse
 from composer.errors import ComposerError, EngineError, EngineUnavailable
 from composer.types import Ability, Adapter, Call, Chunk, Message, Placement, Tier
@@ -66,9 +66,7 @@ class EmbeddedEngine:
     adapter_features: ClassVar[frozenset[AdapterFeature]] = frozenset(
         {"rank_pattern", "alpha_pattern"}
     )
-    takes_adapters: ClassVar[bool] = True
     model_field: ClassVar[str | None] = "model"
-
     path_fields: ClassVar[tuple[str, ...]] = ()
     program_fields: ClassVar[tuple[str, ...]] = ()
     parameters: ClassVar[frozenset[str]] = frozenset()
@@ -77,6 +75,10 @@ class EmbeddedEngine:
     def check(cls, settings: EmbeddedSettings, placement: Placement | None) -> None:
         if placement is not None and placement.sleep_level is not None:
             raise ValueError("an embedded model cannot sleep; remove `sleep_level`")
+
+    @classmethod
+    def check_adapters(cls, settings: EmbeddedSettings) -> None:
+        """It takes them, whatever its settings."""
 
     def __init__(
         self, server: str, settings: EmbeddedSettings, *, placement: Placement | None = None
@@ -88,6 +90,7 @@ class EmbeddedEngine:
         self._changing = asyncio.Lock()
         self._stopped = True
         self._closed = False
+        self._failure = ""  # of the last start
 
     @property
     def capacity(self) -> Capacity:
@@ -106,7 +109,7 @@ class EmbeddedEngine:
             raise self._not_running()
         if self._worker is None or not self._worker.alive:
             self._worker = Worker(self._server, self._settings)
-        self._stopped = False
+        self._stopped, self._failure = False, ""
         worker = self._worker
         try:
             await asyncio.wrap_future(worker.started)
@@ -116,9 +119,10 @@ class EmbeddedEngine:
         except asyncio.CancelledError:
             worker.stop()  # it ends when what it loads is loaded; `close` waits for that
             raise
-        except BaseException:
+        except BaseException as error:
             worker.stop()
             self._worker = None  # its thread ends, and with it what it had loaded
+            self._failure = str(error)
             raise
         if not worker.alive:  # closed or stopped meanwhile
             raise self._not_running()
@@ -178,10 +182,17 @@ class EmbeddedEngine:
         counted: Any = await asyncio.wrap_future(self._running().do(count))
         return int(counted)
 
-    async def healthy(self) -> bool:
+    async def health(self) -> Health:
         if self._closed:
-            return False
-        return self._stopped or (self._worker is not None and self._worker.ready)
+            return Health("failed", "it is closed")
+        if self._stopped:
+            return Health("off")
+        worker = self._worker
+        if worker is not None and worker.ready:
+            return Health("ready")
+        if worker is not None and worker.alive:
+            return Health("starting")
+        return Health("failed", self._failure or "it has ended; the service's log says why")
 
     async def close(self) -> None:
         self._closed = True

@@ -6,6 +6,7 @@ Knows nothing of adapters, nor of starting and stopping servers.
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import AsyncGenerator, Collection, Sequence
 from contextlib import aclosing
 from typing import ClassVar, Literal
@@ -14,12 +15,15 @@ from urllib.parse import urlsplit
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from composer.adapters.lora_config import AdapterFeature
-from composer.engines.base import Capacity
+from composer.engines.base import Capacity, Health
 from composer.engines.http import Timeouts, UnknownUpstreamModel
+from composer.engines.keys import key_from, key_hint
 from composer.engines.openai_wire import body_of
-from composer.engines.upstream import Upstream, key_from
-from composer.errors import ComposerError, EngineError, EngineUnavailable
+from composer.engines.upstream import Upstream
+from composer.errors import ComposerError, EngineError, EngineMisconfigured, EngineUnavailable
 from composer.types import Ability, Adapter, Call, Chunk, Message, Placement, Sampling, Tier
+
+log = logging.getLogger(__name__)
 
 HEALTH_S = 10.0
 """How long what was seen of a server's health is told again: an endpoint may count requests."""
@@ -68,7 +72,6 @@ class OpenAIEngine:
     settings: ClassVar[type[BaseModel]] = OpenAISettings
     honours: ClassVar[frozenset[Ability]] = frozenset({"tools", "json", "vision", "logprobs"})
     adapter_features: ClassVar[frozenset[AdapterFeature]] = frozenset()
-    takes_adapters: ClassVar[bool] = False
     model_field: ClassVar[str | None] = None
     path_fields: ClassVar[tuple[str, ...]] = ()
     program_fields: ClassVar[tuple[str, ...]] = ()
@@ -83,6 +86,12 @@ class OpenAIEngine:
                 "somebody else's server cannot be moved off a device; remove `placement`"
             )
 
+    @classmethod
+    def check_adapters(cls, settings: OpenAISettings) -> None:
+        raise ValueError(
+            "takes no adapters; name a server of another engine, or remove the adapter"
+        )
+
     def __init__(
         self, server: str, settings: OpenAISettings, *, placement: Placement | None = None
     ) -> None:
@@ -90,13 +99,13 @@ class OpenAIEngine:
         self._settings = settings
         self._stopped = True
         self._closed = False
-        self._seen: tuple[float, bool] | None = None
+        self._seen: tuple[float, Health] | None = None
         self._upstream = Upstream(
             server,
             lambda: settings.url,
             settings.timeouts,
-            key=lambda: key_from(settings.api_key_env),
-            key_hint=key_hint(settings.api_key_env),
+            key=lambda: key_from(settings.api_key_env, server),
+            key_variable=settings.api_key_env,
             in_flight=settings.in_flight,
             tls=settings.url.startswith("https:"),
         )
@@ -112,7 +121,10 @@ class OpenAIEngine:
     async def start(self) -> None:
         if self._closed:
             raise EngineUnavailable(f"server {self._server!r} is closed")
-        await self._look()
+        try:
+            await self._look()
+        except EngineMisconfigured as error:
+            log.error("%s; until then its calls fail", error)
         self._stopped = False
 
     async def stop(self) -> None:
@@ -158,16 +170,16 @@ class OpenAIEngine:
             raise EngineError(f"server {self._server!r} reports no usage, so it cannot count")
         return usages[-1].prompt_tokens
 
-    async def healthy(self) -> bool:
+    async def health(self) -> Health:
         if self._closed:
-            return False
+            return Health("failed", "it is closed")
         now = asyncio.get_running_loop().time()
         if self._seen is None or now - self._seen[0] > HEALTH_S:
             try:
                 await self._look()
-                self._seen = (now, True)
-            except ComposerError:
-                self._seen = (now, False)
+                self._seen = (now, Health("ready"))
+            except ComposerError as error:
+                self._seen = (now, Health("failed", str(error)))
         return self._seen[1]
 
     async def close(self) -> None:
@@ -178,23 +190,15 @@ class OpenAIEngine:
     async def _look(self) -> None:
         """Whether it is there and takes the key. Not every endpoint lists its models: a refusal
         for another reason will do."""
-        key_from(self._settings.api_key_env)
         limit_s = self._settings.timeouts.connect_s * 2
         try:
             reply = await self._upstream.ask("GET", "/models", limit_s=limit_s)
-        except EngineUnavailable:
+        except EngineMisconfigured:
             raise
+        except EngineUnavailable as error:
+            raise EngineUnavailable(f"{error}; start it, or correct its `url`") from None
         except EngineError as error:
             raise EngineUnavailable(f"{error}; correct the server's `url`") from None
         if reply.status in (401, 403):
-            raise EngineUnavailable(
-                f"server {self._server!r} answered {reply.status}; "
-                f"{key_hint(self._settings.api_key_env)}"
-            )
-
-
-def key_hint(variable: str | None) -> str:
-    """What to do where a server wants another key."""
-    if variable is None:
-        return "it wants an API key: name its environment variable in the server's `api_key_env`"
-    return f"correct its API key in the environment variable {variable!r}"
+            hint = key_hint(self._settings.api_key_env)
+            raise EngineMisconfigured(f"server {self._server!r} answered {reply.status}: {hint}")

@@ -73,12 +73,15 @@ def whole(server: str, call: Call, body: Any) -> list[Chunk]:
 def _whole_choice(server: str, call: Call, choice: Mapping[str, Any]) -> Chunk:
     message = choice.get("message") or {}
     text = message.get("content") if call.prompt is None else choice["text"]
+    delta = _rest(message)
+    if (asked := choice.get("prompt_logprobs")) is not None:  # of a completion it stands here
+        delta = {**delta, "prompt_logprobs": asked}
     return Chunk(
         text=text or "",
         index=choice["index"],
         logprobs=_logprobs(choice.get("logprobs"), call.sampling.logprobs),
         finish_reason=_reason(server, choice.get("finish_reason")),
-        delta=_rest(message),
+        delta=delta,
     )
 
 

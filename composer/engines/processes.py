@@ -10,11 +10,11 @@ import socket
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated
-
-from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from composer.engines.child import Child
+from composer.engines.guardian import CANNOT_RUN
+from composer.engines.keys import inherited
+from composer.engines.launch import Launch
 from composer.engines.progress import waiting
 from composer.engines.serverlog import ServerLog
 from composer.errors import ComposerError, EngineError, EngineUnavailable
@@ -31,84 +31,12 @@ UNREADY_GRACE_S = 2.0
 """A server that is not ready has nothing to finish; and vLLM, told to end while its engine starts,
 waits for that engine for ever."""
 
-Value = bool | int | float | str | tuple[str | int | float, ...]
-
-
-class Restarts(BaseModel):
-    """Pauses before a server that died is started again, in seconds: `first_s`, doubled each
-    time up to `most_s`, and `first_s` again once it has been healthy for `healthy_s`."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    first_s: float = Field(1.0, gt=0, description="Seconds before the first restart.")
-    most_s: float = Field(60.0, gt=0, description="Most seconds before a restart.")
-    healthy_s: float = Field(
-        300.0, gt=0, description="Seconds of health after which a death counts as the first."
-    )
-
-
-class Launch(BaseModel):
-    """How to start a server of ours."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    python: str | None = Field(
-        None, description="The interpreter of the server's own environment; default: ours."
-    )
-    args: Mapping[str, Value] = Field(
-        default_factory=dict,
-        description="Its flags: `dtype: bfloat16` is --dtype bfloat16, true a bare flag, false "
-        "--no-…, a list several values.",
-    )
-    env: Mapping[str, str] = Field(
-        default_factory=dict, description="Environment variables, beside our own."
-    )
-    devices: tuple[Annotated[int, Field(ge=0)], ...] | None = Field(
-        None, description="Indices of the GPUs that it sees (CUDA_VISIBLE_DEVICES); default: all."
-    )
-    port: int | None = Field(
-        None, ge=1, le=65535, description="Its port on 127.0.0.1; default: a free one."
-    )
-    start_timeout_s: float = Field(
-        900.0, gt=0, description="How long it may take to be ready, in seconds."
-    )
-    stop_timeout_s: float = Field(
-        30.0, gt=0, description="How long it may take to end before it is killed, in seconds."
-    )
-    log: Path | None = Field(
-        None, description="What it writes; default: data/logs/<server>.log. The last 3 are kept."
-    )
-    restarts: Restarts = Restarts()
-
-    @field_validator("args")
-    @classmethod
-    def _bare_names(cls, args: Mapping[str, Value]) -> Mapping[str, Value]:
-        for name in args:
-            if not name or name.startswith("-"):
-                raise ValueError(f"{name!r} is no name of a flag; write it without its dashes")
-        return args
-
-    def flags(self) -> list[str]:
-        """`args` as command-line flags, in their order."""
-        flags: list[str] = []
-        for name, value in self.args.items():
-            flag = name.replace("_", "-")
-            if value is True:
-                flags.append(f"--{flag}")
-            elif value is False:
-                flags.append(f"--no-{flag}")
-            elif isinstance(value, tuple):
-                flags += [f"--{flag}", *map(str, value)]
-            else:
-                flags += [f"--{flag}", str(value)]
-        return flags
-
 
 class ManagedProcess:
     """One server process, for as long as its launch stays the same. Belongs to one event loop.
 
     `command(port)` is its argument vector, on which it must listen at 127.0.0.1. `env` is added to
-    our own environment (without what is composer's) and yields to `launch.env`. `ready()` is asked
+    our own environment (without any keys in it) and yields to `launch.env`. `ready()` is asked
     again and again until it says True; what it raises fails the start. `restarted()` runs after
     each restart that nobody asked for, before `alive` is True again.
     """
@@ -137,6 +65,7 @@ class ManagedProcess:
         self._child: Child | None = None
         self._was_ready = False
         self.restarts = 0
+        self.failure: Exception | None = None  # why it is not there, until it is ready again
 
     @property
     def port(self) -> int:
@@ -200,6 +129,7 @@ class ManagedProcess:
             await self._begin()
             await self._stay_up()
         except Exception as failure:
+            self.failure = failure
             await self._clear_away()
             self._keeper = None
             fail(self._up, failure)
@@ -208,13 +138,14 @@ class ManagedProcess:
         restarts = self._launch.restarts
         pause = restarts.first_s
         while True:
+            self.failure = None
             if self._up is not None and not self._up.done():
                 self._up.set_result(None)
             since = time.monotonic()
             died = await self._watch()
             if time.monotonic() - since >= restarts.healthy_s:
                 pause = restarts.first_s
-            self._failure(f"{died}; it is started again in {pause:g} s")
+            self.failure = self._failed(f"{died}; it is started again in {pause:g} s")
             while not await self._begin_again(pause):
                 pause = min(2 * pause, restarts.most_s)
             pause = min(2 * pause, restarts.most_s)
@@ -234,6 +165,7 @@ class ManagedProcess:
                 failure,
                 exc_info=not isinstance(failure, ComposerError),
             )
+            self.failure = failure
             await self._clear_away()
             fail(self._up, failure)
             self._up = asyncio.get_running_loop().create_future()
@@ -261,7 +193,7 @@ class ManagedProcess:
             except TimeoutError:
                 if not limit.expired():
                     raise
-                raise self._failure(
+                raise self._failed(
                     f"was not ready {self._launch.start_timeout_s:.0f} s after its start "
                     "(`start_timeout_s`)"
                 ) from None
@@ -273,7 +205,11 @@ class ManagedProcess:
             if self._launch.port is None and attempt < PORT_ATTEMPTS and self._lost_its_port():
                 log.warning("server %s: port %d was taken meanwhile", self.name, self._port)
                 continue
-            raise self._failure(f"ended with status {status} {took:.0f} s after its start")
+            if status == CANNOT_RUN:
+                raise self._failed(
+                    "could not be started: its program cannot be run; correct `launch.python`"
+                )
+            raise self._failed(f"ended with status {status} {took:.0f} s after its start")
 
     async def _spawn(self) -> Child:
         command = [str(part) for part in self._command(self.port)]
@@ -352,7 +288,7 @@ class ManagedProcess:
         except EngineError as failure:
             log.error("server %s: %s", self.name, failure)
 
-    def _failure(self, what: str) -> EngineUnavailable:
+    def _failed(self, what: str) -> EngineUnavailable:
         """The error, and in our log more than it says."""
         # What the server said is for our log: the error is shown to callers, in /health too.
         said = "".join(f"\n    {line}" for line in self.log.tail(LAST_LINES))
@@ -365,9 +301,9 @@ class ManagedProcess:
         return any("address already in use" in line.lower() for line in self.log.tail(50))
 
     def _environment(self, program: str) -> dict[str, str]:
-        """Ours without our own secrets; the programs beside its interpreter (a compiler, say) are
-        found first, as in an activated environment."""
-        ours = {key: value for key, value in os.environ.items() if not key.startswith("COMPOSER_")}
+        """Ours without keys that are not its own; the programs beside its interpreter (a compiler,
+        say) are found first, as in an activated environment."""
+        ours = dict(inherited())
         if os.path.dirname(program):
             ours["PATH"] = os.pathsep.join([os.path.dirname(program), ours.get("PATH", os.defpath)])
         if self._launch.devices is not None:

@@ -16,7 +16,7 @@ from typing import Annotated, Any, ClassVar
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 from composer.adapters.lora_config import AdapterFeature
-from composer.engines.base import Capacity
+from composer.engines.base import Capacity, Health
 from composer.engines.outcomes import OutcomeTable, Recorded, listed, read_table
 from composer.errors import EngineError, EngineUnavailable, Unsupported
 from composer.types import (
@@ -104,7 +104,6 @@ class ReplayEngine:
     settings: ClassVar[type[BaseModel]] = ReplaySettings
     honours: ClassVar[frozenset[Ability]] = frozenset()
     adapter_features: ClassVar[frozenset[AdapterFeature]] = frozenset()
-    takes_adapters: ClassVar[bool] = False
     model_field: ClassVar[str | None] = None
     path_fields: ClassVar[tuple[str, ...]] = ("table",)
     program_fields: ClassVar[tuple[str, ...]] = ()
@@ -121,6 +120,12 @@ class ReplayEngine:
                     )
         elif placement.sleep_level is not None:
             raise ValueError("a replayed model cannot sleep; remove `sleep_level`")
+
+    @classmethod
+    def check_adapters(cls, settings: ReplaySettings) -> None:
+        raise ValueError(
+            "replays recorded answers, which no adapter can change; remove the adapter"
+        )
 
     def __init__(
         self, server: str, settings: ReplaySettings, *, placement: Placement | None = None
@@ -199,8 +204,12 @@ class ReplayEngine:
             raise Unsupported(f"server {self._server!r} replays a table without prompts' lengths")
         return self._tokens(recorded.in_chars)
 
-    async def healthy(self) -> bool:
-        return not self._closed.is_set()
+    async def health(self) -> Health:
+        if self._closed.is_set():
+            return Health("failed", "it is closed")
+        if self._stopped is not None:
+            return Health("ready")
+        return Health("starting" if self._moving.locked() else "off")
 
     async def close(self) -> None:
         self._closed.set()

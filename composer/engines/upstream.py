@@ -4,7 +4,6 @@ processes, or of how the server came to be there."""
 from __future__ import annotations
 
 import asyncio
-import os
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Mapping
 from contextlib import aclosing, contextmanager
 from typing import Any
@@ -12,9 +11,10 @@ from typing import Any
 import httpx
 
 from composer.engines.http import Client, Flight, Reply, Timeouts, decoded, refusal, translated
+from composer.engines.keys import key_hint
 from composer.engines.openai_wire import StreamReader, path_of, whole
 from composer.engines.sse import EventSplitter, TooLong
-from composer.errors import ContextTooLong, EngineError, EngineUnavailable
+from composer.errors import ContextTooLong, EngineError
 from composer.types import Call, Chunk
 
 AFTER_END_S = 0.5
@@ -22,21 +22,9 @@ AFTER_END_S = 0.5
 used again."""
 
 
-def key_from(variable: str | None) -> str | None:
-    """The API key in an environment variable. Raises EngineUnavailable where it is unset."""
-    if variable is None:
-        return None
-    key = os.environ.get(variable)
-    if not key:
-        raise EngineUnavailable(
-            f"the environment variable {variable!r} is not set; set it to the server's API key "
-            "before the service starts"
-        )
-    return key
-
-
 class Upstream:
-    """Calls on one server. `url()` is its base, ending in `/v1`."""
+    """Calls on one server. `url()` is its base, ending in `/v1`; `key_variable` is the environment
+    variable that its operator corrects where it wants another key."""
 
     def __init__(
         self,
@@ -45,14 +33,14 @@ class Upstream:
         timeouts: Timeouts,
         *,
         key: Callable[[], str | None],
-        key_hint: str,
+        key_variable: str | None,
         in_flight: int,
         tls: bool,
     ) -> None:
         self.client = Client(server, url, timeouts, key=key, in_flight=in_flight, tls=tls)
         self._server = server
         self._timeouts = timeouts
-        self._key_hint = key_hint
+        self._key_hint = key_hint(key_variable)
         self._flights: set[Flight] = set()
 
     @contextmanager

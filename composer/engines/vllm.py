@@ -13,7 +13,7 @@ from pydantic import BaseModel
 
 from composer.adapters.lora_config import AdapterFeature
 from composer.engines.adapters import name_of
-from composer.engines.base import Capacity
+from composer.engines.base import Capacity, Health
 from composer.engines.http import Flight, UnknownUpstreamModel
 from composer.engines.openai_wire import body_of
 from composer.engines.prompts import budget
@@ -55,7 +55,6 @@ class VllmEngine:
     settings: ClassVar[type[BaseModel]] = VllmSettings
     honours: ClassVar[frozenset[Ability]] = frozenset({"tools", "json", "vision", "logprobs"})
     adapter_features: ClassVar[frozenset[AdapterFeature]] = frozenset()
-    takes_adapters: ClassVar[bool] = True
     model_field: ClassVar[str | None] = "model"
     path_fields: ClassVar[tuple[str, ...]] = ("launch.log",)
     program_fields: ClassVar[tuple[str, ...]] = ("launch.python",)
@@ -77,6 +76,14 @@ class VllmEngine:
     @classmethod
     def check(cls, settings: VllmSettings, placement: Placement | None) -> None:
         check_placement(settings, placement)
+
+    @classmethod
+    def check_adapters(cls, settings: VllmSettings) -> None:
+        if settings.launch is not None and settings.max_loras is None:
+            raise ValueError(
+                "is started without adapters; give the server `max_loras`, the adapters in one "
+                "batch, or remove the adapter"
+            )
 
     def __init__(
         self, server: str, settings: VllmSettings, *, placement: Placement | None = None
@@ -104,16 +111,17 @@ class VllmEngine:
     async def close(self) -> None:
         await self._server.close()
 
-    async def healthy(self) -> bool:
-        return await self._server.healthy()
+    async def health(self) -> Health:
+        return await self._server.health()
 
     # --- adapters ------------------------------------------------------------------------
 
     async def prepare(self, adapters: Collection[Adapter]) -> None:
-        if adapters and self._settings.launch is not None and self._settings.max_loras is None:
-            raise EngineError(
-                f"server {self._server.name!r} is started without adapters; give it `max_loras`"
-            )
+        if adapters:
+            try:
+                self.check_adapters(self._settings)
+            except ValueError as error:
+                raise EngineError(f"server {self._server.name!r} {error}") from None
         if self._server.running:
             await self._server.adapters.prepare(adapters)
         else:  # on its way, too: what a start does not see is loaded by the first call
@@ -125,11 +133,10 @@ class VllmEngine:
     # --- calls ---------------------------------------------------------------------------
 
     async def run(self, call: Call) -> AsyncGenerator[Chunk, None]:
-        if not self._server.running:
-            raise self._server.not_running()
+        await self._server.demand_running()
         if not self._settings.remote_images:
             _refuse_remote_images(call.messages)
-        with self._server.upstream.flight() as flight:
+        with self._server.call() as flight:
             body = await self._body(call, flight)
             begun = False
             for again in (True, False):
@@ -151,9 +158,8 @@ class VllmEngine:
                     )
 
     async def count_tokens(self, messages: Sequence[Message], prompt: str | None) -> int:
-        if not self._server.running:
-            raise self._server.not_running()
-        with self._server.upstream.flight() as flight:
+        await self._server.demand_running()
+        with self._server.call() as flight:
             return await self._count(messages, prompt, {}, flight)
 
     async def _loaded(self, call: Call, flight: Flight) -> object:

@@ -11,8 +11,8 @@ from urllib.parse import urlsplit
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from composer.engines.http import Seconds, Timeouts
+from composer.engines.launch import Launch
 from composer.engines.openai import base_url
-from composer.engines.processes import Launch
 from composer.types import Placement
 
 LoraRank = Literal[1, 8, 16, 32, 64, 128, 256, 320, 512]

@@ -6,14 +6,18 @@ from __future__ import annotations
 import asyncio
 import logging
 import secrets
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from composer.engines.adapters import RuntimeAdapters
-from composer.engines.openai import key_hint
+from composer.engines.base import Health
+from composer.engines.http import Flight
+from composer.engines.keys import key_from
 from composer.engines.processes import ManagedProcess
 from composer.engines.sleep import sleep, wake
-from composer.engines.upstream import Upstream, key_from
+from composer.engines.upstream import Upstream
 from composer.engines.vllm_launch import VllmSettings, command_of, environment_of
-from composer.errors import ComposerError, EngineError, EngineUnavailable
+from composer.errors import ComposerError, EngineError, EngineMisconfigured, EngineUnavailable
 from composer.types import Placement
 
 log = logging.getLogger(__name__)
@@ -24,6 +28,8 @@ LOOK_S = 5.0
 DYING_S = 20.0
 """How long a server whose health fails may take to come round, or to end. vLLM's API server
 outlives its engine by some seconds."""
+AGAIN_S = 5.0
+"""How long a server that wants another key is not asked again."""
 
 
 class VllmServer:
@@ -50,8 +56,8 @@ class VllmServer:
             server,
             self._url,
             settings.timeouts,
-            key=lambda: self.key or key_from(settings.api_key_env),
-            key_hint=key_hint(settings.api_key_env),
+            key=lambda: self.key or key_from(settings.api_key_env, server),
+            key_variable=settings.api_key_env,
             in_flight=settings.in_flight,
             tls=settings.url is not None and settings.url.startswith("https:"),
         )
@@ -67,7 +73,8 @@ class VllmServer:
         self._up = False
         self._asleep = False
         self._settled = False
-        self._failed = False
+        self._failure: ComposerError | None = None  # since it was last ready or stopped
+        self._refused_at = 0.0
         self._closed = False
         self._changing = asyncio.Lock()
         self._starting: asyncio.Task[None] | None = None
@@ -78,8 +85,10 @@ class VllmServer:
         return self._up and self._has_process()
 
     async def start(self) -> None:
+        """As `Engine.start`. Where the server wants another key it returns, and `demand_running`
+        raises."""
         if self._closed:
-            raise self.not_running()
+            raise EngineUnavailable(f"server {self.name!r} is closed")
         if self._starting is None or self._starting.done():
             self._starting = asyncio.create_task(self._start(), name=f"start-{self.name}")
             # Whoever waited may have gone; the next to ask is told.
@@ -96,7 +105,7 @@ class VllmServer:
             raise
 
     async def stop(self) -> None:
-        self._up = self._failed = False
+        self._up, self._failure = False, None
         self.upstream.end_all("was stopped")
         await self._end_start()
         async with self._changing:
@@ -113,11 +122,45 @@ class VllmServer:
                 await self.process.close()
             await self.upstream.close()
 
-    async def healthy(self) -> bool:
+    async def health(self) -> Health:
         """A server that is stopped, asleep or on its first way up is as it should be."""
-        if self._closed or self._failed:
-            return False
-        return not self._up or (self._has_process() and await self._is_healthy())
+        if self._closed:
+            return Health("failed", "it is closed")
+        failure: Exception | None = self._failure
+        if failure is None and not self._up:
+            coming = self._starting is not None and not self._starting.done()
+            return Health("starting" if coming else "off")
+        if failure is None and self.process is not None and not self.process.alive:
+            failure = self.process.failure
+        failure = failure or await self._trouble()
+        return Health("ready") if failure is None else Health("failed", str(failure))
+
+    async def demand_running(self) -> None:
+        """Raises EngineUnavailable, or EngineMisconfigured where it is there and wants another
+        key: which is seen to again at the next call after a while."""
+        clock = asyncio.get_running_loop().time
+        if isinstance(self._failure, EngineMisconfigured) and not self._closed:
+            if clock() - self._refused_at > AGAIN_S:
+                await self.start()
+            if isinstance(self._failure, EngineMisconfigured):
+                raise EngineMisconfigured(str(self._failure))
+        if not self.running:
+            state = "closed" if self._closed else "not running"
+            raise EngineUnavailable(f"server {self.name!r} is {state}")
+
+    @contextmanager
+    def call(self) -> Iterator[Flight]:
+        """A call's waits. That it was refused for its key is noted."""
+        with self.upstream.flight() as flight:
+            try:
+                yield flight
+            except EngineMisconfigured as error:
+                self._refused(error)
+                raise
+
+    def _refused(self, error: EngineMisconfigured) -> None:
+        self._up, self._settled, self._failure = False, False, error
+        self._refused_at = asyncio.get_running_loop().time()
 
     async def _end_start(self) -> None:
         if self._starting is not None and not self._starting.done():
@@ -128,18 +171,23 @@ class VllmServer:
         async with self._changing:
             try:
                 await self._come_up()
+            except EngineMisconfigured as error:
+                log.error("%s; until then its calls fail", error)
+                self._refused(error)
             except ComposerError as error:
-                self._failed = True
+                self._failure = error
                 if isinstance(error, EngineUnavailable):
                     raise
                 raise EngineUnavailable(str(error)) from error
-            self._failed, self._up = False, True
+            else:
+                self._failure, self._up = None, True
 
     async def _come_up(self) -> None:
         if self._up:
             if await self._is_still_there():
                 return
-            self._up, self._failed = False, True
+            self._up = False
+            self._failure = EngineUnavailable(f"server {self.name!r} has gone; it is waited for")
         if self._asleep:
             self._asleep = False
             if await self._wake():
@@ -246,20 +294,27 @@ class VllmServer:
     async def _wait_for_it(self) -> None:
         clock = asyncio.get_running_loop().time
         until = clock() + self._settings.start_timeout_s
-        while not await self._is_healthy():
+        while (trouble := await self._trouble()) is not None:
+            if isinstance(trouble, EngineMisconfigured):
+                raise trouble
+            trouble = EngineUnavailable(f"{trouble}; start it, or correct its `url`")
             if clock() > until:
-                raise EngineUnavailable(
-                    f"server {self.name!r} is not at {self._settings.url}; start it, or "
-                    "correct its `url`"
-                )
+                raise trouble
+            self._failure = trouble
             await asyncio.sleep(POLL_S)
 
     async def _is_healthy(self) -> bool:
+        return await self._trouble() is None
+
+    async def _trouble(self) -> EngineError | None:
+        """What is wrong with it by its own word, None where nothing is."""
         try:
             reply = await self.upstream.ask("GET", f"{self.root()}/health", limit_s=LOOK_S)
-        except EngineError:
-            return False
-        return reply.ok
+        except EngineError as error:
+            return error
+        if reply.ok:
+            return None
+        return EngineUnavailable(f"server {self.name!r} answers {reply.status} to /health")
 
     def _has_process(self) -> bool:
         return self.process is None or self.process.alive
@@ -272,7 +327,3 @@ class VllmServer:
 
     def _url(self) -> str:
         return f"{self.root()}/v1"
-
-    def not_running(self) -> EngineUnavailable:
-        state = "closed" if self._closed else "not running"
-        return EngineUnavailable(f"server {self.name!r} is {state}")

@@ -14,13 +14,13 @@ import threading
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from composer.engines import prompts
 from composer.engines.batch import Batch
+from composer.engines.job import Job, Row, Task, for_caller, put_all
 from composer.engines.model import LocalModel
 from composer.engines.sampling import Knobs, sample, top_logprobs
 from composer.engines.stopping import Answer
@@ -31,46 +31,6 @@ if TYPE_CHECKING:
     from composer.engines.local import EmbeddedSettings
 
 log = logging.getLogger(__name__)
-
-
-@dataclass(eq=False, slots=True)
-class Job:
-    """One call on its way. `cancelled` is set by the caller and read between steps."""
-
-    call: Call
-    loop: asyncio.AbstractEventLoop
-    outbox: asyncio.Queue[Chunk | ComposerError]
-    cancelled: bool = False
-    prompt: list[int] = field(default_factory=list)
-    budget: int = 0
-    open_rows: int = 0
-    tokens: int = 0
-
-    @property
-    def final_length(self) -> int:
-        return len(self.prompt) + self.budget
-
-    @property
-    def digest(self) -> str | None:
-        return None if self.call.adapter is None else self.call.adapter.digest
-
-
-@dataclass(eq=False, slots=True)
-class Row:
-    """One choice of a job in the batch. `token` is its newest, not yet in the cache."""
-
-    job: Job
-    answer: Answer
-    rng: random.Random
-    token: int = -1
-
-
-@dataclass(eq=False, slots=True)
-class Task:
-    """Something else to do with the model between two steps."""
-
-    work: Callable[[LocalModel], Any]
-    done: Future[Any]
 
 
 class Worker:
@@ -207,7 +167,7 @@ class Worker:
             job.prompt = prompts.encode(self._model.tokenizer, call.messages, call.prompt)
             job.budget = prompts.budget(call, len(job.prompt), self._model.context)
         except Exception as error:
-            self._post(job, _for_caller(error))
+            self._post(job, for_caller(error))
         else:
             self._waiting.append(job)
 
@@ -361,7 +321,7 @@ class Worker:
         for job in dict.fromkeys(jobs):
             if not job.cancelled:
                 job.cancelled = True
-                self._post(job, _for_caller(error))
+                self._post(job, for_caller(error))
 
     def _post(self, job: Job, item: Chunk | ComposerError) -> None:
         self._mail.append((job, item))
@@ -372,7 +332,7 @@ class Worker:
         for loop in {job.loop for job, _ in mail}:
             mine = [(job, item) for job, item in mail if job.loop is loop]
             try:
-                loop.call_soon_threadsafe(_put_all, mine)
+                loop.call_soon_threadsafe(put_all, mine)
             except RuntimeError:  # that loop is closed: nobody is left to hear
                 for job, _ in mine:
                     job.cancelled = True
@@ -394,27 +354,11 @@ class Worker:
         self._deliver()
 
 
-def _put_all(mail: Sequence[tuple[Job, Chunk | ComposerError]]) -> None:
-    for job, item in mail:
-        job.outbox.put_nowait(item)
-
-
 def _count_by(owners: Sequence[int], here: Sequence[bool], n: int) -> list[int]:
     counts = [0] * n
     for owner, stays in zip(owners, here, strict=True):
         counts[owner] += stays
     return counts
-
-
-def _for_caller(error: Exception) -> ComposerError:
-    """An instance of its own per call: an exception raised twice keeps both tracebacks."""
-    if isinstance(error, EngineError):
-        return type(error)(str(error))
-    if isinstance(error, ComposerError):
-        return error
-    wrapped = EngineError(f"the embedded engine failed on this call: {error!r}")
-    wrapped.__cause__ = error
-    return wrapped
 
 
 def _or_one(knob: float | None) -> float:

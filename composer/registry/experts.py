@@ -10,10 +10,12 @@ from collections.abc import Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import get_args
 
 from composer.adapters.cache import verify_cached
 from composer.adapters.files import CARD, CONFIG
 from composer.adapters.hub import adapter_root, fetch_adapter, is_hub_name
+from composer.adapters.lora_config import AdapterFeature
 from composer.errors import CatalogError, Problem
 from composer.registry.blocks import Block, Place, block_at, unknown_name, validate
 from composer.registry.cards import read_card, read_examples
@@ -43,13 +45,14 @@ def prepare(
     context: Context,
     entries: Sequence[Entry],
     servers: Mapping[str, KnownServer],
-    broken: Collection[str] | None,
+    named: Collection[str],
 ) -> list[Prepared]:
     """Cards read, fields validated, adapters verified; in the order of `entries`. Reading and
-    hashing run in threads, which numpy and hashlib let run side by side. `broken` are servers
-    whose problems are told already; None: all that are not in `servers`."""
+    hashing run in threads, which numpy and hashlib let run side by side. `named` are the servers
+    of the file, those included that are wrong themselves: what names one of these is looked at as
+    far as it goes without it."""
     with ThreadPoolExecutor(_THREADS, thread_name_prefix="registry") as pool:
-        results = list(pool.map(lambda entry: _prepare(context, entry, servers, broken), entries))
+        results = list(pool.map(lambda entry: _prepare(context, entry, servers, named), entries))
     for result in results:
         if result.entry.source == "runtime":
             context.add_runtime(result.entry.id, result.problems)
@@ -62,7 +65,7 @@ def _prepare(
     context: Context,
     entry: Entry,
     servers: Mapping[str, KnownServer],
-    broken: Collection[str] | None,
+    named: Collection[str],
 ) -> Prepared:
     result = Prepared(entry)
     block = entry.block
@@ -88,7 +91,11 @@ def _prepare(
     spec, problems = validate(ExpertSpec, block)
     result.problems += problems
     examples = _examples(context, block, result)
-    server = _server(block, servers, broken, result)
+    server = _server(block, servers, named, result)
+    adapter = None
+    if folder is not None:
+        digest = None if spec is None else spec.digest
+        adapter = _verified(context, block, folder, roots, server, digest, result)
     if spec is None:
         return result
     if spec.digest is not None and folder is None:
@@ -104,9 +111,6 @@ def _prepare(
         message = "an expert that is added at run time cannot say it"
         remedy = "Remove it; `server_path` of an `adapters_from` entry holds for its folder."
         result.problems.append(block.problem(("server_path",), message, remedy))
-    adapter = None
-    if folder is not None and server is not None:
-        adapter = _verified(context, block, folder, roots, server, spec.digest, result)
     if server is None:
         return result
     if adapter is not None and folder is not None:
@@ -207,16 +211,16 @@ def _examples(context: Context, block: Block, result: Prepared) -> tuple[str, ..
 def _server(
     block: Block,
     servers: Mapping[str, KnownServer],
-    broken: Collection[str] | None,
+    named: Collection[str],
     result: Prepared,
 ) -> KnownServer | None:
     name = block.data.get("server")
-    if isinstance(name, str) and name in servers:
-        return servers[name]
-    if not isinstance(name, str) or broken is None or name in broken:
+    if not isinstance(name, str):
         return None
-    result.problems.append(block.problem(("server",), *unknown_name("server", name, list(servers))))
-    return None
+    if named and name not in named:  # that there is none at all is told once
+        message, remedy = unknown_name("server", name, list(named))
+        result.problems.append(block.problem(("server",), message, remedy))
+    return servers.get(name)
 
 
 def _verified(
@@ -224,23 +228,28 @@ def _verified(
     block: Block,
     folder: Path,
     roots: Sequence[Path],
-    server: KnownServer,
+    server: KnownServer | None,
     digest: str | None,
     result: Prepared,
 ) -> Adapter | None:
-    if not server.family.takes_adapters:
-        message = f"the engine {server.server.engine!r} takes no adapters"
-        remedy = "Name a server of another engine, or remove the adapter."
-        result.problems.append(block.problem(("adapter",), message, remedy))
-        return None
+    """Without a server, what does not depend on one is verified."""
+    if server is not None:
+        try:
+            server.family.check_adapters(server.server.settings)
+        except ValueError as error:
+            message, _, remedy = str(error).partition("; ")
+            message = f"server {server.server.id!r} {message}"
+            remedy = f"{remedy[:1].upper()}{remedy[1:]}."
+            result.problems.append(block.problem(("adapter",), message, remedy))
+            return None
     try:
         return verify_cached(
             context.cache,
             folder,
-            server.base,
+            server.base if server else None,
             roots=roots,
-            max_rank=server.max_rank,
-            features=server.family.adapter_features,
+            max_rank=server.max_rank if server else None,
+            features=server.family.adapter_features if server else get_args(AdapterFeature),
             digest=digest,
         )
     except CatalogError as error:

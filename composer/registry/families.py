@@ -18,6 +18,10 @@ SERVER_KEYS = ("engine", "placement")
 """Keys of a server that are the registry's own; all others are its engine's settings."""
 
 
+def takes_adapters(settings: Any) -> None:
+    """The `check_adapters` of an engine that takes adapters, whatever its settings."""
+
+
 def fits_anywhere(settings: Any, placement: Placement | None) -> None:
     """The `check` of an engine that has nothing to say about placements."""
 
@@ -30,24 +34,26 @@ class EngineFamily:
     plain LoRA. `model_field` is the setting that names the weights (a folder or a hub name) and
     `revision` its hub revision, so that adapters can be checked against them; None, or a server
     that leaves it empty: somebody else's weights, adapters are checked by themselves alone. A
-    setting `model_name` adds a name the base goes by, `max_lora_rank` bounds its adapters.
+    setting `model_name` adds a name the base goes by, `max_lora_rank` bounds its adapters,
+    `api_key_env` names the environment variable that holds a key.
 
     `path_fields` are further settings that hold a path or a list of them, dotted where they lie
     deeper: relative ones start at the registry file's folder. So do those of `program_fields`
     that have a slash; a bare name there is a program for the system to find. `parameters` are the
     wire fields beyond OpenAI's core that its experts understand. `check` raises ValueError ("what
-    is wrong; the remedy") for settings that do not fit a placement.
+    is wrong; the remedy") for settings that do not fit a placement, `check_adapters` for a server
+    that takes no adapters ("is …; the remedy", to stand behind the server's name).
     """
 
     settings: type[BaseModel]
     honours: frozenset[Ability] = frozenset()
     adapter_features: frozenset[AdapterFeature] = frozenset()
-    takes_adapters: bool = True
     model_field: str | None = "model"
     path_fields: tuple[str, ...] = ()
     program_fields: tuple[str, ...] = ()
     parameters: frozenset[str] = frozenset()
     check: Callable[[Any, Placement | None], None] = fits_anywhere
+    check_adapters: Callable[[Any], None] = takes_adapters
 
 
 @dataclass(frozen=True, slots=True)

@@ -41,11 +41,13 @@ _OTHER_KEYS = {"version", "devices", "servers", "policies", "default_policy"}
 @dataclass(frozen=True, slots=True)
 class Loaded:
     """A catalog, and the files and folders whose change would change it, each with its stamp
-    from before it was read. `skipped` are run-time experts that were left out, by id, and why."""
+    from before it was read. `skipped` are run-time experts that were left out, by id, and why;
+    `warnings` what is right as written and will not work on this machine as it is."""
 
     catalog: Catalog
     watched: Stamps
     skipped: Mapping[str, tuple[Problem, ...]] = field(default_factory=dict)
+    warnings: tuple[Problem, ...] = ()
 
 
 class RegistryError(CatalogError):
@@ -117,7 +119,8 @@ def load_catalog(
     if catalog is None:
         found = [*context.problems, *(p for some in context.of_runtime.values() for p in some)]
         raise RegistryError(_in_order(found), watched, context.of_runtime)
-    return Loaded(catalog, MappingProxyType(watched), MappingProxyType(skipped))
+    warnings = tuple(_in_order(context.warnings))
+    return Loaded(catalog, MappingProxyType(watched), MappingProxyType(skipped), warnings)
 
 
 def _id(spec: Mapping[str, Any]) -> str | None:
@@ -133,8 +136,7 @@ def _make_catalog(
     servers = make_servers(context, file.servers, devices, file.devices)
     names = file.servers.keys()
     entries = gather(context, file.experts, file.adapters_from, runtime, names)
-    broken = names - servers.keys() if names else None  # that there is none is told once
-    prepared = prepare(context, entries, servers, broken)
+    prepared = prepare(context, entries, servers, names)
     policies = make_policies(context, file.policies, prepared)
     _check_whole(context, file, [entry.id for entry in entries])
     if context.problems or context.of_runtime:

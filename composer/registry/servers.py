@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -91,6 +92,7 @@ def _make_server(
         return None
     if placed:
         _check_fit(context, block, family, settings, placement)
+    _look_around(context, block, family, settings)
     dump = settings.model_dump(mode="json")
     for path, value in as_written.items():
         _put(dump, path, value)
@@ -121,6 +123,24 @@ def _check_fit(
         message, _, remedy = str(error).partition("; ")
         path = () if placement is None else ("placement",)
         context.problems.append(block.problem(path, message, f"{remedy[:1].upper()}{remedy[1:]}."))
+
+
+def _look_around(context: Context, block: Block, family: EngineFamily, settings: BaseModel) -> None:
+    """Warns of what the server needs and this machine, as it is now, lacks. No problem of the
+    file: it may be checked on one machine and served on another."""
+    dump = settings.model_dump(mode="json")
+    for dotted in family.program_fields:
+        path = tuple(dotted.split("."))
+        program = _get(dump, path)
+        if isinstance(program, str) and shutil.which(program) is None:
+            message = f"there is no program {program} on this machine"
+            remedy = "Install it there, or correct the path."
+            context.warnings.append(block.problem(path, message, remedy))
+    variable = getattr(settings, "api_key_env", None)
+    if isinstance(variable, str) and not os.environ.get(variable):
+        message = f"the environment variable {variable!r} is not set"
+        remedy = "Set it to the server's API key before the service starts, or its calls fail."
+        context.warnings.append(block.problem(("api_key_env",), message, remedy))
 
 
 def _locate(

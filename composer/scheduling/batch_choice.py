@@ -34,7 +34,7 @@ class BatchChoice:
     def begin(self, now: float) -> bool:
         """Decides on a load, if one is wanted and can be had now."""
         fleet = self._fleet
-        wanting = [s for s in self._wanting() if now >= s.retry_at]
+        wanting = [s for s in self.wanting if now >= s.retry_at]
         if not wanting or fleet.claims:
             return False
         if any(
@@ -73,12 +73,14 @@ class BatchChoice:
 
     def next_time(self, now: float) -> float:
         """When a resident that nobody uses has been quiet for long enough."""
-        if not self._wanting():
+        if not self.wanting:
             return math.inf
         times = [self._quiet_at(s) for s in self._fleet.there.values() if s.model.movable]
         return min((at for at in times if at > now), default=math.inf)
 
-    def _wanting(self) -> list[ModelState]:
+    @property
+    def wanting(self) -> list[ModelState]:
+        """Models to be loaded for batch calls, or for who was refused."""
         fleet = self._fleet
         batched = [s for s in fleet.batched.values() if s.phase is Phase.OFF]
         wished = [

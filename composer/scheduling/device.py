@@ -15,7 +15,7 @@ from typing import Any
 
 from composer.errors import ComposerError, EngineUnavailable
 from composer.scheduling.base import Lease, Place
-from composer.scheduling.clock import Alarm, Clock
+from composer.scheduling.clock import Alarm, Clock, MomentsEnd
 from composer.scheduling.events import (
     Action,
     Arrived,
@@ -224,10 +224,7 @@ class DeviceOwner:
             case Load(model) | Unload(model):
                 self._move(action, model, now)
             case Wake(at):
-                if self._wake is not None:
-                    self._wake.cancel()
-                if not self._closed:
-                    self._wake = self._clock.call_at(at, self._tick)
+                self._wake_at(at, now)
 
     def _grant(self, call: int, now: float) -> None:
         ticket = self._waiting.get(call)
@@ -282,6 +279,14 @@ class DeviceOwner:
         else:
             self.failures[event.model] = message
         self._feed(event)
+
+    def _wake_at(self, at: float, now: float) -> None:
+        soon = at <= now
+        if self._closed or (soon and isinstance(self._wake, MomentsEnd)):
+            return  # a moment ends once, however much happens in it
+        if self._wake is not None:
+            self._wake.cancel()
+        self._wake = MomentsEnd(self._tick) if soon else self._clock.call_at(at, self._tick)
 
     def _tick(self) -> None:
         self._wake = None

@@ -154,7 +154,8 @@ class Unload:
 
 @dataclass(frozen=True, slots=True)
 class Wake:
-    """Send `Ticked` at this time. The newest one replaces those before."""
+    """Send `Ticked` at this time; now: when all that happens at this moment has been told, so that
+    what belongs together is decided on together. The newest one replaces those before."""
 
     at: float
 

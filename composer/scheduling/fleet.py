@@ -136,7 +136,7 @@ class Fleet:
         # In any other phase the news is old: it is being brought back, or on its way out.
         if state.phase is Phase.RESIDENT:
             state.lost = self.changed = True
-            self._load(state, now)
+            self.load(state, now)
         elif state.phase is Phase.CLOSING:
             state.lost = self.changed = True
             self._drain(state, now)
@@ -156,29 +156,51 @@ class Fleet:
         self.claims.remove(state)
 
     def drop_claims(self) -> None:
-        """A load that nobody waits for any more is not begun; who was to leave for it may stay."""
-        idle = [
-            s
-            for s in self.claims
-            if not s.queue.order and not s.queue.batch and s.id not in self.wished
-        ]
-        if not idle:
-            return
-        for state in idle:
-            self.unclaim(state)
-        needed = sum([s.memory_gb for s in self.claims])
-        coming = self.free_gb() + sum(
-            [s.memory_gb for s in self.there.values() if s.phase in LEAVING]
-        )
-        for state in self.there.values():
-            if (
-                state.phase in (Phase.CLOSING, Phase.DRAINING)
-                and not state.gone
-                and not state.lost
-                and coming - state.memory_gb >= needed
-            ):
-                coming -= state.memory_gb
-                state.phase = Phase.RESIDENT
+        """A load that nobody waits for any more is not begun."""
+        for state in list(self.claims):
+            if not state.queue.order and not state.queue.batch and state.id not in self.wished:
+                self.unclaim(state)
+
+    def reopen(self, now: float) -> bool:
+        """Who was to leave for a load that is not to be begun any more stays; so does who was only
+        to come back. Returns whether anybody does.
+
+        Those gone soonest are left to leave until the claims have their memory, so that no claim
+        gets it later than planned.
+        """
+        leaving = [s for s in self.there.values() if s.phase in LEAVING]
+        leaving.sort(key=lambda s: s.gone_at(now))
+        back = [s for s in self.claims if s in leaving]
+        while True:
+            staying = self._needless(leaving, [s for s in self.claims if s not in back])
+            if all([s in staying for s in back]):
+                break
+            back = [s for s in back if s in staying]
+        for state in staying:
+            if state.claimed:
+                self.unclaim(state)
+            if state.phase is Phase.DRAINING:
+                # Its calls were put off to its next visit, and others' plans count on that.
+                state.queue.cut(0)
+            self._enter(state, Phase.RESIDENT)
+            state.leave_by = state.drain_by = math.inf
+        return bool(staying)
+
+    def _needless(self, leaving: list[ModelState], claims: list[ModelState]) -> list[ModelState]:
+        """Of those that leave, first to last, who may stay when only these loads are to be."""
+        needed = sum([s.memory_gb for s in claims]) - self.free_gb()
+        staying = []
+        for state in leaving:
+            if needed > ROUNDING_GB:
+                needed -= state.memory_gb
+            elif state.phase is not Phase.UNLOADING and not state.gone and not state.lost:
+                staying.append(state)
+        return staying
+
+    @property
+    def leaving(self) -> bool:
+        """Whether an event may let somebody leave, or make that needless."""
+        return any([s.phase in (Phase.CLOSING, Phase.DRAINING) for s in self.there.values()])
 
     def free_gb(self) -> float:
         return self.memory_gb - sum([s.memory_gb for s in self.there.values()])
@@ -211,7 +233,7 @@ class Fleet:
                     del self.failed[state.id]
                     self.changed = True
             elif state.phase is Phase.OFF and not state.gone and state.retry_at <= now:
-                self._load(state, now)
+                self.load(state, now)
         while self.claims:
             state = self.claims[0]
             if (
@@ -221,9 +243,9 @@ class Fleet:
             ):
                 return
             self.unclaim(state)
-            self._load(state, now)
+            self.load(state, now)
 
-    def _load(self, state: ModelState, now: float) -> None:
+    def load(self, state: ModelState, now: float) -> None:
         self._enter(state, Phase.LOADING)
         state.moved = now
         self.actions.append(Load(state.id))

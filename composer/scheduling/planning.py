@@ -27,17 +27,10 @@ def view_of(
                 ready = max(now, state.moved + state.load.mean)
                 outlook = state.queue.fresh(state.service)
                 _held(view, state, outlook.slack - ready, ready + outlook.done, may_leave)
-            case Phase.CLOSING:
-                slack, done = state.present(now)
-                view.slack = min(view.slack, slack)
-                view.leaving.append((done + state.unload.mean, state.memory_gb))
-            case Phase.DRAINING:
-                ends = max((call.until for call in state.held(now)), default=now)
-                ends = max(now, min(ends, state.drain_by))
-                view.leaving.append((ends + state.unload.mean, state.memory_gb))
             case _:
-                ends = max(now, state.moved + state.unload.mean)
-                view.leaving.append((ends, state.memory_gb))
+                if state.phase is Phase.CLOSING:
+                    view.slack = min(view.slack, state.present(now)[0])
+                view.leaving.append((state.gone_at(now), state.memory_gb))
     for state in fleet.asked.values():
         queue = state.queue
         if not state.model.movable:

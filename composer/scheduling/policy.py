@@ -9,13 +9,18 @@ late as a plan still serves every waiting call in time (laziness: what waits lon
 by one load together with what comes meanwhile), and what then leaves is what is expected to cost
 least. A visit ends only when somebody else's deadline forces it.
 
+**Moments**: what happens at one time is heard, admitted and granted event by event; swaps are
+decided once, when all of it has happened (`Wake` at once, then `Ticked`). The calls of one request
+so count together, and what a finished call makes needless is gone before anything moves for it.
+
 **Guarantees**. (1) No call is granted after its deadline and none waits past it: both ends of
 `on` refuse what is due. (2) If no duration exceeds its estimate (`learn=False` makes the models'
 figures such bounds), every admitted call is granted in time: a call is admitted only with a
 plan under which it and all others are (`_admit`); the plan's times only move forward when things
 end early (plan.py, queues.py); each step is begun before its latest time; and nothing that the plan
 does not hold (a batch call, a call for another visit) is granted unless it has ended before
-its model has to leave.
+its model has to leave. A moment lasts no time on the policy's clock, so what is admitted in it is
+admitted against what will be decided at its end.
 """
 
 from __future__ import annotations
@@ -43,6 +48,7 @@ from composer.scheduling.events import (
 from composer.scheduling.fleet import Fleet
 from composer.scheduling.plan import choose_victims, evaluate
 from composer.scheduling.planner import ADMIT_S, GUARD_S, Planner
+from composer.scheduling.preload import next_to_load
 from composer.scheduling.queues import Entry
 from composer.scheduling.state import ModelState, Phase, PolicySettings
 
@@ -58,6 +64,7 @@ class SwapPolicy:
         self._planner = Planner(self._fleet)
         self._batches = BatchChoice(self._fleet)
         self._wake_at = math.inf
+        self._open = False  # something happened since swaps were last decided
 
     def on(self, event: Event, now: float) -> list[Action]:
         fleet = self._fleet
@@ -84,13 +91,38 @@ class SwapPolicy:
                 fleet.configure(event, now)
         self._grant(now)
         fleet.expire(now, strictly=False)
+        self._open = self._open or fleet.changed
+        if isinstance(event, Ticked):
+            self._decide(now)
+        elif not self._planner.outdated(now):
+            self._grant_batches(now)
+        self._sleep(now, decided=isinstance(event, Ticked))
+        return fleet.actions
+
+    def _decide(self, now: float) -> None:
+        """What is loaded and unloaded, after all that happened at this moment."""
+        fleet = self._fleet
         fleet.drop_claims()
         self._swap(now)
+        if fleet.reopen(now):
+            self._swap(now)
         self._grant(now)
         self._grant_batches(now)
         fleet.move(now)
-        self._sleep(now)
-        return fleet.actions
+        if self.settings.preload and (state := next_to_load(fleet, now)) is not None:
+            fleet.load(state, now)
+        self._open = False
+
+    def _undecided(self, now: float) -> bool:
+        """Whether deciding now may begin anything."""
+        return (
+            self._open
+            or self._planner.outdated(now)
+            or self._due_steps(now) > 0
+            or self._is_early(now)
+            or self._fleet.leaving
+            or bool(self._batches.wanting)
+        )
 
     # --- arrivals --------------------------------------------------------------------
 
@@ -115,6 +147,8 @@ class SwapPolicy:
             fleet.say_no(call, "late", RETRY_AFTER_S[0])
             return
         idle = state.phase is Phase.RESIDENT and not state.queue.order
+        if idle and self._planner.outdated(now):
+            self._planner.renew(now)  # when it has to leave, after what happened just now
         at_once = idle and self._may_run(state, call, now)
         if not at_once and len(state.queue.order) >= state.model.queue:
             pace = state.run.mean / state.model.in_flight
@@ -249,8 +283,15 @@ class SwapPolicy:
             return True
         return False
 
-    def _sleep(self, now: float) -> None:
-        """Asks to be woken when the next thing is due that no event will announce."""
+    def _sleep(self, now: float, *, decided: bool) -> None:
+        """Asks to be woken when this moment is over, or the next thing is due that no event will
+        announce."""
+        if self._wake_at <= now:
+            return  # it is on its way
+        if not decided and self._undecided(now):
+            self._wake_at = now
+            self._fleet.actions.append(Wake(now))
+            return
         at = min(self._fleet.next_time(now), self._planner.look_at, self._batches.next_time(now))
         if at < math.inf and at != self._wake_at:
             self._wake_at = at

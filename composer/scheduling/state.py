@@ -32,6 +32,8 @@ class PolicySettings:
     `unbounded_wait_s`: what a call without a bound is taken to be content with.
     `adapter_patience`: the share of its bound for which a call may be overtaken by calls whose
     adapter is in use.
+    `preload`: what is likely to be asked for next is loaded into free memory while nothing else
+    is to be done (preload.py).
     `rate_horizon_s`: how far back arrivals tell how often a model is asked for.
     `retry_s`, `retry_most_s`: wait after a first failed load, doubled with each further one.
     """
@@ -43,6 +45,7 @@ class PolicySettings:
     learn: bool = True
     unbounded_wait_s: float = 60.0
     adapter_patience: float = 0.5
+    preload: bool = False
     rate_horizon_s: float = 600.0
     retry_s: float = 1.0
     retry_most_s: float = 60.0
@@ -204,6 +207,15 @@ class ModelState:
                 0,
             )
         return self._promise, end_of(queue.now_on, free, service)
+
+    def gone_at(self, now: float) -> float:
+        """When a leaving model's memory will be free."""
+        if self.phase is Phase.UNLOADING:
+            return max(now, self.moved + self.unload.mean)
+        if self.phase is Phase.CLOSING:
+            return self.present(now)[1] + self.unload.mean
+        ends = max([call.until for call in self.held(now)], default=now)
+        return max(now, min(ends, self.drain_by)) + self.unload.mean
 
     def promise(self, slack: float) -> None:
         """A call with this slack has joined the end of the present visit."""

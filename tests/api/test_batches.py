@@ -5,10 +5,12 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import random
 import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Iterator
@@ -23,8 +25,9 @@ from openai.types import Batch
 
 from api.app import create_app
 from composer.batch import jobs
-from composer.batch.files import save
+from composer.batch.answers import Answers
 from composer.batch.jobs import Batches
+from composer.batch.store import BatchStore
 from composer.settings import Settings
 from tests.api.conftest import Live
 from tests.api.fakes import World, make_world
@@ -347,11 +350,12 @@ async def test_a_batch_killed_while_it_was_finalized_is_completed(
 ) -> None:
     """Its time is over meanwhile; and what was written of its output is written again."""
 
-    async def killed(self: Batches, batch: jobs.Batch, *rest: object) -> None:
+    async def killed(self: Batches, job: jobs._Job, *rest: object) -> None:
+        batch = job.batch
         batch.become("finalizing")
         batch.expires_at = 1
         await self._save(batch)
-        self._files.make(jobs._file_id(batch.id, "output"), Path.touch, "half", "batch_output")
+        self._files.make(jobs.file_id(batch.id, "output"), Path.touch, "half", "batch_output")
         await asyncio.Event().wait()
 
     with monkeypatch.context() as patch:
@@ -369,16 +373,20 @@ async def test_a_batch_killed_while_it_was_finalized_is_completed(
         assert again.engine.calls == []
 
 
-async def test_a_cancelled_batch_is_still_cancelled_after_a_restart(world: World) -> None:
+async def test_a_cancelled_batch_is_still_cancelled_after_a_restart(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(jobs, "LOOK_S", 60)
     world.engine.held = True
     async with Running(world) as before:
         id_ = await before.create([line("a")])
         await before.wait(id_, lambda batch: batch["status"] == "in_progress")
-        batch = await before.batches.get(id_)
-        batch.become("cancelling")
-        await before.batches._save(batch)  # and the process dies
-    async with Running(make_world(settings=world.service.settings)) as after:
-        await after.wait(id_, lambda batch: batch["status"] == "cancelled")
+        before.batches._store.cancel(id_)  # and the process dies
+    again = make_world(settings=world.service.settings)
+    async with Running(again) as after:
+        batch = await after.wait(id_, lambda batch: batch["status"] == "cancelled")
+        assert batch["cancelling_at"] is not None
+        assert again.engine.calls == []
 
 
 async def test_a_batch_of_a_living_process_is_left_to_it(world: World) -> None:
@@ -392,11 +400,116 @@ async def test_a_batch_of_a_living_process_is_left_to_it(world: World) -> None:
                 while two.batches._jobs:
                     await asyncio.sleep(0.005)
             assert (await two.batches.get(id_)).status == "in_progress"
-            reply = await two.client.post(f"/v1/batches/{id_}/cancel")
-            assert reply.status_code == 409
             assert other.engine.calls == []
             world.engine.held = False
             await two.wait(id_, lambda batch: batch["status"] == "completed")
+
+
+async def test_a_batch_is_cancelled_by_whichever_process_is_asked(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What it has is kept; the process that was asked runs nothing of it."""
+    monkeypatch.setattr(jobs, "LOOK_S", 0.2)
+    world.engine.held, world.engine.free = True, 2
+    other = make_world(settings=world.service.settings)
+    async with Running(world) as one, Running(other) as two:
+        id_ = await one.create([line("a", "hi"), *(line(f"{i}", "hi there") for i in range(5))])
+        await one.wait(id_, lambda batch: batch["request_counts"]["completed"] == 1)
+        for _ in range(2):  # again, it is the same
+            reply = await two.client.post(f"/v1/batches/{id_}/cancel")
+            assert (reply.status_code, reply.json()["status"]) == (200, "cancelling")
+            assert reply.json()["cancelling_at"] is not None
+        listed = (await two.client.get("/v1/batches")).json()["data"]
+        assert [batch["status"] for batch in listed] == ["cancelling"]
+        await one.wait(id_, lambda batch: batch["status"] == "cancelled")
+        batch = await two.wait(id_, lambda batch: batch["status"] == "cancelled")
+        assert batch["request_counts"] == {"total": 6, "completed": 1, "failed": 0}
+        assert batch["cancelling_at"] <= batch["cancelled_at"]
+        output = await two.client.get(f"/v1/files/{batch['output_file_id']}/content")
+        assert [json.loads(text)["custom_id"] for text in output.text.splitlines()] == ["a"]
+        errors = await two.client.get(f"/v1/files/{batch['error_file_id']}/content")
+        assert len(errors.text.splitlines()) == 5
+        assert (world.engine.running, other.engine.calls) == (0, [])
+        reply = await two.client.post(f"/v1/batches/{id_}/cancel")
+        assert reply.status_code == 409
+        while one.batches._jobs:
+            await asyncio.sleep(0.005)
+    folder = world.service.settings.files_dir / id_
+    assert [path.name for path in folder.iterdir()] == ["batch.json"]
+
+
+async def test_a_cancel_by_another_process_is_done_or_refused_at_any_moment(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Never taken and then forgotten, never refused and then done."""
+    monkeypatch.setattr(jobs, "LOOK_S", 0.001)
+    rng = random.Random(3)
+    other = make_world(settings=world.service.settings)
+    async with Running(world) as one, Running(other) as two:
+        for _ in range(30):
+            id_ = await one.create([line(f"{i}", "hi") for i in range(8)])
+            await asyncio.sleep(rng.uniform(0, 0.15))
+            reply = await two.client.post(f"/v1/batches/{id_}/cancel")
+            batch = await two.wait(id_, lambda batch: batch["status"] in ENDED)
+            want = {200: "cancelled", 409: "completed"}[reply.status_code]
+            assert batch["status"] == want
+            total = 0
+            for kind in ("output", "error"):
+                if (file := batch[f"{kind}_file_id"]) is not None:
+                    lines = (await two.client.get(f"/v1/files/{file}/content")).text.splitlines()
+                    total += len(lines)
+            assert total == 8
+
+
+async def test_an_answer_that_is_on_its_way_to_the_disk_is_kept(
+    running: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A cancel comes between an answer and the moment at which it is safe."""
+    committing, go_on = threading.Event(), threading.Event()
+    real = Answers._commit
+
+    def slowly(self: Answers, puts: Any) -> None:
+        committing.set()
+        assert go_on.wait(30)
+        real(self, puts)
+
+    monkeypatch.setattr(Answers, "_commit", slowly)
+    id_ = await running.create([line("a")])
+    await asyncio.to_thread(committing.wait, 30)
+    assert (await running.client.post(f"/v1/batches/{id_}/cancel")).status_code == 200
+    await asyncio.sleep(0.05)
+    go_on.set()
+    batch = await running.wait(id_, lambda batch: batch["status"] in ENDED)
+    assert batch["status"] == "cancelled"
+    assert batch["request_counts"] == {"total": 1, "completed": 1, "failed": 0}
+    assert batch["error_file_id"] is None
+    output = await running.client.get(f"/v1/files/{batch['output_file_id']}/content")
+    assert len(output.text.splitlines()) == 1
+
+
+async def test_nobody_cancels_what_is_being_ended(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ending, go_on = threading.Event(), threading.Event()
+    real = Batches._write
+
+    def slowly(self: Batches, *given: Any) -> None:
+        ending.set()
+        assert go_on.wait(30)
+        real(self, *given)
+
+    monkeypatch.setattr(Batches, "_write", slowly)
+    monkeypatch.setattr(jobs, "WINDOW_S", 0)  # what expires is not `finalizing` meanwhile
+    other = make_world(settings=world.service.settings)
+    async with Running(world) as one, Running(other) as two:
+        id_ = await one.create([line("a")])
+        await asyncio.to_thread(ending.wait, 30)
+        for running in (one, two):
+            reply = await running.client.post(f"/v1/batches/{id_}/cancel")
+            assert reply.status_code == 409
+            assert "nothing to cancel" in reply.json()["error"]["message"]
+        go_on.set()
+        await two.wait(id_, lambda batch: batch["status"] == "expired")
 
 
 async def test_what_another_process_leaves_unfinished_is_taken_over(
@@ -438,23 +551,22 @@ async def test_a_batch_that_another_process_has_ended_stays_as_it_ended(
 async def test_a_batch_is_cancelled_while_it_is_saved(
     running: Running, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    saving = Counter[str]()
+    saving = threading.Event()
+    real = BatchStore.save
 
-    def slowly(path: Path, content: Any) -> None:
-        saving["most"] = max(saving["most"], saving["now"] + 1)
-        saving["now"] += 1
-        time.sleep(0.05)
-        save(path, content)
-        saving["now"] -= 1
+    def slowly(self: BatchStore, batch: Any) -> None:
+        if batch.status == "in_progress":
+            saving.set()
+            time.sleep(0.05)
+        real(self, batch)
 
     running.world.engine.held = True
-    monkeypatch.setattr(jobs, "save", slowly)
+    monkeypatch.setattr(BatchStore, "save", slowly)
     id_ = await running.create([line("a")])
-    await running.wait(id_, lambda batch: saving["now"] == 1)
+    await asyncio.to_thread(saving.wait, 30)
     reply = await running.client.post(f"/v1/batches/{id_}/cancel")
     assert reply.status_code == 200
     await running.wait(id_, lambda batch: batch["status"] == "cancelled")
-    assert saving["most"] == 1
 
 
 async def test_a_cancel_that_could_not_be_kept_is_still_one(
@@ -463,16 +575,13 @@ async def test_a_cancel_that_could_not_be_kept_is_still_one(
     running.world.engine.held = True
     id_ = await running.create([line("a")])
     await running.wait(id_, lambda batch: batch["status"] == "in_progress")
-    full = [True]
 
-    def save_next_time(path: Path, content: Any) -> None:
-        if full:
-            full.clear()
-            raise OSError(28, "No space left on device")
-        save(path, content)
+    def full(path: Path) -> None:
+        raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(jobs, "save", save_next_time)
-    assert (await running.client.post(f"/v1/batches/{id_}/cancel")).status_code == 503
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "touch", full)
+        assert (await running.client.post(f"/v1/batches/{id_}/cancel")).status_code == 503
     await running.wait(id_, lambda batch: batch["status"] == "cancelled")
 
 
@@ -527,12 +636,63 @@ uvicorn.run(create_app(world.service), port=int(sys.argv[3]), log_level="error")
 """
 
 
+class Served:
+    """A service in a process of its own over slow experts, to be started as often as wanted."""
+
+    def __init__(self, folder: Path) -> None:
+        with socket.create_server(("127.0.0.1", 0)) as free:
+            port = free.getsockname()[1]
+        self.files = folder / "files"
+        self.trace = folder / "trace"
+        self._command = [sys.executable, "-c", SERVER, self.files, self.trace, str(port)]
+        url = f"http://127.0.0.1:{port}/v1"
+        self.ai = openai.OpenAI(base_url=url, api_key="none", max_retries=0)
+
+    def start(self) -> subprocess.Popen[bytes]:
+        return subprocess.Popen(self._command, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"})
+
+    def create(self, count: int) -> str:
+        """A batch, as soon as the service answers."""
+        until = time.monotonic() + 60
+        while True:
+            try:
+                lines = [line(f"{i}", f"question {i} shout") for i in range(count)]
+                return create(self.ai, lines).id
+            except openai.APIConnectionError:
+                assert time.monotonic() < until
+                time.sleep(0.05)
+
+
+async def test_a_batch_that_another_real_process_runs_is_cancelled(tmp_path: Path) -> None:
+    served = Served(tmp_path)
+    child = served.start()
+    try:
+        id_ = await asyncio.to_thread(served.create, 4000)
+        while served.ai.batches.retrieve(id_).request_counts.completed < 50:  # type: ignore[union-attr]
+            await asyncio.sleep(0.01)
+        world = make_world(settings=Settings(files_dir=served.files))
+        async with Running(world) as here:
+            reply = await here.client.post(f"/v1/batches/{id_}/cancel")
+            assert (reply.status_code, reply.json()["status"]) == (200, "cancelling")
+            batch = await here.wait(id_, lambda batch: batch["status"] in ENDED)
+        assert batch["status"] == "cancelled"
+        assert 50 <= batch["request_counts"]["completed"] < 4000
+        assert world.engine.calls == []
+        output = served.ai.files.content(batch["output_file_id"]).text.splitlines()
+        errors = served.ai.files.content(batch["error_file_id"]).text.splitlines()
+        assert len(output) == batch["request_counts"]["completed"]
+        ids = {json.loads(text)["custom_id"] for text in output + errors}
+        assert ids == {f"{i}" for i in range(4000)}
+        assert len(output + errors) == 4000
+    finally:
+        served.ai.close()
+        child.kill()
+        child.wait()
+
+
 def test_a_service_killed_twice_ends_the_batch(tmp_path: Path) -> None:
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
-    trace = tmp_path / "trace"
-    command = [sys.executable, "-c", SERVER, str(tmp_path / "files"), str(trace), str(port)]
-    ai = openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", max_retries=0)
+    served = Served(tmp_path)
+    ai, trace = served.ai, served.trace
     id_, child = "", None
 
     def completed() -> int:
@@ -543,15 +703,9 @@ def test_a_service_killed_twice_ends_the_batch(tmp_path: Path) -> None:
 
     try:
         for kill_at in (100, 250, None):
-            child = subprocess.Popen(command, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"})
+            child = served.start()
             until = time.monotonic() + 60
-            while not id_:
-                try:
-                    lines = [line(f"{i}", f"question {i} shout") for i in range(400)]
-                    id_ = create(ai, lines).id
-                except openai.APIConnectionError:
-                    assert time.monotonic() < until
-                    time.sleep(0.05)
+            id_ = id_ or served.create(400)
             while completed() < (400 if kill_at is None else kill_at):
                 assert time.monotonic() < until
                 time.sleep(0.01)

@@ -53,6 +53,7 @@ def test_each_error_has_openais_shape(kind: type[ComposerError]) -> None:
         (example(errors.AdapterError), 400),
         (errors.EngineError("x"), 502),
         (errors.EngineUnavailable("x"), 503),
+        (errors.EngineMisconfigured("x"), 502),
         (errors.Overloaded("x", retry_after=1), 503),
         (errors.StoreError("x"), 503),
         (errors.UnknownResponse("x"), 404),
@@ -84,6 +85,7 @@ def test_retry_after_is_rounded_up_to_whole_seconds() -> None:
     assert wire_error(never).headers == {"retry-after": "3600"}
     assert int(wire_error(errors.EngineUnavailable("x")).headers["retry-after"]) > 0
     assert wire_error(errors.EngineError("x")).headers == {}
+    assert wire_error(errors.EngineMisconfigured("x")).headers == {}
 
 
 def test_problems_are_listed_without_the_operators_file(caplog: pytest.LogCaptureFixture) -> None:

@@ -9,6 +9,7 @@ import httpx
 import numpy as np
 import pytest
 
+from composer.engines.base import Health
 from composer.errors import StoreError
 from tests.api.fakes import SECRET, World
 
@@ -287,6 +288,7 @@ async def test_health_and_ready_while_serving(client: httpx.AsyncClient) -> None
     health = await client.get("/health")
     assert health.status_code == 200
     assert health.json()["status"] == "ok"
+    assert health.json()["servers"] == {"box": {"state": "ready"}}
     assert health.json()["scheduler"]["box"]["in_flight"] == 64
     ready = await client.get("/ready")
     assert (ready.status_code, ready.json()) == (200, {"ready": True, "catalog_version": 1})
@@ -300,6 +302,34 @@ async def test_health_is_200_with_details_when_degraded(
     assert health.status_code == 200
     assert health.json()["status"] == "degraded"
     assert (await client.get("/ready")).status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("health", "status", "shown"),
+    [
+        (Health("off"), "ok", {"state": "off"}),
+        (Health("starting"), "ok", {"state": "starting"}),
+        (
+            Health("failed", f"it ended; see {SECRET}/a.log"),
+            "degraded",
+            {"state": "failed", "reason": "it ended; see …"},
+        ),
+    ],
+)
+async def test_health_says_what_each_server_does_and_why(
+    client: httpx.AsyncClient,
+    world: World,
+    monkeypatch: pytest.MonkeyPatch,
+    health: Health,
+    status: str,
+    shown: dict[str, str],
+) -> None:
+    async def told() -> Health:
+        return health
+
+    monkeypatch.setattr(world.service.generations.current.engines["box"], "health", told)
+    said = (await client.get("/health")).json()
+    assert (said["status"], said["servers"]) == (status, {"box": shown})
 
 
 async def test_before_the_start_nothing_is_ready(client: httpx.AsyncClient, world: World) -> None:

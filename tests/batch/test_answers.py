@@ -54,6 +54,16 @@ async def test_many_at_once_are_committed_together(
     await answers.aclose()
 
 
+async def test_what_was_put_counts_though_who_put_it_has_left(tmp_path: Path) -> None:
+    answers = open_(tmp_path / "p")
+    putting = asyncio.create_task(answers.put(2, 200, b"{}"))
+    await asyncio.sleep(0)
+    putting.cancel()
+    await answers.settled()
+    assert answers.missing() == [0, 1, 3, 4, 5, 6, 7]
+    await answers.aclose()
+
+
 async def test_a_line_is_answered_once(tmp_path: Path) -> None:
     await filled(tmp_path / "p", 2)
     answers = open_(tmp_path / "p")

@@ -6,6 +6,8 @@ import asyncio
 import io
 import os
 import signal
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -25,6 +27,7 @@ from composer.service import Service
 from tests.api.fakes import World, make_world
 from tests.batch.child import idle
 from tests.batch.helpers import ENDPOINTS, content, line, read, write
+from tests.tiny import ROOT
 
 QUIET = Console(file=io.StringIO())
 
@@ -115,7 +118,7 @@ def test_a_changed_input_is_refused_before_anything_runs(tmp_path: Path) -> None
 
 def test_a_wrong_input_is_refused_before_anything_runs(tmp_path: Path) -> None:
     source = write(tmp_path / "in", [line("a"), line("b"), line("a")])
-    with pytest.raises(InvalidBatch, match="line 3: custom_id 'a' stands in line 1 too"):
+    with pytest.raises(InvalidBatch, match="in:3: custom_id 'a' is also that of line 1"):
         run(never, source, tmp_path / "out")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["in"]
 
@@ -135,8 +138,8 @@ def test_the_command_line_tells_every_wrong_line(tmp_path: Path) -> None:
     result = CliRunner().invoke(app, ["batch", str(source), str(tmp_path / "out")])
     assert result.exit_code == 1
     first, second = result.stderr.splitlines()
-    assert first.startswith("line 2: this is not JSON")
-    assert second == "line 3: custom_id 'a' stands in line 1 too; make it another"
+    assert first.startswith(f"{source}:2: not JSON")
+    assert second == f"{source}:3: custom_id 'a' is also that of line 1; give it another"
 
 
 def test_the_command_line_says_that_it_was_done(world: World, tmp_path: Path) -> None:
@@ -147,25 +150,87 @@ def test_the_command_line_says_that_it_was_done(world: World, tmp_path: Path) ->
     assert result.stdout == f"{tmp_path / 'out'} is complete; --fresh asks everything anew\n"
 
 
-def test_sigterm_leaves_what_it_has(world: World, tmp_path: Path) -> None:
-    source = write(
-        tmp_path / "in", [line("quick", "hi"), line("slow", "never ends, says the shout")]
-    )
-    world.engine.held, world.engine.free = True, 2
+def when(true: Callable[[], bool], *actions: Callable[[], object]) -> threading.Thread:
+    """Does them in a thread of its own once it is true."""
+
+    def work() -> None:
+        until = time.monotonic() + 30
+        while not true():
+            assert time.monotonic() < until
+            time.sleep(0.01)
+        for action in actions:
+            action()
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    return thread
+
+
+def answered(target: Path) -> int:
+    partial = target.with_name(target.name + ".partial")
+    return partial.read_bytes().count(b"\n") - 1 if partial.exists() else 0
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_the_first_signal_finishes_what_runs_and_begins_nothing(
+    tmp_path: Path, number: signal.Signals
+) -> None:
+    world = make_world(in_flight=2)
+    source = write(tmp_path / "in", [line(f"{i}", f"hi {i} shout") for i in range(6)])
+    world.engine.held = True
+    said = io.StringIO()
+
+    def go_on() -> None:
+        world.engine.held = False
 
     def make() -> Service:
-        def stop() -> None:
-            until = time.monotonic() + 30
-            while (tmp_path / "out.partial").read_bytes().count(b"\n") != 2:
-                assert time.monotonic() < until
-                time.sleep(0.01)
-            os.kill(os.getpid(), signal.SIGTERM)
-
-        threading.Thread(target=stop).start()
+        when(lambda: world.engine.running == 2, lambda: os.kill(os.getpid(), number))
+        when(lambda: "\n" in said.getvalue(), go_on)
         return world.service
 
-    with pytest.raises(asyncio.CancelledError):
-        run(make, source, tmp_path / "out")
+    with pytest.raises(KeyboardInterrupt):
+        answer_file(make, WireCodec(), source, tmp_path / "out", console=Console(file=said))
+    assert said.getvalue() == "finishing what runs (requests: 2); once more stops at once\n"
+    assert (len(world.engine.calls), world.engine.cancelled) == (2, [])
+    assert answered(tmp_path / "out") == 2
     assert not (tmp_path / "out").exists()
     again = make_world()
-    assert run(lambda: again.service, source, tmp_path / "out") == Done(2, 0, 1)
+    assert run(lambda: again.service, source, tmp_path / "out") == Done(6, 0, 4)
+    assert [one["custom_id"] for one in read(tmp_path / "out")] == [f"{i}" for i in range(6)]
+
+
+def test_a_signal_before_anything_is_asked_stops_at_once(world: World, tmp_path: Path) -> None:
+    source = write(tmp_path / "in", [line("a")])
+    said = io.StringIO()
+
+    def make() -> Service:
+        os.kill(os.getpid(), signal.SIGTERM)
+        return world.service
+
+    with pytest.raises(KeyboardInterrupt):
+        answer_file(make, WireCodec(), source, tmp_path / "out", console=Console(file=said))
+    assert said.getvalue() == "stopping; once more stops at once\n"
+    assert world.engine.calls == []
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_the_second_signal_ends_it_at_once(tmp_path: Path, number: signal.Signals) -> None:
+    source = write(
+        tmp_path / "in", [line("quick", "hi"), line("stuck", "hi there"), line("a", "hi")]
+    )
+    target, trace = tmp_path / "out", tmp_path / "trace"
+    command = [sys.executable, "-m", "tests.batch.child", source, target, trace, "there"]
+    with subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True) as child:
+        assert child.stderr is not None
+        try:
+            when(lambda: answered(target) == 2, lambda: child.send_signal(number)).join()
+            assert child.stderr.readline().startswith("finishing what runs (requests: ")
+            with pytest.raises(subprocess.TimeoutExpired):
+                child.wait(0.3)
+            child.send_signal(number)
+            assert child.wait(5) == -number
+        finally:
+            child.kill()
+    again = make_world()
+    assert run(lambda: again.service, source, target) == Done(3, 0, 1)
+    assert len(again.engine.calls) == 1

@@ -64,6 +64,30 @@ async def test_all_get_their_lease_and_ends_are_told() -> None:
     assert changes <= 8  # by threes, the first few aside, not 29 as they came
 
 
+async def test_it_tells_who_waits_and_who_runs() -> None:
+    scheduler = FakeScheduler()
+    scheduler.configure({"server": place(FakeEngine("server"), in_flight=1, queue=4)}, {})
+    came: list[str] = []
+    gate = Gate(scheduler, lambda server: Capacity(1, 4), came=lambda call: came.append(call.id))
+    lease = await gate.acquire(call(0))
+    waiting = [asyncio.create_task(gate.acquire(call(i))) for i in range(1, 5)]
+    await settle()
+
+    def ids(calls: list[Call]) -> list[str]:
+        return [call.id for call in calls]
+
+    assert came == [f"r/{i}" for i in range(5)]
+    assert (ids(gate.running), ids(gate.waiting)) == (["r/0"], came[1:])
+    waiting[3].cancel()
+    gate.release(lease)
+    gate.release(await waiting[0])
+    last = await waiting[1]
+    assert (ids(gate.running), ids(gate.waiting)) == (["r/2"], ["r/3"])
+    gate.release(last)
+    gate.release(await waiting[2])
+    assert (gate.running, gate.waiting) == ([], [])
+
+
 async def test_a_refusal_is_waited_out() -> None:
     gate, scheduler, _ = bench(in_flight=1, queue=0)
     first = await gate.acquire(call(1))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -64,13 +65,41 @@ def test_everything_wrong_is_told_with_its_line(tmp_path: Path) -> None:
     ]
 
 
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        (
+            '{"custom_id": "b", "method": POST}',
+            "not JSON (unexpected character, expected a JSON value, column 30); "
+            "write one request, a JSON object, a line",
+        ),
+        ("{", "not JSON (unexpected end of data, column 2); write one request, a JSON object"),
+        ("[]", "not a JSON object; write one request, a JSON object, a line"),
+        (line(""), "no usable custom_id; give it a text of 1 to 512 characters"),
+        (line("b", method="GET"), 'the method is not POST; write "method": "POST"'),
+        (line("b", url="/v1/x"), "the url cannot be asked; write /v1/chat/completions or /v1/"),
+        ({**line("b"), "body": "x"}, "the body is not a JSON object; write the request's fields"),
+        (line("a"), "custom_id 'a' is also that of line 1; give it another"),
+    ],
+)
+def test_what_is_said_of_a_wrong_line_is_one_line(
+    tmp_path: Path, wrong: dict[str, Any] | str, said: str
+) -> None:
+    """File and line, what is wrong, the remedy; and no other line number than the file's own."""
+    path = write(tmp_path / "in", [line("a"), "", wrong])
+    with pytest.raises(InvalidBatch) as caught:
+        Lines(path, ENDPOINTS)
+    assert str(caught.value).startswith(f"{path}:3: {said}")
+    assert len(str(caught.value).splitlines()) == 1
+
+
 def test_a_duplicate_names_both_lines(tmp_path: Path) -> None:
     path = write(tmp_path / "in", [line("a"), line("b"), "", line("a"), line("a")])
     with pytest.raises(InvalidBatch) as caught:
         Lines(path, ENDPOINTS)
     assert str(caught.value).splitlines() == [
-        "line 4: custom_id 'a' stands in line 1 too; make it another",
-        "line 5: custom_id 'a' stands in line 1 too; make it another",
+        f"{path}:4: custom_id 'a' is also that of line 1; give it another",
+        f"{path}:5: custom_id 'a' is also that of line 1; give it another",
     ]
 
 
@@ -96,6 +125,8 @@ def test_a_line_that_is_too_long_is_not_held_in_memory(
 def test_a_file_without_requests(tmp_path: Path, text: str) -> None:
     (tmp_path / "in").write_text(text)
     assert problems(tmp_path / "in") == [(None, "empty_file")]
+    with pytest.raises(InvalidBatch, match=r"/in: there are no requests in it; write one a line"):
+        Lines(tmp_path / "in", ENDPOINTS)
 
 
 def test_many_problems_are_counted(tmp_path: Path) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import AsyncGenerator, Mapping
+from collections.abc import AsyncGenerator, Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from composer.scheduling.scheduler import DeviceScheduler
 from composer.strategies.vote import Vote, VoteSettings
 from composer.types import Call, Chunk, Component, Expert, Server
 from tests.batch.helpers import ENDPOINTS, Bench, content, line, read, write
-from tests.fakes import FakeEngine, FakeScheduler, FakeSettings, Stage, stage
+from tests.fakes import FakeEngine, FakeScheduler, FakeSettings, Stage, place, stage
 
 
 async def test_answers_come_in_the_inputs_order_with_openais_fields(tmp_path: Path) -> None:
@@ -120,6 +120,105 @@ async def test_what_is_answered_is_not_asked_again(tmp_path: Path) -> None:
     answered = await Bench(again).run(source, tmp_path / "out")
     assert [one["custom_id"] for one in answered] == [f"{i}" for i in range(50)]
     assert len(again.engine.calls) == 25
+
+
+# --- told to stop --------------------------------------------------------------------------
+
+
+async def drained(
+    bench: Bench, source: Path, partial: Path, then: Callable[[], object] = lambda: None
+) -> tuple[list[int], int]:
+    """The lines that a run answers which is told to stop once calls run everywhere they can, and
+    how many it says it is finishing. `then` is done before those calls go on."""
+    lines = Lines(source, ENDPOINTS)
+    answers = Answers(partial, digest=lines.digest, lines=len(lines))
+    engines = bench.generations.current.engines.values()
+    gate = asyncio.Event()
+    for engine in engines:
+        engine.gate = gate  # type: ignore[attr-defined]
+    run = asyncio.create_task(bench.runner.run(lines, answers, Unwatched()))
+    async with asyncio.timeout(10):
+        calls = -1
+        while calls != (calls := sum(len(e.calls) for e in engines)) or not calls:  # type: ignore[attr-defined]
+            await asyncio.sleep(0.05)
+        finishing = bench.runner.drain()
+        await asyncio.sleep(0.01)
+        assert not run.done()
+        then()
+        gate.set()
+        await run
+    assert bench.generations.holds == 0
+    await answers.aclose()
+    return [index for index in range(len(lines)) if index in answers], finishing
+
+
+async def test_told_to_stop_it_ends_what_runs_and_begins_nothing(tmp_path: Path) -> None:
+    staged = stage()
+    bench = Bench(staged)
+    bench.scheduler.configure({"server": place(staged.engine, in_flight=3, queue=64)}, {})
+    source = write(tmp_path / "in", [line(f"{i}") for i in range(50)])
+    kept, finishing = await drained(bench, source, tmp_path / "out.partial")
+    assert len(kept) == finishing == len(staged.engine.calls) == 3
+    assert staged.engine.cancelled == []
+    again = stage()
+    answered = await Bench(again).run(source, tmp_path / "out")
+    assert [one["custom_id"] for one in answered] == [f"{i}" for i in range(50)]
+    assert len(again.engine.calls) == 47
+
+
+async def test_told_to_stop_it_keeps_no_answer_of_half_the_calls(tmp_path: Path) -> None:
+    """Of three votes one has both its calls running; one call of each other waits."""
+    staged, engines = voting({"ab": "", "ac": ""})
+    source = write(
+        tmp_path / "in",
+        [line(f"{i}", "go", body={"model": name}) for i, name in enumerate(["ab", "ab", "ac"])],
+    )
+    bench = Bench(staged)
+    places = {s: place(e, in_flight=2 if s == "A" else 1, queue=64) for s, e in engines.items()}
+    bench.scheduler.configure(places, {})
+    kept, finishing = await drained(bench, source, tmp_path / "out.partial")
+    assert (kept, finishing) == ([0], 1)
+    assert {outcome.status for outcome in bench.outcomes} == {"ok", "cancelled"}
+
+
+async def test_told_to_stop_it_asks_nothing_again(tmp_path: Path) -> None:
+    """The server dies under the calls that were to be finished."""
+
+    class Dying(FakeEngine):
+        dead = False
+
+        async def run(self, call: Call) -> AsyncGenerator[Chunk, None]:
+            async for chunk in super().run(call):
+                if self.dead:
+                    raise EngineUnavailable("it died")
+                yield chunk
+
+    engine = Dying("server")
+    bench = Bench(stage(engine=engine))
+    source = write(tmp_path / "in", [line("a"), line("b")])
+    kept = await drained(bench, source, tmp_path / "p", then=lambda: setattr(engine, "dead", True))
+    assert kept == ([], 2)
+    assert len(engine.calls) == 2
+
+
+async def test_told_to_stop_it_waits_for_no_server(tmp_path: Path) -> None:
+    class Away(FakeScheduler):
+        async def acquire(self, call: Call) -> Lease:
+            raise EngineUnavailable("starting")
+
+    bench = Bench(stage(), Away())
+    lines = Lines(write(tmp_path / "in", [line("a"), line("b")]), ENDPOINTS)
+    answers = Answers(tmp_path / "p", digest=lines.digest, lines=2)
+    run = asyncio.create_task(bench.runner.run(lines, answers, Unwatched()))
+    await asyncio.sleep(0.1)  # into the pause before the next try
+    assert bench.runner.drain() == 0
+    async with asyncio.timeout(0.9):
+        await run
+    assert answers.missing() == [0, 1]
+    await answers.aclose()
+
+
+# --- servers that are away -----------------------------------------------------------------
 
 
 async def test_a_server_that_is_away_is_waited_for(

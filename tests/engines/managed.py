@@ -15,7 +15,8 @@ from pathlib import Path
 import httpx
 import psutil
 
-from composer.engines.processes import Launch, ManagedProcess, Restarts
+from composer.engines.launch import Launch, Restarts
+from composer.engines.processes import ManagedProcess
 
 STANDIN = Path(__file__).with_name("standin.py")
 

@@ -198,7 +198,7 @@ async def test_a_step_that_fails_fails_its_rows_and_the_engine_goes_on(
     with pytest.raises(EngineError, match="out of memory"):
         await text(bare, make_call())
     assert await text(bare, make_call()) == expected
-    assert await bare.healthy()
+    assert (await bare.health()).ok
 
 
 async def test_a_cache_that_cannot_be_cut_fails_its_rows_and_the_engine_goes_on(
@@ -220,4 +220,4 @@ async def test_a_cache_that_cannot_be_cut_fails_its_rows_and_the_engine_goes_on(
     with pytest.raises(EngineError, match="out of memory"):
         await stays
     assert await text(bare, make_call())
-    assert await bare.healthy()
+    assert (await bare.health()).ok

@@ -30,7 +30,7 @@ async def test_close_fails_what_runs_and_may_be_called_twice(base: Path) -> None
     with pytest.raises(EngineUnavailable, match="not running"):
         await text(engine, make_call())
     await engine.start()
-    assert await engine.healthy()
+    assert (await engine.health()).ok
     stream = engine.run(make_call(max_tokens=90))
     await anext(stream)
     waiting = asyncio.create_task(text(engine, make_call()))
@@ -43,7 +43,7 @@ async def test_close_fails_what_runs_and_may_be_called_twice(base: Path) -> None
         await waiting
     with pytest.raises(EngineUnavailable, match="closed"):
         await engine.prepare(())
-    assert not await engine.healthy()
+    assert not (await engine.health()).ok
     assert not [t for t in threading.enumerate() if t.name == "embedded-tiny"]
 
 
@@ -102,7 +102,7 @@ async def test_a_start_cancelled_while_loading_ends_the_worker_and_frees_the_mod
     starting.cancel()
     with pytest.raises(asyncio.CancelledError):
         await starting
-    assert not await engine.healthy()
+    assert not (await engine.health()).ok
     slow_load.go_on.set()
     await engine.close()
     assert not [t for t in threading.enumerate() if t.name == "embedded-tiny"]
@@ -115,7 +115,7 @@ async def test_closing_while_it_loads_fails_the_start(base: Path, slow_load: Slo
     engine = EmbeddedEngine("tiny", EmbeddedSettings(model=str(base)))
     starting = asyncio.create_task(engine.start())
     assert await asyncio.to_thread(slow_load.begun.wait, 30)
-    assert not await engine.healthy()
+    assert (await engine.health()).state == "starting"
     with pytest.raises(EngineUnavailable, match="not running"):
         await text(engine, make_call())
     closing = asyncio.create_task(engine.close())
@@ -140,7 +140,7 @@ async def test_stopped_it_is_healthy_keeps_its_adapters_and_comes_back(
     await engine.stop()
     with pytest.raises(EngineUnavailable):
         [chunk async for chunk in running]
-    assert await engine.healthy()
+    assert (await engine.health()).ok
     assert not [t for t in threading.enumerate() if t.name == "embedded-tiny"]
     with pytest.raises(EngineUnavailable, match="not running"):
         await text(engine, make_call())
@@ -152,7 +152,7 @@ async def test_stopped_it_is_healthy_keeps_its_adapters_and_comes_back(
     assert await text(engine, make_call(adapter=adapters[0])) == expected
     assert await text(engine, make_call(adapter=adapters[1])) != expected
     await engine.close()
-    assert not await engine.healthy()
+    assert not (await engine.health()).ok
 
 
 async def test_a_start_can_be_tried_again_after_it_was_cancelled(
@@ -167,7 +167,7 @@ async def test_a_start_can_be_tried_again_after_it_was_cancelled(
         await starting
     slow_load.go_on.set()
     await engine.start()
-    assert await engine.healthy()
+    assert (await engine.health()).ok
     assert await text(engine, make_call()) == expected
     await engine.close()
 
@@ -185,7 +185,7 @@ async def test_an_engine_whose_thread_died_is_not_healthy_and_fails_its_calls(
     with pytest.raises(EngineUnavailable):
         await text(bare, make_call())
     await asyncio.to_thread(worker.join)
-    assert not await bare.healthy()
+    assert not (await bare.health()).ok
     with pytest.raises(EngineUnavailable):
         await text(bare, make_call())
 
@@ -218,7 +218,7 @@ async def test_a_model_that_cannot_run_is_not_started(
     engine = EmbeddedEngine("tiny", EmbeddedSettings(model=str(base)))
     with pytest.raises(EngineUnavailable, match=r"cannot run .*no kernel for this device"):
         await engine.start()
-    assert not await engine.healthy()
+    assert not (await engine.health()).ok
     await engine.close()
 
 
@@ -236,7 +236,7 @@ async def test_a_base_that_cannot_be_loaded_names_the_remedy(
     engine = EmbeddedEngine("tiny", EmbeddedSettings(model=str(folder)))
     with pytest.raises(EngineUnavailable, match="`model` must be a folder with config"):
         await engine.start()
-    assert not await engine.healthy()
+    assert not (await engine.health()).ok
     await engine.close()
 
 

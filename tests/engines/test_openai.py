@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import re
 from collections.abc import AsyncIterator
 from contextlib import aclosing
 from typing import Any
@@ -19,6 +20,7 @@ from composer.engines.openai import OpenAIEngine, OpenAISettings
 from composer.errors import (
     ContextTooLong,
     EngineError,
+    EngineMisconfigured,
     EngineUnavailable,
     Overloaded,
     RequestError,
@@ -260,7 +262,7 @@ async def test_a_server_killed_and_back(monkeypatch: pytest.MonkeyPatch) -> None
         assert type(end) is EngineUnavailable
     with pytest.raises(EngineUnavailable, match="ConnectError"):
         await chunks_of(engine, call())
-    assert not await engine.healthy()
+    assert not (await engine.health()).ok
     with pytest.raises(EngineUnavailable):
         await engine.start()
     fake.faults.first_s = 0.0
@@ -291,7 +293,7 @@ async def test_stop_ends_what_runs(engine: OpenAIEngine, fake: FakeVllm) -> None
 @pytest.mark.parametrize(
     ("answer", "kind", "says"),
     [
-        ((429, {"error": {"message": "slow"}}, {"retry-after": "3"}), Overloaded, "slow"),
+        ((429, {"error": {"message": "slow"}}, {"retry-after": "3"}), Overloaded, "no more calls"),
         ((400, {"error": {"message": "bad", "param": "seed"}}, {}), RequestError, "bad"),
         ((500, {"error": {"message": "oops"}}, {}), EngineError, "oops"),
         ((503, {"error": {"message": "loading"}}, {}), EngineUnavailable, "loading"),
@@ -333,18 +335,38 @@ async def test_a_default_limit_that_does_not_fit_is_left_out(
 async def test_the_key_comes_from_the_environment_and_is_named(
     fake: FakeVllm, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("TEST_KEY", "another")
-    engine = engine_at(fake.url)
-    with pytest.raises(EngineUnavailable, match="'TEST_KEY'"):
+    """A server that wants another key is there: its calls are refused at once, and not waited for
+    until it comes. They are served from the moment that its key is ours."""
+    for key, variable, says in (
+        ("another", "TEST_KEY", "'s' answered 401: correct its API key .* 'TEST_KEY'"),
+        (None, "TEST_KEY", "'s' has no API key: the environment variable 'TEST_KEY' is not set"),
+        (None, None, "'s' answered 401: it wants an API key: .* `api_key_env`"),
+    ):
+        if key is None:
+            monkeypatch.delenv("TEST_KEY", raising=False)
+        else:
+            monkeypatch.setenv("TEST_KEY", key)
+        engine = engine_at(fake.url, api_key_env=variable)
         await engine.start()
-    monkeypatch.delenv("TEST_KEY")
-    with pytest.raises(EngineUnavailable, match="'TEST_KEY' is not set"):
-        await engine.start()
+        health = await engine.health()
+        assert health.state == "failed"
+        assert re.search(says, str(health.reason))
+        for stream in (True, False):
+            with pytest.raises(EngineMisconfigured, match=says):
+                await chunks_of(engine, call(stream=stream))
+        if key is not None:
+            monkeypatch.setattr(fake, "api_key", "another")
+            assert (await chunks_of(engine, call()))[0].text == "base: one two three"
+            monkeypatch.setattr(fake, "api_key", KEY)
+        await engine.close()
+
+
+async def test_a_server_that_is_away_says_why(unused_tcp_port: int) -> None:
+    engine = engine_at(f"http://127.0.0.1:{unused_tcp_port}/v1", api_key_env=None)
+    health = await engine.health()
+    assert health.state == "failed"
+    assert "'s' is not there: ConnectError" in str(health.reason)
     await engine.close()
-    without = engine_at(fake.url, api_key_env=None)
-    with pytest.raises(EngineUnavailable, match="`api_key_env`"):
-        await without.start()
-    await without.close()
 
 
 async def test_a_proxy_of_the_environment_is_not_used(
@@ -376,7 +398,7 @@ async def test_a_server_that_reports_no_usage(engine: OpenAIEngine, fake: FakeVl
 
 
 async def test_its_life(engine: OpenAIEngine, tmp_path: Any) -> None:
-    assert await engine.healthy()
+    assert (await engine.health()).ok
     assert engine.capacity == Capacity(32, 256, None)
     adapter = Adapter(tmp_path, "0" * 64, 8, 16.0, ("q_proj",))
     with pytest.raises(EngineError, match="takes no adapters"):
@@ -385,7 +407,7 @@ async def test_its_life(engine: OpenAIEngine, tmp_path: Any) -> None:
     await engine.retain([])
     await engine.close()
     await engine.close()
-    assert not await engine.healthy()
+    assert not (await engine.health()).ok
     with pytest.raises(EngineUnavailable):
         await engine.start()
     with pytest.raises(EngineUnavailable):

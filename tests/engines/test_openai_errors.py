@@ -19,6 +19,7 @@ from composer.engines.http import (
 from composer.errors import (
     ContextTooLong,
     EngineError,
+    EngineMisconfigured,
     EngineUnavailable,
     Overloaded,
     RequestError,
@@ -72,8 +73,8 @@ def body(message: str, **more: object) -> dict[str, object]:
         (400, body("too big", code="context_length_exceeded"), ContextTooLong),
         (422, body("no"), RequestError),
         (501, body("beam search"), Unsupported),
-        (401, {"error": "Unauthorized"}, EngineError),
-        (403, "go away", EngineError),
+        (401, {"error": "Unauthorized"}, EngineMisconfigured),
+        (403, "go away", EngineMisconfigured),
         (404, body("The model `x` does not exist."), UnknownUpstreamModel),
         (404, {"detail": "Not Found"}, UnknownUpstreamModel),
         (429, body("slow down"), Overloaded),
@@ -92,6 +93,20 @@ def test_refusals(status: int, said: object, kind: type[Exception]) -> None:
     if status == 400 and "temperature" in str(said):
         assert isinstance(error, RequestError)
         assert error.param == "temperature"
+
+
+@pytest.mark.parametrize(
+    ("status", "headers"), [(429, {}), (503, {"retry-after": "3"}), (401, {}), (403, {})]
+)
+def test_what_callers_read_of_a_refusal_is_ours_and_the_log_has_the_servers_words(
+    status: int, headers: dict[str, str], caplog: pytest.LogCaptureFixture
+) -> None:
+    theirs = "organisation org-77 has used up its quota"
+    error = refusal("s", status, body(theirs), headers, key_hint="set KEY")
+    assert "org-77" not in str(error)
+    assert "'s'" in str(error)
+    assert str(status) in str(error)
+    assert theirs in caplog.text
 
 
 def test_retry_after() -> None:

@@ -295,6 +295,9 @@ def test_whole_answers() -> None:
     assert whole("s", call(), body | {"prompt_logprobs": asked})[0].delta == {
         "prompt_logprobs": asked
     }
+    plain = {"index": 0, "text": "a", "finish_reason": "stop", "prompt_logprobs": asked}
+    (of_completion,) = whole("s", call(messages=(), prompt="p"), {"choices": [plain]})
+    assert of_completion.delta == {"prompt_logprobs": asked}
     with pytest.raises(EngineError, match="no answer"):
         whole("s", call(), {"object": "list"})
 

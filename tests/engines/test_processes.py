@@ -19,7 +19,8 @@ import uvloop
 from pydantic import ValidationError
 
 from composer.engines import guardian, processes
-from composer.engines.processes import Launch, ManagedProcess, Restarts
+from composer.engines.launch import Launch, Restarts
+from composer.engines.processes import ManagedProcess
 from composer.errors import EngineError, EngineUnavailable
 from tests.engines.managed import Standin, guardian_of, running, until
 
@@ -103,9 +104,10 @@ async def test_a_command_that_is_not_there_says_so(
 ) -> None:
     standin = make()
     standin.process._command = lambda port: ["/no/such/python", "-m", "vllm"]
-    with pytest.raises(EngineUnavailable, match="see its log"):
+    with pytest.raises(EngineUnavailable, match=r"correct `launch.python`; see its log, .*\.log"):
         await standin.process.start()
-    assert "cannot run /no/such/python: No such file" in caplog.text
+    assert "the server cannot be started: /no/such/python: No such file" in caplog.text
+    assert "guardian" not in caplog.text
 
 
 async def test_a_log_that_cannot_be_written_says_so(tmp_path: Path, make: Make) -> None:
@@ -301,7 +303,7 @@ async def test_what_ignores_sigterm_is_killed(make: Make) -> None:
     await standin.process.stop()
     assert not standin.left()
     assert standin.process.log.tail(1) == [
-        "guardian: what is left did not end in time and is killed"
+        "what is left of the server did not end in time and is killed"
     ]
 
 

@@ -277,12 +277,12 @@ async def test_a_server_runs_only_between_start_and_stop(tmp_path: Path) -> None
         await asyncio.gather(engine.start(), engine.start())
         assert said(await answer(engine, call())) == "B"
         await engine.stop()
-        assert await engine.healthy()  # it made room, nothing is wrong with it
+        assert (await engine.health()).ok  # it made room, nothing is wrong with it
         with pytest.raises(EngineUnavailable):
             await answer(engine, call())
     await engine.close()
     await engine.close()
-    assert not await engine.healthy()
+    assert not (await engine.health()).ok
     for attempt in (engine.start(), engine.prepare([]), answer(engine, call())):
         with pytest.raises(EngineUnavailable, match="closed"):
             await attempt

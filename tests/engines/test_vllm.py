@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import json
+import re
 from collections.abc import AsyncIterator, Callable
 from contextlib import aclosing
 from pathlib import Path
@@ -15,6 +16,7 @@ import pytest
 import pytest_asyncio
 
 from composer.engines.adapters import Probe, name_of
+from composer.engines.base import Health
 from composer.engines.http import Timeouts
 from composer.engines.vllm import VllmEngine
 from composer.engines.vllm_launch import VllmSettings
@@ -22,6 +24,7 @@ from composer.errors import (
     ComposerError,
     ContextTooLong,
     EngineError,
+    EngineMisconfigured,
     EngineUnavailable,
     Unsupported,
 )
@@ -197,7 +200,7 @@ async def test_a_model_that_is_served_under_another_name(fake: FakeVllm) -> None
     engine = engine_at(fake.url, served_name="other")
     with pytest.raises(EngineUnavailable, match="serves no other; correct its `served_name`"):
         await engine.start()
-    assert not await engine.healthy()
+    assert not (await engine.health()).ok
     await engine.close()
 
 
@@ -387,15 +390,15 @@ async def test_a_server_that_comes_back_gets_its_adapters_back(make_adapter: Mak
     await serving.kill()
     with pytest.raises(EngineUnavailable):
         await text_of(engine, call(adapter=red))
-    assert not await engine.healthy()
+    assert not (await engine.health()).ok
     coming = [asyncio.create_task(engine.start()) for _ in range(3)]
     await asyncio.sleep(0.05)
-    assert not await engine.healthy()
+    assert not (await engine.health()).ok
     await serving.start()
     await asyncio.gather(*coming)
     assert set(fake.registered) == {name_of(red)}
     assert await text_of(engine, call(adapter=red)) == "red: one two"
-    assert await engine.healthy()
+    assert (await engine.health()).ok
     await engine.close()
     await serving.kill()
 
@@ -425,11 +428,29 @@ async def test_what_is_prepared_while_it_is_stopped_is_loaded_at_its_start(
     red, blue = make_adapter("red"), make_adapter("blue")
     await engine.prepare([red, blue])
     await engine.retain([red])
-    assert await engine.healthy()
+    assert (await engine.health()).ok
     with pytest.raises(EngineUnavailable, match="not running"):
         await text_of(engine, call(adapter=red))
     await engine.start()
     assert set(fake.registered) == {name_of(red)}
+    await engine.close()
+
+
+async def test_the_log_says_which_adapters_were_loaded_and_how_long_it_took(
+    fake: FakeVllm, make_adapter: MakeAdapter, caplog: pytest.LogCaptureFixture
+) -> None:
+    engine = engine_at(fake.url, preload=1)
+    red, blue = make_adapter("red"), make_adapter("blue")
+    await engine.prepare([red, blue])
+    with caplog.at_level("INFO", "composer.engines.adapters"):
+        await engine.start()
+        await text_of(engine, call(adapter=blue))
+        await text_of(engine, call(adapter=blue))
+    said = [re.sub(r"\d+\.\d+ s", "T s", line) for line in caplog.messages]
+    assert said == [
+        f"server 's': adapter {red.digest[:12]} (red) loaded in T s",
+        f"server 's': adapter {blue.digest[:12]} (blue) loaded in T s",
+    ]
     await engine.close()
 
 
@@ -447,11 +468,56 @@ async def test_one_adapter_that_does_not_come_back_leaves_the_others(
         await text_of(engine, call(adapter=red))
 
 
+async def test_a_server_that_wants_another_key_refuses_its_calls_at_once(
+    make_adapter: MakeAdapter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They are not waited for, as if it were away; and it is asked again after a while."""
+    monkeypatch.setattr("composer.engines.vllm_server.AGAIN_S", 0.0)
+    monkeypatch.setenv("TEST_KEY", "ours")
+    red = make_adapter("red")
+    async with serve(FakeVllm(api_key="theirs", max_loras=2)) as fake:
+        engine = engine_at(fake.url, api_key_env="TEST_KEY")
+        await engine.prepare([red])
+        await engine.start()
+        for each in (call(), call(adapter=red, stream=True)):
+            with pytest.raises(EngineMisconfigured, match=r"'s' answered 401: .*'TEST_KEY'"):
+                await text_of(engine, each)
+        health = await engine.health()
+        assert health.state == "failed"
+        assert "TEST_KEY" in str(health.reason)
+
+        fake.api_key = "ours"
+        assert await text_of(engine, call(adapter=red)) == "red: one two"
+        assert await engine.health() == Health("ready")
+
+        fake.api_key = "newer"
+        with pytest.raises(EngineMisconfigured):
+            await text_of(engine, call())
+        assert (await engine.health()).state == "failed"
+        await engine.close()
+
+
+async def test_a_server_that_wants_another_key_is_not_asked_for_each_call(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.delenv("TEST_KEY", raising=False)
+    async with serve(FakeVllm()) as fake:
+        engine = engine_at(fake.url, api_key_env="TEST_KEY")
+        await engine.start()
+        monkeypatch.setenv("TEST_KEY", "any")
+        with pytest.raises(EngineMisconfigured, match="'TEST_KEY' is not set"):
+            await text_of(engine, call())
+        await engine.close()
+
+
 async def test_a_server_that_is_not_there(unused_tcp_port: int) -> None:
     engine = engine_at(f"http://127.0.0.1:{unused_tcp_port}", start_timeout_s=0.05)
+    assert await engine.health() == Health("off")
     with pytest.raises(EngineUnavailable, match="start it, or correct its `url`"):
         await engine.start()
-    assert not await engine.healthy()
+    health = await engine.health()
+    assert health.state == "failed"
+    assert "'s' is not there: ConnectError" in str(health.reason)
     await engine.close()
 
 

@@ -75,7 +75,7 @@ async def test_a_managed_server_from_start_to_end(make: Make, make_adapter: Make
     engine = make(Placement("gpu0", 1.0))
     red = make_adapter("red")
     await engine.prepare([red])
-    assert await engine.healthy()
+    assert (await engine.health()).ok
     await asyncio.gather(engine.start(), engine.start())
     assert await text_of(engine, call()) == "base: one two"
     assert await text_of(engine, call(adapter=red)) == "red: one two"
@@ -87,7 +87,7 @@ async def test_a_managed_server_from_start_to_end(make: Make, make_adapter: Make
     assert process.environ()["VLLM_API_KEY"] == engine._server.key
     await engine.stop()
     assert not process.is_running() or process.status() == psutil.STATUS_ZOMBIE
-    assert await engine.healthy()
+    assert (await engine.health()).ok
     with pytest.raises(EngineUnavailable, match="not running"):
         await text_of(engine, call())
     await engine.start()
@@ -114,20 +114,27 @@ async def test_a_server_killed_under_load_comes_back_with_its_adapters(
         await engine.start()
         assert await text_of(engine, call(adapter=red)) == "red: one two"
         assert await text_of(engine, call(adapter=blue)) == "blue: one two"
-        assert await engine.healthy()
+        assert (await engine.health()).ok
 
 
 @pytest.mark.slow
-async def test_a_server_that_does_not_start_says_why(make: Make) -> None:
+async def test_a_server_that_does_not_start_says_why(
+    make: Make, caplog: pytest.LogCaptureFixture
+) -> None:
+    """What it wrote stands in our log; /health names the file."""
     engine = make(fail="CUDA out of memory")
-    with pytest.raises(EngineUnavailable, match="CUDA out of memory"):
+    with pytest.raises(EngineUnavailable, match=r"ended with status 1 .* see its log, .*0\.log"):
         await engine.start()
-    assert not await engine.healthy()
+    assert "CUDA out of memory" in caplog.text
+    health = await engine.health()
+    assert health.state == "failed"
+    assert "see its log" in str(health.reason)
+    assert "CUDA" not in str(health.reason)
 
 
 async def test_without_max_loras_it_takes_no_adapters(make_adapter: MakeAdapter) -> None:
     engine = VllmEngine("big", VllmSettings(launch={}, model="weights"))
-    with pytest.raises(EngineError, match="give it `max_loras`"):
+    with pytest.raises(EngineError, match="give the server `max_loras`"):
         await engine.prepare([make_adapter("red")])
     await engine.prepare([])
     await engine.close()

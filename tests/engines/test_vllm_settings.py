@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from composer.engines.processes import Launch
+from composer.engines.launch import Launch
 from composer.engines.vllm import VllmEngine
 from composer.engines.vllm_launch import VllmSettings, command_of, environment_of
 from composer.types import SAFE_PARAMETERS, Placement

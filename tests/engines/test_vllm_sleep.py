@@ -104,7 +104,7 @@ async def test_it_sleeps_and_wakes_with_its_adapters(
         await engine.stop()
         await engine.stop()
         assert fake.sleeping == level
-        assert await engine.healthy()
+        assert (await engine.health()).ok
         await engine.prepare([blue])
         with pytest.raises(EngineUnavailable, match="not running"):
             await text_of(engine, call(adapter=red))

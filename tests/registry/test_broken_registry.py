@@ -351,6 +351,21 @@ BROKEN: dict[str, Broken] = {
             "TMP/experts.yaml:20: adapters_from[0].path: no folder matches ./scaned/*. Correct the pattern; it is relative to the folder of this file.",
         ],
     ),
+    "a_wrong_server_is_known_by_its_name": Broken(
+        edits=[("engine: remote", "engine: remot"), ("    server: far", "    server: fra")],
+        says=[
+            "TMP/experts.yaml:7: servers.far.engine: no engine is called 'remot'. Did you mean `remote`?",
+            "TMP/experts.yaml:14: experts.general.server: no server is called 'fra'. Did you mean `far`?",
+        ],
+    ),
+    "an_adapter_on_a_wrong_server_is_looked_at_too": Broken(
+        edits=[("    engine: embedded\n", "    engine: embeded\n")],
+        files={"adapters/fox/adapter_model.safetensors": None},
+        says=[
+            "TMP/experts.yaml:4: servers.local.engine: no engine is called 'embeded'. Did you mean `embedded`?",
+            "TMP/experts.yaml:12: experts.fox.adapter: TMP/adapters/fox: adapter_model.safetensors is missing. Save the adapter with peft's `save_pretrained(..., safe_serialization=True)`.",
+        ],
+    ),
     "adapters_from_without_server": Broken(
         edits=[("  - path: ./scanned/*\n    server: local\n", "  - ./scanned/*\n")],
         says=[

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -52,6 +53,38 @@ def test_devices_and_what_stands_on_them(load: Load) -> None:
 def test_what_a_placement_leaves_out_is_as_the_type_has_it() -> None:
     spec = PlacementSpec(device="gpu", memory_gb=1.0)
     assert Placement(**spec.model_dump()) == Placement("gpu", 1.0)
+
+
+def test_what_this_machine_lacks_is_a_warning(load: Load, full: Path) -> None:
+    """The file is right; it may be served elsewhere."""
+    (warning,) = load().warnings
+    assert (warning.path, warning.line) == ("servers.far.launch.python", 12)
+    program = full.parent / "venv" / "bin" / "python"
+    assert warning.message == f"there is no program {program} on this machine"
+    program.parent.mkdir(parents=True)
+    program.symlink_to(sys.executable)
+    assert load().warnings == ()
+
+
+def test_a_key_that_is_not_set_is_a_warning(
+    load: Load, edit: Edit, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Keyed(Strict):
+        url: str
+        api_key_env: str | None = None
+
+    engine = EngineFamily(Keyed, frozenset({"tools", "json"}), model_field=None)
+    families = Families(
+        FAMILIES.routers, FAMILIES.strategies, {**FAMILIES.engines, "remote": engine}
+    )
+    assert load(families=families).warnings == ()
+    edit("    url: http://127.0.0.1:9\n", "    url: http://127.0.0.1:9\n    api_key_env: FAR_KEY\n")
+    monkeypatch.delenv("FAR_KEY", raising=False)
+    (warning,) = load(families=families).warnings
+    assert (warning.path, warning.line) == ("servers.far.api_key_env", 9)
+    assert warning.message == "the environment variable 'FAR_KEY' is not set"
+    monkeypatch.setenv("FAR_KEY", "secret")
+    assert load(families=families).warnings == ()
 
 
 def test_without_devices_there_are_none(load: Load) -> None:

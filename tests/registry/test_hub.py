@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import shutil
+import socket
+import threading
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import httpx
@@ -16,6 +19,7 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
+from composer.adapters import hub as hub_module
 from composer.adapters.hub import adapter_root, fetch_adapter, fetch_base_model
 from composer.errors import CatalogError
 from composer.registry import servers
@@ -121,6 +125,7 @@ def test_what_the_hub_refuses_is_told_in_words(
         response = httpx.Response(404, request=httpx.Request("GET", "http://hub.invalid"))
         raise kind("told so", response=response)
 
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr("composer.adapters.hub.snapshot_download", download)
     with pytest.raises(CatalogError) as refused:
         fetch_adapter("acme/fox-lora", "v1")
@@ -129,11 +134,62 @@ def test_what_the_hub_refuses_is_told_in_words(
 
 def test_no_network_error_escapes(monkeypatch: pytest.MonkeyPatch) -> None:
     def download(*_: object, **__: object) -> str:
-        raise httpx.ConnectError("no route")
+        raise hub_module._HTTP_ERROR("no route")
 
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr("composer.adapters.hub.snapshot_download", download)
     with pytest.raises(CatalogError, match="cannot be fetched from the hub: no route"):
         fetch_adapter("acme/fox-lora", "v1")
+
+
+def test_a_hub_that_does_not_answer_is_asked_once_and_quickly(
+    hub: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """By the hub's own client, whose retries would take half a minute for each name."""
+    asked: list[socket.socket] = []
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        url = f"http://127.0.0.1:{listener.getsockname()[1]}"
+
+        def hang_up() -> None:
+            with suppress(OSError):
+                while True:
+                    connection, _ = listener.accept()
+                    asked.append(connection)
+                    connection.close()
+
+        threading.Thread(target=hang_up, daemon=True).start()
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        monkeypatch.setattr(constants, "ENDPOINT", url)
+        monkeypatch.setattr(hub_module, "_HUB", hub_module._Hub())
+        for ask in (
+            lambda: fetch_adapter("acme/fox-lora", "v1"),
+            lambda: fetch_adapter("acme/fox-lora", COMMIT),
+            lambda: fetch_base_model(BASE_NAME, None, ()),
+        ):
+            with pytest.raises(CatalogError, match="the hub cannot be reached"):
+                ask()
+        listener.shutdown(socket.SHUT_RDWR)
+    assert len(asked) == 1
+    assert "Retrying" not in caplog.text
+
+
+def test_a_hub_that_answers_is_asked_for_what_is_not_in_the_cache(
+    hub: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    local: list[object] = []
+
+    def download(*_: object, **arguments: object) -> str:
+        local.append(arguments["local_files_only"])
+        return str(hub)
+
+    monkeypatch.setattr("composer.adapters.hub.snapshot_download", download)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(hub_module._Hub, "_ask", staticmethod(lambda: True))
+    monkeypatch.setattr(hub_module, "_HUB", hub_module._Hub())
+    fetch_adapter("acme/fox-lora", "v1")
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    fetch_adapter("acme/fox-lora", "v1")
+    assert local == [False, True]
 
 
 def test_only_safe_files_are_asked_for(hub: Path, monkeypatch: pytest.MonkeyPatch) -> None:

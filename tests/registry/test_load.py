@@ -200,13 +200,17 @@ def test_rank_patterns_depend_on_the_engine(load: Load, registry: Path) -> None:
     assert load(families=able).catalog.experts["fox"].adapter is not None
 
 
-def test_an_engine_may_take_no_adapters(load: Load) -> None:
+def test_a_server_may_take_no_adapters(load: Load) -> None:
+    def refuse(settings: EmbeddedSettings) -> None:
+        raise ValueError(f"takes no adapters for {settings.queue} calls; give it more")
+
     with pytest.raises(CatalogError) as refused:
-        load(families=families(takes_adapters=False))
+        load(families=families(check_adapters=refuse))
     assert said(refused) == [
-        "experts.fox.adapter: the engine 'embedded' takes no adapters",
-        "adapters_from[0].path: the engine 'embedded' takes no adapters",
+        "experts.fox.adapter: server 'local' takes no adapters for 64 calls",
+        "adapters_from[0].path: server 'local' takes no adapters for 64 calls",
     ]
+    assert {problem.remedy for problem in refused.value.problems} == {"Give it more."}
 
 
 def test_families_must_forbid_unknown_keys() -> None:

@@ -162,7 +162,8 @@ class Device:
                     self.end_calls(model)
                     self.at(self.now + self.lasts("unload", model), Unloaded(model))
                 case Wake(at):
-                    assert at > self.now, "asks to be woken in the past"
+                    assert at >= self.now, "asks to be woken in the past"
+                    assert at > self.now or not isinstance(event, Ticked), "is never content"
                     self.alarm = at
 
     def grant(self, number: int) -> None:

@@ -10,21 +10,14 @@ from sqlalchemy import text
 from sqlalchemy.ext.asyncio import create_async_engine
 
 from composer.store import Store
-from tests.store.postgres import PostgresServer, find_binaries
+from tests.store.postgres import PostgresServer, running_server
 
 
 @pytest.fixture(scope="session")
 def postgres_server() -> Iterator[PostgresServer]:
     """One server for all tests that only need a running one; each gets a fresh database."""
-    if find_binaries() is None:
-        pytest.skip("no PostgreSQL server binaries (apt install postgresql)")
-    server = PostgresServer()
-    try:
-        server.create()
-        server.start()
+    with running_server() as server:
         yield server
-    finally:
-        server.destroy()
 
 
 @pytest.fixture

@@ -8,10 +8,13 @@ import signal
 import socket
 import subprocess
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import psutil
+import pytest
 
 _INSTALLED = Path("/usr/lib/postgresql")  # where Debian keeps them, off the PATH
 
@@ -23,6 +26,20 @@ def find_binaries() -> Path | None:
         return Path(on_path).parent
     versions = [path for path in _INSTALLED.glob("*/bin") if (path / "initdb").exists()]
     return max(versions, key=lambda path: float(path.parent.name), default=None)
+
+
+@contextmanager
+def running_server() -> Iterator[PostgresServer]:
+    """For fixtures: one that runs, and is gone afterwards. Skips where none is installed."""
+    if find_binaries() is None:
+        pytest.skip("no PostgreSQL server binaries (apt install postgresql)")
+    server = PostgresServer()
+    try:
+        server.create()
+        server.start()
+        yield server
+    finally:
+        server.destroy()
 
 
 class PostgresServer:

@@ -3,36 +3,26 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
 from time import monotonic
 
 import pytest
 
 from composer.store import Feedback, Recorder, Store
-from tests.store.postgres import PostgresServer, find_binaries
+from tests.store.postgres import PostgresServer, running_server
 from tests.store.records import make_record
 
-pytestmark = [
-    pytest.mark.postgres,
-    pytest.mark.skipif(
-        find_binaries() is None, reason="no PostgreSQL server binaries (apt install postgresql)"
-    ),
-]
+pytestmark = pytest.mark.postgres
 
 RATE = 300  # records a second
 
 
 @pytest.fixture
-async def server() -> AsyncIterator[PostgresServer]:
+def server() -> Iterator[PostgresServer]:
     """A server of the test's own, to be stopped as it likes."""
-    server = PostgresServer()
-    try:
-        await asyncio.to_thread(server.create)
-        await asyncio.to_thread(server.start)
+    with running_server() as server:
         yield server
-    finally:
-        await asyncio.to_thread(server.destroy)
 
 
 class Load:

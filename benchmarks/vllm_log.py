@@ -1,5 +1,6 @@
 """How often a vLLM server loaded adapters, out of its log at level DEBUG
-(`VLLM_LOGGING_LEVEL=DEBUG` in its environment). Lines as of vLLM 0.32, lora/model_manager.py."""
+(`VLLM_LOGGING_LEVEL=DEBUG` in its environment). Lines as of vLLM 0.32, lora/model_manager.py.
+Knows no server."""
 
 from __future__ import annotations
 
