@@ -7,7 +7,8 @@ deadline. Waiting less than its bound is worth nothing by default (`PolicySettin
 **Rule**: residents serve their calls; a swap for calls that wait for another model is begun as
 late as a plan still serves every waiting call in time (laziness: what waits longer is served
 by one load together with what comes meanwhile), and what then leaves is what is expected to cost
-least. A visit ends only when somebody else's deadline forces it.
+least. A visit ends when somebody else's deadline forces it or, with less patience, when nobody
+waits for it while others have waited long enough (`Planner.early`).
 
 **Moments**: what happens at one time is heard, admitted and granted event by event; swaps are
 decided once, when all of it has happened (`Wake` at once, then `Ticked`). The calls of one request
@@ -245,8 +246,11 @@ class SwapPolicy:
         ]
 
     def _is_early(self, now: float) -> bool:
-        early = self._planner.early
-        return bool(early) and early[0].at <= now and bool(self._idle())
+        late = [early for early in self._planner.early if early.at <= now]
+        idle = self._idle() if late else []
+        if any([not state.running for state in idle]):
+            return True
+        return bool(idle) and any([early.at_most <= now for early in late])
 
     def _swap_early(self, now: float) -> bool:
         """For calls that have waited as long as they should, though they could longer: a load in
