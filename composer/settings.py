@@ -55,7 +55,8 @@ class Settings(BaseSettings):
         gt=0,
         le=1,
         description="The part of that time which a device may let pass before it swaps models: "
-        "1 swaps least, less answers those who wait sooner.",
+        "1 swaps least, less answers those who wait sooner. Models that still run calls stay for "
+        "longer.",
     )
     preload: bool = Field(
         True,

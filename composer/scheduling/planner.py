@@ -7,9 +7,10 @@ what the present plan has to spare covers them (`_fits`).
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 from composer.scheduling.fleet import SERVING, Fleet
-from composer.scheduling.plan import Demand, Plan, View, best_plan, evaluate
+from composer.scheduling.plan import Demand, Plan, View, Visit, best_plan, evaluate
 from composer.scheduling.planning import view_of
 from composer.scheduling.queues import Entry, end_of, start_of
 from composer.scheduling.state import ModelState, Phase
@@ -21,17 +22,27 @@ ADMIT_S = 1e-4
 """Slack that a plan must have left for a new call to be admitted, above rounding errors."""
 
 
+@dataclass(frozen=True, slots=True, order=True)
+class Early:
+    """A visit that may begin before it must: from `at` on in place of models that nobody uses, from
+    `at_most` on also of those that still run calls, but have none waiting."""
+
+    at: float
+    visit: Visit
+    at_most: float
+
+
 class Planner:
     """`plan` was made from `view`. `due` is when each of its steps is to be begun, as queues grow
-    meanwhile; `early` are (when, model, visit) that may be begun early; `look_at` is when to make
-    a new plan at the latest."""
+    meanwhile; `early` are the visits that may be begun before, first to last; `look_at` is when to
+    make a new plan at the latest."""
 
     def __init__(self, fleet: Fleet) -> None:
         self._fleet = fleet
         self.plan = Plan()
         self.view = View(-math.inf, 0.0, [], {}, [], {})
         self.due: list[float] = []
-        self.early: list[tuple[float, str, int]] = []
+        self.early: list[Early] = []
         self.look_at = math.inf
         self._spare = math.inf  # the plan's slack, less what was added to its visits since
 
@@ -83,19 +94,29 @@ class Planner:
                 for step, late in zip(plan.steps, growing.steps, strict=True)
             ]
         self.early = sorted(
-            (self._early(demand, view.now), *visit)
-            for visit, demand in view.demands.items()
-            if demand.model not in view.holders
+            [
+                self._early(visit, demand, view.now)
+                for visit, demand in view.demands.items()
+                if demand.model not in view.holders
+            ]
         )
-        times = [at - GUARD_S for at in self.due] + [at for at, *_ in self.early]
+        times = [at - GUARD_S for at in self.due]
+        times += [at for early in self.early for at in (early.at, early.at_most)]
         self.look_at = min((at for at in times if at > view.now), default=math.inf)
 
-    def _early(self, demand: Demand, now: float) -> float:
-        """When a visit may begin if nobody waits for those in its place."""
-        share = self._fleet.settings.lazy_share
-        if demand.busy_s > share * self._fleet.models[demand.model].bound_s:
-            return now
-        return demand.target - demand.load_s - demand.unload_s
+    def _early(self, visit: Visit, demand: Demand, now: float) -> Early:
+        """Those that are late for their target go by how late, so that none starves."""
+        settings, state = self._fleet.settings, self._fleet.models[demand.model]
+        at = demand.target - demand.load_s - demand.unload_s
+        # A model in use that leaves makes its calls' slots idle one by one, and comes back soon: it
+        # stays for longer, to the geometric mean of `patience` × bound and bound.
+        root = math.sqrt(settings.patience)
+        longer = (demand.latest - demand.target) * root / (1 + root)
+        at_most = at + (longer if math.isfinite(longer) else settings.unbounded_wait_s * root)
+        work = len(state.queue.order) * state.run.mean / state.model.in_flight
+        if work > settings.lazy_share * state.bound_s:
+            at = min(at, now)
+        return Early(at, visit, at_most)
 
     # --- admission -------------------------------------------------------------------
 
@@ -134,6 +155,27 @@ class Planner:
                 if self._holds(state, entry, now, lax):
                     return True
                 queue.remove(entry)
+            if self._stays_longer(state, entry, now, lax):
+                return True
+        return False
+
+    def _stays_longer(self, state: ModelState, entry: Entry, now: float, lax: bool) -> bool:
+        """A model on its way out serves a call that would be refused, if those that it leaves for
+        are still served in time: many swaps are begun before they have to be."""
+        if state.phase not in (Phase.CLOSING, Phase.DRAINING) or state.gone or state.lost:
+            return False
+        queue, phase = state.queue, state.phase
+        before, now_on = list(queue.order), queue.now_on
+        if phase is Phase.DRAINING:
+            state.phase = Phase.CLOSING
+            queue.cut(0)
+        queue.insert(queue.now_on, entry)
+        state.unsettle()
+        if self._holds(state, entry, now, lax):
+            return True
+        state.phase = phase
+        queue.restore(before, now_on)
+        state.unsettle()
         return False
 
     def _fits(self, state: ModelState, entry: Entry, now: float) -> bool:

@@ -7,7 +7,8 @@ deadline. Waiting less than its bound is worth nothing by default (`PolicySettin
 **Rule**: residents serve their calls; a swap for calls that wait for another model is begun as
 late as a plan still serves every waiting call in time (laziness: what waits longer is served
 by one load together with what comes meanwhile), and what then leaves is what is expected to cost
-least. A visit ends only when somebody else's deadline forces it.
+least. A visit ends when somebody else's deadline forces it or, with less patience, when nobody
+waits for it while others have waited long enough (`Planner.early`).
 
 **Moments**: what happens at one time is heard, admitted and granted event by event; swaps are
 decided once, when all of it has happened (`Wake` at once, then `Ticked`). The calls of one request
@@ -237,7 +238,7 @@ class SwapPolicy:
         return due
 
     def _idle(self) -> list[ModelState]:
-        """Residents that nobody waits for."""
+        """Residents that nobody waits for; calls may still run there."""
         return [
             s
             for s in self._fleet.there.values()
@@ -245,23 +246,32 @@ class SwapPolicy:
         ]
 
     def _is_early(self, now: float) -> bool:
-        early = self._planner.early
-        return bool(early) and early[0][0] <= now and bool(self._idle())
+        late = [early for early in self._planner.early if early.at <= now]
+        idle = self._idle() if late else []
+        if any([not state.running for state in idle]):
+            return True
+        return bool(idle) and any([early.at_most <= now for early in late])
 
     def _swap_early(self, now: float) -> bool:
         """For calls that have waited as long as they should, though they could longer: a load in
-        the place of models that nobody waits for, if all others are still served in time."""
+        the place of models that nobody waits for, if all others are still served in time. Only
+        for those that have waited longer still do models leave that run calls."""
         fleet, planner, view = self._fleet, self._planner, self._planner.view
-        idle = [view.holders[s.id] for s in self._idle() if s.id in view.holders]
+        idle = [s for s in self._idle() if s.id in view.holders]
+        unused = [view.holders[s.id] for s in idle if not s.running]
+        unwaited = [view.holders[s.id] for s in idle]
         promised = sum([claim.memory_gb for claim in view.claims])
         free = view.free_gb + sum([gb for _, gb in view.leaving]) - promised
         if not idle and free <= 0:
             return False
-        for at, model, again in planner.early:
-            if at > now:
+        for early in planner.early:
+            if early.at > now:
                 return False
-            visit = (model, again)
-            victims = choose_victims(idle, view.demands[visit].memory_gb - free)
+            visit, model = early.visit, early.visit[0]
+            short = view.demands[visit].memory_gb - free
+            victims = choose_victims(unused, short)
+            if victims is None and now >= early.at_most:
+                victims = choose_victims(unwaited, short)
             names = tuple(victim.model for victim in victims or ())
             if victims is None or model in names:
                 continue

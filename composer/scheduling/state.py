@@ -18,10 +18,11 @@ from composer.scheduling.queues import Queue, Running, Service, end_of, free_slo
 class PolicySettings:
     """The knobs of `SwapPolicy`. Times are in seconds.
 
-    `patience`: the share of a call's bound that may pass before a swap is begun for its sake;
+    `patience`: the share of a call's bound that may pass before models that nobody uses leave for
+    its sake; models that still run calls leave at the geometric mean of that time and the bound.
     1: as late as is safe, fewest swaps; towards 0: less waiting, more swaps.
     `lazy_share`: a swap is no longer put off, unless it is for others' sake, once the calls that
-    wait for it need more than this share of their bound to be served: idling now would make
+    wait for it need more than this share of their bound on all its slots: idling now would make
     calls be refused later.
     `drain_s`: a leaving model's calls may run on for so long, and longer while nobody is late for
     it, before they are cut.

@@ -281,6 +281,66 @@ def test_less_patience_begins_it_earlier() -> None:
     assert moves(on)[1][0] == pytest.approx(18.0, abs=0.01)
 
 
+def test_one_call_that_may_run_long_is_no_reason_to_hurry() -> None:
+    """It hardly uses its model's slots. What needs much of their time is begun with the next plan,
+    which c's call asks for."""
+
+    def begun(calls: int) -> float:
+        on = device(
+            model("a"), model("b", run_s=3.0), model("c", memory_gb=1.0), settings=PolicySettings()
+        )
+        arrive(on, call(1, "a"), *[call(10 + n, "b", 15.0) for n in range(calls)])
+        arrive(on, call(2, "c", 16.0))
+        on.run()
+        return moves(on)[1][0]
+
+    assert begun(1) > 35.0
+    assert begun(20) == 16.0
+
+
+@pytest.mark.parametrize(("used_until", "left"), [(0.0, (15.0, 15.0)), (88.0, (35.0, 50.0))])
+def test_with_little_patience_unused_models_leave_at_once_and_used_ones_later(
+    used_until: float, left: tuple[float, float]
+) -> None:
+    on = device(model("a", run_s=5.0), model("b"), settings=replace(EXACT, patience=0.05))
+    calls = [call(1, "a"), call(2, "b", 0.1, wait=200.0)]
+    at = 12.0
+    while at <= used_until:
+        calls.append(call(len(calls) + 1, "a", at, wait=100.0))
+        at += 4.0
+    arrive(on, *calls)
+    on.run()
+    at, what = moves(on)[1]
+    assert what == "-a"
+    assert left[0] <= at <= left[1]
+    assert not on.refused
+
+
+def test_who_would_be_refused_is_still_served_by_a_model_on_its_way_out() -> None:
+    """a leaves early, for a call that could wait for much longer than a's own callers can."""
+    on = device(model("a", run_s=5.0), model("b"), settings=replace(EXACT, patience=0.05))
+    used = [call(10 + n, "a", 12.0 + 4 * n, wait=20.0) for n in range(6)]
+    arrive(on, call(1, "a"), call(2, "b", 0.1, wait=200.0), *used)
+    on.run(until=33.5)
+    assert isinstance(on.policy, SwapPolicy)
+    assert on.policy.snapshot()["models"]["a"]["state"] == "draining"
+    arrive(on, call(30, "a", 33.6, wait=20.0))
+    on.run()
+    assert on.granted[30] == 33.6
+    assert not on.refused
+    assert moves(on)[1:3] == [(38.6, "-a"), (40.6, "+b")]
+
+
+def test_who_is_late_longest_goes_first_however_many_wait() -> None:
+    on = device(
+        model("a", run_s=10.0), model("b"), model("c"), settings=replace(EXACT, patience=0.01)
+    )
+    many = [call(10 + n, "c", 1.0, wait=300.0) for n in range(90)]
+    arrive(on, call(1, "a", wait=300.0), *many, call(2, "b", 2.0, wait=300.0))
+    on.run()
+    assert on.loads == ["a", "c", "b"]
+
+
 def test_nothing_is_granted_to_who_leaves_beyond_what_it_ends_in_time() -> None:
     """a runs calls of 5 s. One at 44 s would end at 49 s, a second after a has to be gone: it
     waits for a's next visit instead, and a leaves at once, since it serves nobody else."""

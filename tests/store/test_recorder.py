@@ -89,7 +89,12 @@ async def until(true: Callable[[], bool], timeout_s: float = 20) -> None:
 
 
 async def ids(store: Store) -> list[str]:
-    return sorted([record.id async for record in store.iter_requests()])
+    """Given all the time it needs: only the recorder is to find the store slow."""
+    timeout_s, store.timeout_s = store.timeout_s, 60.0
+    try:
+        return sorted([record.id async for record in store.iter_requests()])
+    finally:
+        store.timeout_s = timeout_s
 
 
 def journal_entries(folder: Path) -> list[Any]:
