@@ -15,6 +15,9 @@ import yaml
 ROOM = 2
 """Of the four models that the device holds."""
 
+WAITS = {"max_wait_s": 60, "patience": 0.01}
+"""Nobody is refused, and a swap is put off for half a second or so."""
+
 TOPICS = {
     "algebra": ("equation", "polynomial", "matrix", "root", "fraction"),
     "cells": ("enzyme", "membrane", "protein", "mitochondrion", "gene"),

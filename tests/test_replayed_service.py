@@ -20,13 +20,11 @@ from composer.registry import load_catalog
 from composer.service import Service
 from composer.strategies.extract import choice
 from composer.strategies.vote import winner
-from tests.replayed import ROOM, TOPICS, Recorded, record, registry
+from tests.replayed import ROOM, TOPICS, WAITS, Recorded, record, registry
 from tests.tiny import ROOT, chat, serving
 
 SHARED = ROOT.parent / "shared" / "data"
 EXAMPLE = ROOT / "examples" / "replay" / "experts.yaml"
-WAITS = {"max_wait_s": 60, "patience": 0.01}
-"""Nobody is refused, and a swap is put off for half a second or so."""
 
 
 @pytest.fixture

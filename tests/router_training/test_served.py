@@ -17,7 +17,7 @@ from composer.routing.outcomes import Outcomes
 from composer.settings import Settings
 from router_training import load_router
 from router_training.train import train
-from tests.replayed import TOPICS, Recorded, registry
+from tests.replayed import TOPICS, WAITS, Recorded, registry
 from tests.tiny import ROOT, chat, serving
 
 pytestmark = pytest.mark.usefixtures("short_grids")
@@ -83,7 +83,7 @@ async def test_a_policy_serves_what_was_trained(
     asked = recorded.query[:6]
     expected = offline.score(asked)
     cheapest = EXPERTS[0]
-    async with serving(tmp_path, served(recorded)) as (client, _):
+    async with serving(tmp_path, served(recorded), **WAITS) as (client, _):
         for text, quality in zip(asked, expected.quality, strict=True):
             told = await answer(client, text)
             best = EXPERTS[int(quality.argmax())]
@@ -104,7 +104,7 @@ async def test_a_policy_serves_what_was_trained(
 
 async def test_aims_need_costs(tmp_path: Path, recorded: Recorded, embedder: Any) -> None:
     trained(recorded, "category", embedder, tmp_path / "router", priced=False)
-    async with serving(tmp_path, served(recorded)) as (client, _):
+    async with serving(tmp_path, served(recorded), **WAITS) as (client, _):
         body = chat(recorded.query[0]) | {"composer": {"quality": 0.9}}
         response = await client.post("/v1/chat/completions", json=body)
     error = response.json()["error"]
