@@ -28,6 +28,7 @@ from composer.errors import (
     ContextTooLong,
     EngineError,
     EngineMisconfigured,
+    EngineRefused,
     EngineUnavailable,
     NotFound,
     Overloaded,
@@ -88,6 +89,7 @@ TABLE: Mapping[type[ComposerError], Row] = {
         retry_after=UNAVAILABLE_RETRY_S,
     ),
     EngineMisconfigured: Row(502, SERVER),
+    EngineRefused: Row(403, INVALID),
     Overloaded: Row(503, "overloaded_error"),
     StoreError: Row(
         503,
@@ -183,10 +185,13 @@ def without_paths(text: str) -> str:
 
 
 def logged(error: Exception, request_id: str) -> WireError:
-    """`wire_error`, and the cause in the log where the caller is not told (all of) it."""
+    """`wire_error`, and the cause in the log where the caller is not told (all of) it: with its
+    traceback where nobody foresaw it, a line where the error says what happened."""
     wire = wire_error(error)
-    if not isinstance(error, ComposerError) or _row(error).message is not None:
+    if not isinstance(error, ComposerError):
         log.error("request %s: %s", request_id, error, exc_info=error)
+    elif _row(error).message is not None:
+        log.error("request %s: %s", request_id, error)
     elif isinstance(error, CatalogError):
         log.warning("request %s is refused: %s", request_id, error)
     return wire

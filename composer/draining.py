@@ -25,7 +25,7 @@ async def drained(generations: Generations, scheduler: Scheduler, within_s: floa
         if perf_counter() > until:
             log.warning("stopping with %d requests unfinished", generations.holds)
             return False
-        waits = _only_wait(scheduler)
+        waits = _only_wait(scheduler, generations.holds)
         if waits and waited:  # and not just between two calls of a request
             return False
         waited = waits
@@ -35,9 +35,13 @@ async def drained(generations: Generations, scheduler: Scheduler, within_s: floa
     return True
 
 
-def _only_wait(scheduler: Scheduler) -> bool:
-    """Whether no call can end any more without a load."""
+def _only_wait(scheduler: Scheduler, requests: int) -> bool:
+    """Whether no call can end any more without a load. Where the calls are fewer than the requests,
+    some request is still being routed or is between two calls, and may need none; a request of
+    several calls can hide one such."""
     loads = scheduler.stats()
+    if sum(load["running"] + load["waiting"] for load in loads.values()) < requests:
+        return False
     return any(load["waiting"] for load in loads.values()) and not any(
         load["running"] or (load["waiting"] and scheduler.resident(server))
         for server, load in loads.items()

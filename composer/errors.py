@@ -11,7 +11,8 @@ ComposerError
 │   └── AdapterError        one adapter folder failed verification
 ├── EngineError             a server failed while it answered
 │   ├── EngineUnavailable   it is not there at all (starting, closed, died)
-│   └── EngineMisconfigured our key for it is missing or wrong: trying again will not help
+│   ├── EngineMisconfigured it lacks what its operator must give: trying again will not help
+│   └── EngineRefused       it will not answer this request; others it may
 ├── Overloaded              queues are full; says when to come back
 ├── StoreError              the database or the journal
 │   └── UnknownResponse     feedback for a response id that was never recorded
@@ -103,10 +104,17 @@ class EngineUnavailable(EngineError):
 
 
 class EngineMisconfigured(EngineError):
-    """The server lacks what only its operator can give, such as a key. The message names the
-    server and the remedy in our own words, since callers read it."""
+    """The server lacks what only its operator can give, such as a key or its program. The message
+    names the server and the remedy in our own words, since callers read it."""
 
     code = "engine_misconfigured"
+
+
+class EngineRefused(EngineError):
+    """The server is well and forbids this request: what it asks for, or from where. The message
+    is in our own words, since callers read it."""
+
+    code = "engine_refused"
 
 
 class Overloaded(ComposerError):

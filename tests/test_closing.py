@@ -8,17 +8,20 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any, cast
 
 import psutil
 import pytest
 
+from composer import draining
 from composer.engines.base import Capacity
 from composer.engines.processes import free_port
 from composer.errors import EngineUnavailable
 from composer.generations import Generation
+from composer.scheduling.base import Scheduler
 from composer.settings import Settings
 from composer.types import Catalog
 from tests.api.conftest import InProcess
@@ -88,6 +91,27 @@ async def test_what_runs_and_what_waits_behind_it_comes_to_its_end() -> None:
             await draining
             answers = await asyncio.gather(*asked)
     assert [answer.status_code for answer in answers] == [200] * 3
+
+
+class Loads:
+    """What a scheduler says of its servers; none is loaded."""
+
+    def __init__(self, **waiting: int) -> None:
+        self._waiting = waiting
+
+    def stats(self) -> Mapping[str, Any]:
+        return {name: {"running": 0, "waiting": count} for name, count in self._waiting.items()}
+
+    def resident(self, server: str) -> bool:
+        return False
+
+
+def test_a_request_that_has_no_call_yet_is_not_refused_for_those_that_wait() -> None:
+    """It may be answered by what is loaded."""
+    assert not draining._only_wait(cast(Scheduler, Loads(a=1)), 2)
+    assert not draining._only_wait(cast(Scheduler, Loads(a=0)), 1)
+    assert draining._only_wait(cast(Scheduler, Loads(a=1, b=1)), 2)
+    assert draining._only_wait(cast(Scheduler, Loads(a=2)), 1)
 
 
 REGISTRY = """\

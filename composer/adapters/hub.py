@@ -37,7 +37,7 @@ from composer.adapters.files import CARD, CONFIG, WEIGHTS
 from composer.errors import CatalogError, Problem
 
 ATTEMPT_S = 5.0
-"""How long the hub may take to answer the first question."""
+"""How long the hub may take to be connected to by the first question, and then to answer it."""
 AGAIN_S = 30.0
 """How long it is remembered whether it did: a registry may name a hundred adapters there."""
 
@@ -125,7 +125,8 @@ class _Hub:
         self._seen: tuple[float, bool] | None = None
 
     def answers(self) -> bool:
-        """Blocks for ATTEMPT_S at most."""
+        """Blocks: some ATTEMPT_S where the hub is silent, longer where its name is looked up slowly
+        (which has no limit of ours) or another thread is asking already."""
         if constants.HF_HUB_OFFLINE:
             return False
         with self._lock:

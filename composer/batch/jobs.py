@@ -9,8 +9,8 @@ import asyncio
 import hashlib
 import logging
 import time
-from collections.abc import Coroutine, Sequence
-from contextlib import ExitStack, suppress
+from collections.abc import AsyncIterator, Coroutine, Sequence
+from contextlib import ExitStack, asynccontextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ from composer.batch.runner import Runner, Unwatched, unanswered_line
 from composer.batch.status import CANCELLABLE, ENDED, UNANSWERED, Batch, Ending
 from composer.batch.store import BatchStore
 from composer.batch.threads import to_end
-from composer.errors import Conflict, EngineUnavailable, StoreError
+from composer.errors import Conflict, EngineUnavailable, NotFound, StoreError
 
 log = logging.getLogger(__name__)
 
@@ -31,10 +31,13 @@ WINDOW_S = 24 * 3600
 """Of OpenAI's only completion window, "24h"."""
 
 AT_ONCE = 4
-"""Batches run beside each other; the others wait in `validating`, or as they were found."""
+"""Batches run beside each other; the others wait in `validating`, or as they were found. One that
+is cancelled has only to be ended and does not count."""
 
 RETRY_S = 30.0
 """Pause after the disk refused something, in seconds."""
+
+GONE = "batch %s is given up: its folder was taken away while it had not ended"
 
 LOOK_S = 1.0
 """How often it is looked whether another process wants a batch cancelled, in seconds."""
@@ -149,7 +152,7 @@ class Batches:
     async def _live(self, job: _Job) -> None:
         id_ = job.batch.id
         try:
-            async with self._room:
+            async with self._place(job):
                 while True:
                     if await self._try(job):
                         return
@@ -159,30 +162,56 @@ class Batches:
             self._spawn(self._look_again(id_))
         except EngineUnavailable as error:
             log.info("batch %s waits for the next start: %s", id_, error)
+        except NotFound:
+            log.warning(GONE, id_)
         finally:
             del self._jobs[id_]
+
+    @asynccontextmanager
+    async def _place(self, job: _Job) -> AsyncIterator[None]:
+        """One of the `AT_ONCE`, waited for; or none, once the batch is to be cancelled."""
+        place = asyncio.create_task(self._room.acquire())
+        told = asyncio.create_task(self._told(job))
+        try:
+            try:
+                await asyncio.wait({place, told}, return_when=asyncio.FIRST_COMPLETED)
+            finally:
+                place.cancel()  # which leaves a place that is taken as it is
+                told.cancel()
+            yield
+        finally:
+            await asyncio.gather(place, told, return_exceptions=True)
+            if not place.cancelled():
+                self._room.release()
 
     async def _look_again(self, id: str) -> None:
         """The process that runs it may end before it: then it is ours."""
         await asyncio.sleep(RETRY_S)
-        batch = await asyncio.to_thread(self._store.load, id)
+        try:
+            batch = await asyncio.to_thread(self._store.load, id)
+        except NotFound:
+            log.warning(GONE, id)
+            return
         if batch.status not in ENDED and id not in self._jobs:
             self._begin(batch)
 
     async def _try(self, job: _Job) -> bool:
-        """Whether the batch has come to its end; False: the disk refused, and may not later."""
+        """Whether the batch has come to its end; False: the disk refused, and may not later. Raises
+        Locked, EngineUnavailable, and NotFound where its folder was taken away."""
         id_ = job.batch.id
         try:
             try:
                 await self._run(job)
             except InvalidBatch as error:
-                await self._fail(id_, error.problems)
-            except (Locked, EngineUnavailable, StoreError):
+                problems = error.problems
+                await to_end(lambda: self._fail(job, problems))
+            except (Locked, EngineUnavailable, NotFound, StoreError):
                 raise
             except Exception:
                 log.exception("batch %s failed", id_)
                 words = "the service failed; its log has the cause under this batch's id"
-                await self._fail(id_, [LineProblem("internal_error", words)])
+                bug = LineProblem("internal_error", words)
+                await to_end(lambda: self._fail(job, [bug]))
                 return True  # what it had stays on the disk
             await to_end(lambda: self._store.clear(id_))
         except StoreError as error:
@@ -265,8 +294,10 @@ class Batches:
                 batch.become("finalizing")
                 await self._save(batch)
             await to_end(lambda: self._write(batch, lines, answers, ending))
-            batch.become(ending)
-            await self._save(batch)
+            ended = replace(batch, times=dict(batch.times))
+            ended.become(ending)
+            await self._save(ended)
+            job.batch = ended  # seen to have ended from here on, when nothing can undo it
 
     def _write(self, batch: Batch, lines: Lines, answers: Answers, ending: Ending) -> None:
         """The files that callers fetch: of those that succeeded, and of all others."""
@@ -290,14 +321,20 @@ class Batches:
             )
             batch.error_file_id = id_
 
-    async def _fail(self, id: str, problems: Sequence[LineProblem]) -> None:
-        """Unless another process has ended it, which took its input away."""
-        batch = await asyncio.to_thread(self._store.load, id)
-        if batch.status in ENDED:
-            return
-        batch.errors = [problem.body for problem in problems]
-        batch.become("failed")
-        await self._save(batch)
+    def _fail(self, job: _Job, problems: Sequence[LineProblem]) -> None:
+        """Cancelled where that was asked for, which leaves no files either. Does nothing where
+        another process has ended it, which took its input away. Blocks."""
+        with self._store.seal(job.batch.id) as cancelled:
+            batch = self._store.load(job.batch.id)
+            if batch.status in ENDED:
+                return
+            batch.errors = [problem.body for problem in problems]
+            if cancelled or job.cancelled.is_set():
+                batch.become("cancelling")
+                batch.become("cancelled")
+            else:
+                batch.become("failed")
+            self._store.save(batch)
 
     async def _save(self, batch: Batch) -> None:
         now = replace(batch, times=dict(batch.times))  # it may be cancelled meanwhile

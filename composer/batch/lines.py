@@ -25,7 +25,7 @@ MAX_LINE = 5 * 2**20
 """Bytes of a line: the edge's limit of a body, and room for what stands around it."""
 
 SHOWN_PROBLEMS = 20
-"""Lines named in one message; the rest are counted."""
+"""Problems named in one message; the rest are counted."""
 
 MOST_PROBLEMS = 1000
 """Problems collected before the rest of the file is not looked at any more."""
@@ -139,8 +139,8 @@ class Lines:
                 self._problems.append(LineProblem("line_too_long", words, number))
                 continue
             custom_id = _custom_id(number, raw, endpoints)
-            if isinstance(custom_id, LineProblem):
-                self._problems.append(custom_id)
+            if not isinstance(custom_id, str):
+                self._problems.extend(custom_id)
                 continue
             self._at.append(start)
             self._sizes.append(len(raw))
@@ -177,11 +177,13 @@ def _raw_lines(file: BinaryIO, digest: Any) -> Iterator[tuple[bytes, int]]:
         yield raw, whole
 
 
-def _custom_id(number: int, raw: bytes, endpoints: Collection[str]) -> str | LineProblem:
-    """The line's id where all around its body is right."""
+def _custom_id(number: int, raw: bytes, endpoints: Collection[str]) -> str | list[LineProblem]:
+    """The line's id where all around its body is right; else everything that is not."""
+    problems: list[LineProblem] = []
 
-    def wrong(code: str, message: str, param: str | None = None) -> LineProblem:
-        return LineProblem(code, message, number, param)
+    def wrong(code: str, message: str, param: str | None = None) -> list[LineProblem]:
+        problems.append(LineProblem(code, message, number, param))
+        return problems
 
     try:
         line = orjson.loads(raw.rstrip())
@@ -191,19 +193,20 @@ def _custom_id(number: int, raw: bytes, endpoints: Collection[str]) -> str | Lin
         return wrong("invalid_json_line", words)
     if not isinstance(line, dict):
         return wrong("invalid_json_line", f"not a JSON object; {WRITE_AN_OBJECT}")
-    custom_id, url = line.get("custom_id"), line.get("url")
+    custom_id: Any = line.get("custom_id")
     if not isinstance(custom_id, str) or not 0 < len(custom_id) <= MAX_ID:
         words = f"no usable custom_id; give it a text of 1 to {MAX_ID} characters, its own"
-        return wrong("missing_required_parameter", words, "custom_id")
+        wrong("missing_required_parameter", words, "custom_id")
     if line.get("method") != "POST":
-        return wrong("invalid_method", 'the method is not POST; write "method": "POST"', "method")
+        wrong("invalid_method", 'the method is not POST; write "method": "POST"', "method")
+    url = line.get("url")
     if not isinstance(url, str) or url not in endpoints:
         words = f"the url cannot be asked; write {' or '.join(sorted(endpoints))}"
-        return wrong("invalid_url", words, "url")
+        wrong("invalid_url", words, "url")
     if not isinstance(line.get("body"), dict):
         words = "the body is not a JSON object; write the request's fields into one"
-        return wrong("missing_required_parameter", words, "body")
-    return custom_id
+        wrong("missing_required_parameter", words, "body")
+    return problems or custom_id
 
 
 def _hash(custom_id: str) -> int:

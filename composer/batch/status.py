@@ -1,8 +1,9 @@
 """What a batch is to its callers: its statuses, its times, its counts. Knows no disk and no tasks.
 
 validating → in_progress → finalizing → completed
-     │            ├→ cancelling → cancelled
-     └→ failed    └→ expired
+     │            └→ expired
+     └→ failed
+validating or in_progress → cancelling → cancelled
 """
 
 from __future__ import annotations

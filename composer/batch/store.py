@@ -65,7 +65,7 @@ class BatchStore:
         if _ID.fullmatch(id):
             with suppress(FileNotFoundError):
                 return self._load(id)
-        raise NotFound(f"there is no batch {id!r}; GET /v1/batches lists them", param="batch_id")
+        raise _unknown(id)
 
     def all(self) -> list[Batch]:
         """The newest first."""
@@ -121,7 +121,7 @@ class BatchStore:
     @contextmanager
     def seal(self, id: str) -> Iterator[bool]:
         """Held by the process that runs the batch while it ends it: nobody can cancel it any more.
-        Gives whether somebody had. Raises StoreError."""
+        Gives whether somebody had. Raises NotFound, StoreError."""
         with ExitStack() as held:
             try:
                 # Those who cancel have it for one write.
@@ -132,7 +132,10 @@ class BatchStore:
 
     @contextmanager
     def _locked(self, id: str, how: int) -> Iterator[None]:
-        fd = os.open(self._folder / id, os.O_RDONLY)
+        try:
+            fd = os.open(self._folder / id, os.O_RDONLY)
+        except FileNotFoundError:
+            raise _unknown(id) from None
         try:
             fcntl.flock(fd, how)
             yield
@@ -141,3 +144,7 @@ class BatchStore:
 
     def _mark(self, id: str) -> Path:
         return self._folder / id / "cancel"
+
+
+def _unknown(id: str) -> NotFound:
+    return NotFound(f"there is no batch {id!r}; GET /v1/batches lists them", param="batch_id")

@@ -24,6 +24,7 @@ from composer.errors import (
     ContextTooLong,
     EngineError,
     EngineMisconfigured,
+    EngineRefused,
     EngineUnavailable,
     Overloaded,
     RequestError,
@@ -262,7 +263,10 @@ def refusal(
         return RequestError(message, param=param)
     if status == 501:
         return Unsupported(message, param=param)
-    if status in (401, 403):
+    if status == 403:  # of the request, by gateways: its words, the model, where it comes from
+        log.warning(told)
+        return forbidden(server, status)
+    if status == 401:
         log.warning(told)
         hint = key_hint or "it wants another API key"
         return EngineMisconfigured(f"server {server!r} answered {status}: {hint}")
@@ -278,6 +282,13 @@ def refusal(
     if status in (502, 503, 504) or _ENGINE_DEAD in message:
         return EngineUnavailable(told)
     return EngineError(told)
+
+
+def forbidden(server: str, status: int) -> EngineRefused:
+    return EngineRefused(
+        f"server {server!r} refuses this request (it answered {status}); change the request, or "
+        "ask another expert"
+    )
 
 
 def _said(body: Any) -> tuple[str, str | None, str | None]:

@@ -15,7 +15,8 @@ _hidden: set[str] = set()
 
 def hide(variables: Iterable[str]) -> None:
     """These hold keys: from now on, no server that we start inherits them. For good, since one
-    that is started again later must not see them either."""
+    that is started again later must not see them either. A server that runs already keeps what it
+    has."""
     _hidden.update(variables)
 
 
@@ -47,5 +48,6 @@ def key_hint(variable: str | None) -> str:
     if variable is None:
         return "it wants an API key: name its environment variable in the server's `api_key_env`"
     return (
-        f"correct its API key in the environment variable {variable!r} and start the service again"
+        f"correct its API key in the environment variable {variable!r} and start the service "
+        "again, or have the server accept it, which needs no new start"
     )

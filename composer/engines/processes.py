@@ -17,7 +17,7 @@ from composer.engines.keys import inherited
 from composer.engines.launch import Launch
 from composer.engines.progress import waiting
 from composer.engines.serverlog import ServerLog
-from composer.errors import ComposerError, EngineError, EngineUnavailable
+from composer.errors import ComposerError, EngineError, EngineMisconfigured, EngineUnavailable
 
 log = logging.getLogger(__name__)
 
@@ -83,7 +83,8 @@ class ManagedProcess:
 
     async def start(self) -> None:
         """Ready. At once where it is; joins a start or restart under way, whose failure is then
-        this one's too. Raises EngineUnavailable naming the log and its last lines."""
+        this one's too. Raises EngineUnavailable naming the log, EngineMisconfigured where the
+        program cannot be run."""
         while self._stopping is not None:
             await asyncio.shield(self._stopping)
         if self._closed:
@@ -206,9 +207,7 @@ class ManagedProcess:
                 log.warning("server %s: port %d was taken meanwhile", self.name, self._port)
                 continue
             if status == CANNOT_RUN:
-                raise self._failed(
-                    "could not be started: its program cannot be run; correct `launch.python`"
-                )
+                raise self._cannot_run()
             raise self._failed(f"ended with status {status} {took:.0f} s after its start")
 
     async def _spawn(self) -> Child:
@@ -294,6 +293,16 @@ class ManagedProcess:
         said = "".join(f"\n    {line}" for line in self.log.tail(LAST_LINES))
         log.error("server %s %s; its log ends in:%s", self.name, what, said or " nothing")
         return EngineUnavailable(f"server {self.name} {what}; see its log, {self.log.path}")
+
+    def _cannot_run(self) -> EngineMisconfigured:
+        """The error. What the system says of it goes to our log, once however often it is tried."""
+        error = EngineMisconfigured(
+            f"server {self.name} could not be started: its program cannot be run; correct "
+            "`launch.python`"
+        )
+        if str(self.failure) != str(error):
+            log.error("%s (%s)", error, next(iter(self.log.tail(1)), "nothing in its log"))
+        return error
 
     def _lost_its_port(self) -> bool:
         if not is_free(self.port):

@@ -136,7 +136,7 @@ class VllmEngine:
         await self._server.demand_running()
         if not self._settings.remote_images:
             _refuse_remote_images(call.messages)
-        with self._server.call() as flight:
+        async with self._server.call() as flight:
             body = await self._body(call, flight)
             begun = False
             for again in (True, False):
@@ -159,7 +159,7 @@ class VllmEngine:
 
     async def count_tokens(self, messages: Sequence[Message], prompt: str | None) -> int:
         await self._server.demand_running()
-        with self._server.call() as flight:
+        async with self._server.call() as flight:
             return await self._count(messages, prompt, {}, flight)
 
     async def _loaded(self, call: Call, flight: Flight) -> object:

@@ -6,18 +6,24 @@ from __future__ import annotations
 import asyncio
 import logging
 import secrets
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager, suppress
 
 from composer.engines.adapters import RuntimeAdapters
 from composer.engines.base import Health
-from composer.engines.http import Flight
-from composer.engines.keys import key_from
+from composer.engines.http import Flight, forbidden
+from composer.engines.keys import key_from, key_hint
 from composer.engines.processes import ManagedProcess
 from composer.engines.sleep import sleep, wake
 from composer.engines.upstream import Upstream
 from composer.engines.vllm_launch import VllmSettings, command_of, environment_of
-from composer.errors import ComposerError, EngineError, EngineMisconfigured, EngineUnavailable
+from composer.errors import (
+    ComposerError,
+    EngineError,
+    EngineMisconfigured,
+    EngineRefused,
+    EngineUnavailable,
+)
 from composer.types import Placement
 
 log = logging.getLogger(__name__)
@@ -30,6 +36,8 @@ DYING_S = 20.0
 outlives its engine by some seconds."""
 AGAIN_S = 5.0
 """How long a server that wants another key is not asked again."""
+AGAIN_PROGRAM_S = 60.0
+"""How long a program that cannot be run is not tried again: it takes somebody to install it."""
 
 
 class VllmServer:
@@ -85,8 +93,8 @@ class VllmServer:
         return self._up and self._has_process()
 
     async def start(self) -> None:
-        """As `Engine.start`. Where the server wants another key it returns, and `demand_running`
-        raises."""
+        """As `Engine.start`. Where the server wants another key, or has no program, it returns, and
+        `demand_running` raises."""
         if self._closed:
             raise EngineUnavailable(f"server {self.name!r} is closed")
         if self._starting is None or self._starting.done():
@@ -123,42 +131,76 @@ class VllmServer:
             await self.upstream.close()
 
     async def health(self) -> Health:
-        """A server that is stopped, asleep or on its first way up is as it should be."""
+        """A server that is stopped, asleep or on its first way up is as it should be. One that
+        wanted another key is asked again after a while: no call may come to do it."""
         if self._closed:
             return Health("failed", "it is closed")
+        if self.process is None and self._may_be_mended():
+            await self._look_again()
         failure: Exception | None = self._failure
         if failure is None and not self._up:
             coming = self._starting is not None and not self._starting.done()
             return Health("starting" if coming else "off")
-        if failure is None and self.process is not None and not self.process.alive:
-            failure = self.process.failure
+        if self.process is not None and not self.process.alive:
+            failure = self.process.failure or failure  # the cause before what followed from it
         failure = failure or await self._trouble()
         return Health("ready") if failure is None else Health("failed", str(failure))
 
     async def demand_running(self) -> None:
-        """Raises EngineUnavailable, or EngineMisconfigured where it is there and wants another
-        key: which is seen to again at the next call after a while."""
-        clock = asyncio.get_running_loop().time
+        """Raises EngineUnavailable, or EngineMisconfigured where it wants another key or cannot be
+        run at all: which is seen to again at the next call after a while."""
         if isinstance(self._failure, EngineMisconfigured) and not self._closed:
-            if clock() - self._refused_at > AGAIN_S:
-                await self.start()
-            if isinstance(self._failure, EngineMisconfigured):
+            if self._may_be_mended():
+                await self._look_again()
+            coming = self._starting is not None and not self._starting.done()
+            if isinstance(self._failure, EngineMisconfigured) and not coming:
                 raise EngineMisconfigured(str(self._failure))
         if not self.running:
             state = "closed" if self._closed else "not running"
             raise EngineUnavailable(f"server {self.name!r} is {state}")
 
-    @contextmanager
-    def call(self) -> Iterator[Flight]:
-        """A call's waits. That it was refused for its key is noted."""
+    @asynccontextmanager
+    async def call(self) -> AsyncIterator[Flight]:
+        """A call's waits. One that was refused as if for our key has the server marked only where
+        a question that is not the caller's is refused too: nobody can take it from the others."""
         with self.upstream.flight() as flight:
             try:
                 yield flight
             except EngineMisconfigured as error:
-                self._refused(error)
+                if not isinstance(self._failure, EngineMisconfigured):
+                    if not await self._wants_another_key():
+                        raise forbidden(self.name, 401) from error
+                    self._cannot_serve(error)
                 raise
 
-    def _refused(self, error: EngineMisconfigured) -> None:
+    async def _wants_another_key(self) -> bool:
+        """By its list of models. Where it cannot be asked it is away, which is another matter."""
+        try:
+            reply = await self.upstream.ask("GET", "/models", limit_s=LOOK_S)
+        except EngineMisconfigured:  # we have none
+            return True
+        except EngineError:
+            return False
+        return reply.status == 401
+
+    def _may_be_mended(self) -> bool:
+        """Whether a server that was refused, or could not be run, is to be looked at again."""
+        if not isinstance(self._failure, EngineMisconfigured) or self._closed:
+            return False
+        away = self.process is not None and not self.process.alive
+        since = asyncio.get_running_loop().time() - self._refused_at
+        return since > (AGAIN_PROGRAM_S if away else AGAIN_S)
+
+    async def _look_again(self) -> None:
+        """Starts it, and waits for that a little: it may take minutes, which a call is to wait in
+        its queue, where its bound holds."""
+        with suppress(TimeoutError, EngineUnavailable):
+            async with asyncio.timeout(LOOK_S):
+                await self.start()
+
+    def _cannot_serve(self, error: EngineMisconfigured) -> None:
+        if str(error) != str(self._failure):  # once, however often it is tried
+            log.error("%s; until then its calls fail", error)
         self._up, self._settled, self._failure = False, False, error
         self._refused_at = asyncio.get_running_loop().time()
 
@@ -172,8 +214,11 @@ class VllmServer:
             try:
                 await self._come_up()
             except EngineMisconfigured as error:
-                log.error("%s; until then its calls fail", error)
-                self._refused(error)
+                self._cannot_serve(error)
+            except EngineRefused:  # and no caller's question
+                hint = key_hint(self._settings.api_key_env)
+                forbids = f"server {self.name!r} forbids what a start asks of it: {hint}"
+                self._cannot_serve(EngineMisconfigured(forbids))
             except ComposerError as error:
                 self._failure = error
                 if isinstance(error, EngineUnavailable):

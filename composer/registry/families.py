@@ -18,7 +18,7 @@ SERVER_KEYS = ("engine", "placement")
 """Keys of a server that are the registry's own; all others are its engine's settings."""
 
 
-def takes_adapters(settings: Any) -> None:
+def check_nothing(settings: Any) -> None:
     """The `check_adapters` of an engine that takes adapters, whatever its settings."""
 
 
@@ -53,7 +53,7 @@ class EngineFamily:
     program_fields: tuple[str, ...] = ()
     parameters: frozenset[str] = frozenset()
     check: Callable[[Any, Placement | None], None] = fits_anywhere
-    check_adapters: Callable[[Any], None] = takes_adapters
+    check_adapters: Callable[[Any], None] = check_nothing
 
 
 def no_files(settings: Any) -> str:

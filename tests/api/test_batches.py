@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import json
 import os
 import random
+import shutil
 import signal
 import socket
 import subprocess
@@ -27,10 +29,11 @@ from api.app import create_app
 from composer.batch import jobs
 from composer.batch.answers import Answers
 from composer.batch.jobs import Batches
+from composer.batch.lines import Lines
 from composer.batch.store import BatchStore
 from composer.settings import Settings
 from tests.api.conftest import Live
-from tests.api.fakes import World, make_world
+from tests.api.fakes import World, make_world, until
 from tests.batch.helpers import content, line
 from tests.tiny import ROOT
 
@@ -62,15 +65,24 @@ def create(ai: openai.OpenAI, lines: list[Any], **more: Any) -> Batch:
     )
 
 
-def wait(ai: openai.OpenAI, id: str, *statuses: str) -> Batch:
-    until = time.monotonic() + 30
-    while (batch := ai.batches.retrieve(id)).status not in statuses:
-        assert time.monotonic() < until, batch
+WAIT_S = 120
+"""Only ends a test that has failed."""
+
+
+def wait(ai: openai.OpenAI, id: str, *statuses: str, completed: int = 0) -> Batch:
+    """Until it has one of the statuses, or any where none is given, and so many answers."""
+    end = time.monotonic() + WAIT_S
+    while True:
+        batch = ai.batches.retrieve(id)
+        assert batch.request_counts is not None
+        if batch.request_counts.completed >= completed and batch.status in (statuses or ANY):
+            return batch
+        assert time.monotonic() < end, batch
         time.sleep(0.01)
-    return batch
 
 
 ENDED = ("completed", "failed", "cancelled", "expired")
+ANY = (*ENDED, "validating", "in_progress", "finalizing", "cancelling")
 
 
 # --- files ---------------------------------------------------------------------------------
@@ -191,7 +203,7 @@ def test_failed_lines_are_in_the_error_file(ai: openai.OpenAI) -> None:
 
 
 def test_an_input_that_is_wrong_fails_with_its_lines(ai: openai.OpenAI, world: World) -> None:
-    lines = [line("a"), {"custom_id": "b"}, line("a"), {**line("c"), "url": "/v1/completions"}]
+    lines = [line("a"), line("b", method="GET"), line("a"), line("c", url="/v1/completions")]
     batch = wait(ai, create(ai, lines).id, *ENDED)
     assert batch.status == "failed"
     assert batch.failed_at
@@ -206,8 +218,7 @@ def test_an_input_that_is_wrong_fails_with_its_lines(ai: openai.OpenAI, world: W
 def test_a_cancelled_batch_keeps_what_it_has(ai: openai.OpenAI, world: World) -> None:
     world.engine.held, world.engine.free = True, 2
     batch = create(ai, [line("a", "hi"), *(line(f"{i}", "hi there shout") for i in range(9))])
-    while ai.batches.retrieve(batch.id).request_counts.completed < 1:  # type: ignore[union-attr]
-        time.sleep(0.01)  # one answer is short enough to end
+    wait(ai, batch.id, completed=1)  # one answer is short enough to end
     assert ai.batches.cancel(batch.id).status in ("cancelling", "cancelled")
     batch = wait(ai, batch.id, *ENDED)
     assert batch.status == "cancelled"
@@ -317,7 +328,7 @@ class Running:
         return id_
 
     async def wait(self, id_: str, true: Callable[[dict[str, Any]], bool]) -> dict[str, Any]:
-        async with asyncio.timeout(30):
+        async with asyncio.timeout(WAIT_S):
             while True:
                 body: dict[str, Any] = (await self.client.get(f"/v1/batches/{id_}")).json()
                 if true(body):
@@ -396,7 +407,7 @@ async def test_a_batch_of_a_living_process_is_left_to_it(world: World) -> None:
         await one.wait(id_, lambda batch: batch["status"] == "in_progress")
         other = make_world(settings=world.service.settings)
         async with Running(other) as two:
-            async with asyncio.timeout(10):
+            async with asyncio.timeout(WAIT_S):
                 while two.batches._jobs:
                     await asyncio.sleep(0.005)
             assert (await two.batches.get(id_)).status == "in_progress"
@@ -470,12 +481,12 @@ async def test_an_answer_that_is_on_its_way_to_the_disk_is_kept(
 
     def slowly(self: Answers, puts: Any) -> None:
         committing.set()
-        assert go_on.wait(30)
+        assert go_on.wait(WAIT_S)
         real(self, puts)
 
     monkeypatch.setattr(Answers, "_commit", slowly)
     id_ = await running.create([line("a")])
-    await asyncio.to_thread(committing.wait, 30)
+    await asyncio.to_thread(committing.wait, WAIT_S)
     assert (await running.client.post(f"/v1/batches/{id_}/cancel")).status_code == 200
     await asyncio.sleep(0.05)
     go_on.set()
@@ -495,7 +506,7 @@ async def test_nobody_cancels_what_is_being_ended(
 
     def slowly(self: Batches, *given: Any) -> None:
         ending.set()
-        assert go_on.wait(30)
+        assert go_on.wait(WAIT_S)
         real(self, *given)
 
     monkeypatch.setattr(Batches, "_write", slowly)
@@ -503,13 +514,175 @@ async def test_nobody_cancels_what_is_being_ended(
     other = make_world(settings=world.service.settings)
     async with Running(world) as one, Running(other) as two:
         id_ = await one.create([line("a")])
-        await asyncio.to_thread(ending.wait, 30)
+        await asyncio.to_thread(ending.wait, WAIT_S)
         for running in (one, two):
             reply = await running.client.post(f"/v1/batches/{id_}/cancel")
             assert reply.status_code == 409
             assert "nothing to cancel" in reply.json()["error"]["message"]
         go_on.set()
         await two.wait(id_, lambda batch: batch["status"] == "expired")
+
+
+@pytest.mark.parametrize("ending", ["completed", "cancelled", "expired"])
+async def test_a_batch_is_seen_to_have_ended_when_that_is_kept(
+    world: World, monkeypatch: pytest.MonkeyPatch, ending: str
+) -> None:
+    """Before, a crash would undo it, and a cancel would be taken."""
+    keeping, go_on = threading.Event(), threading.Event()
+    real = BatchStore.save
+
+    def slowly(self: BatchStore, batch: Any) -> None:
+        if batch.status in ENDED:
+            keeping.set()
+            assert go_on.wait(WAIT_S)
+        real(self, batch)
+
+    monkeypatch.setattr(BatchStore, "save", slowly)
+    if ending == "expired":
+        monkeypatch.setattr(jobs, "WINDOW_S", 0)
+    world.engine.held = ending == "cancelled"
+    async with Running(world) as running:
+        id_ = await running.create([line("a")])
+        if ending == "cancelled":
+            await running.wait(id_, lambda batch: batch["status"] == "in_progress")
+            assert (await running.client.post(f"/v1/batches/{id_}/cancel")).status_code == 200
+        assert await asyncio.to_thread(keeping.wait, WAIT_S)
+        try:
+            batch = (await running.client.get(f"/v1/batches/{id_}")).json()
+            assert batch["status"] not in ENDED
+            assert batch[f"{ending}_at"] is None
+        finally:
+            go_on.set()
+        batch = await running.wait(id_, lambda batch: batch["status"] in ENDED)
+        assert batch["status"] == ending
+        assert batch[f"{ending}_at"] is not None
+        assert (await running.client.post(f"/v1/batches/{id_}/cancel")).status_code == 409
+
+
+@pytest.mark.parametrize("elsewhere", [False, True])
+async def test_a_cancelled_batch_does_not_wait_for_room(
+    world: World, monkeypatch: pytest.MonkeyPatch, elsewhere: bool
+) -> None:
+    """Whichever process is asked; and the places of the others stay theirs."""
+    monkeypatch.setattr(jobs, "AT_ONCE", 1)
+    monkeypatch.setattr(jobs, "LOOK_S", 0.01)
+    world.engine.held = True
+    other = make_world(settings=world.service.settings)
+    async with Running(world) as one, Running(other) as two:
+        first = await one.create([line("a")])
+        await one.wait(first, lambda batch: batch["status"] == "in_progress")
+        waiting, next_ = [await one.create([line("a"), line("b")]) for _ in range(2)]
+        asked = two if elsewhere else one
+        assert (await asked.client.post(f"/v1/batches/{waiting}/cancel")).status_code == 200
+        batch = await one.wait(waiting, lambda batch: batch["status"] in ENDED)
+        assert batch["status"] == "cancelled"
+        errors = await one.client.get(f"/v1/files/{batch['error_file_id']}/content")
+        assert len(errors.text.splitlines()) == 2
+        listed = (await one.client.get("/v1/batches")).json()["data"]
+        statuses = {batch["id"]: batch["status"] for batch in listed}
+        assert (statuses[first], statuses[next_]) == ("in_progress", "validating")
+        assert len(world.engine.calls) == 1
+        world.engine.held = False
+        for id_ in (first, next_):
+            await one.wait(id_, lambda batch: batch["status"] == "completed")
+        while one.batches._jobs:
+            await asyncio.sleep(0.005)
+        assert one.batches._room._value == 1
+
+
+@pytest.mark.parametrize("elsewhere", [False, True])
+async def test_a_cancel_while_a_wrong_input_is_read_is_done(
+    world: World, monkeypatch: pytest.MonkeyPatch, elsewhere: bool
+) -> None:
+    """What is wrong with the input is told all the same."""
+    reading, go_on = threading.Event(), threading.Event()
+
+    def slowly(*given: Any) -> Lines:
+        reading.set()
+        assert go_on.wait(WAIT_S)
+        return Lines(*given)
+
+    monkeypatch.setattr(jobs, "Lines", slowly)
+    slowly.close = Lines.close  # type: ignore[attr-defined]
+    other = make_world(settings=world.service.settings)
+    async with Running(world) as one, Running(other) as two:
+        id_ = await one.create([line("a", method="GET")])
+        assert await asyncio.to_thread(reading.wait, WAIT_S)
+        try:
+            asked = two if elsewhere else one
+            reply = await asked.client.post(f"/v1/batches/{id_}/cancel")
+            assert (reply.status_code, reply.json()["status"]) == (200, "cancelling")
+        finally:
+            go_on.set()
+        batch = await one.wait(id_, lambda batch: batch["status"] in ENDED)
+        assert batch["status"] == "cancelled"
+        assert batch["cancelling_at"] <= batch["cancelled_at"]
+        assert batch["failed_at"] is None
+        assert [error["code"] for error in batch["errors"]["data"]] == ["invalid_method"]
+        while one.batches._jobs:
+            await asyncio.sleep(0.005)
+    folder = world.service.settings.files_dir / id_
+    assert [path.name for path in folder.iterdir()] == ["batch.json"]
+
+
+async def test_nobody_cancels_what_is_being_failed(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    failing, go_on = threading.Event(), threading.Event()
+    real = BatchStore.save
+
+    def slowly(self: BatchStore, batch: Any) -> None:
+        if batch.status == "failed":
+            failing.set()
+            assert go_on.wait(WAIT_S)
+        real(self, batch)
+
+    monkeypatch.setattr(BatchStore, "save", slowly)
+    other = make_world(settings=world.service.settings)
+    async with Running(world) as one, Running(other) as two:
+        id_ = await one.create([line("a", method="GET")])
+        assert await asyncio.to_thread(failing.wait, WAIT_S)
+        try:
+            for running in (one, two):
+                reply = await running.client.post(f"/v1/batches/{id_}/cancel")
+                assert reply.status_code == 409
+        finally:
+            go_on.set()
+        batch = await one.wait(id_, lambda batch: batch["status"] in ENDED)
+        assert (batch["status"], batch["cancelling_at"]) == ("failed", None)
+
+
+async def test_a_batch_whose_folder_is_taken_away_is_given_up(
+    world: World, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """By who runs it, and by who would have looked for it again: each says so once."""
+    monkeypatch.setattr(jobs, "RETRY_S", 0.05)
+    world.engine.held = True
+    looked, gone = asyncio.Event(), asyncio.Event()
+    real = Batches._look_again
+
+    async def later(self: Batches, id: str) -> None:
+        looked.set()
+        await gone.wait()
+        await real(self, id)
+
+    monkeypatch.setattr(Batches, "_look_again", later)
+    other = make_world(settings=world.service.settings)
+    async with Running(world) as one, Running(other) as two:
+        id_ = await one.create([line("a")])
+        await until(lambda: world.engine.calls)  # all before is on the disk
+        await two.batches.start()
+        await looked.wait()
+        shutil.rmtree(world.service.settings.files_dir / id_)
+        gone.set()
+        world.engine.held = False
+        async with asyncio.timeout(WAIT_S):
+            while one.batches._tasks or two.batches._tasks:
+                await asyncio.sleep(0.005)
+        gc.collect()  # which tells of exceptions that nobody took
+        said = [record.getMessage() for record in caplog.records if record.levelname != "INFO"]
+        assert said == [jobs.GONE % id_] * 2
+        assert (await one.client.get(f"/v1/batches/{id_}")).status_code == 404
 
 
 async def test_what_another_process_leaves_unfinished_is_taken_over(
@@ -563,7 +736,7 @@ async def test_a_batch_is_cancelled_while_it_is_saved(
     running.world.engine.held = True
     monkeypatch.setattr(BatchStore, "save", slowly)
     id_ = await running.create([line("a")])
-    await asyncio.to_thread(saving.wait, 30)
+    await asyncio.to_thread(saving.wait, WAIT_S)
     reply = await running.client.post(f"/v1/batches/{id_}/cancel")
     assert reply.status_code == 200
     await running.wait(id_, lambda batch: batch["status"] == "cancelled")
@@ -644,7 +817,14 @@ class Served:
             port = free.getsockname()[1]
         self.files = folder / "files"
         self.trace = folder / "trace"
-        self._command = [sys.executable, "-c", SERVER, self.files, self.trace, str(port)]
+        self._command: list[str | Path] = [
+            sys.executable,
+            "-c",
+            SERVER,
+            self.files,
+            self.trace,
+            str(port),
+        ]
         url = f"http://127.0.0.1:{port}/v1"
         self.ai = openai.OpenAI(base_url=url, api_key="none", max_retries=0)
 
@@ -653,13 +833,13 @@ class Served:
 
     def create(self, count: int) -> str:
         """A batch, as soon as the service answers."""
-        until = time.monotonic() + 60
+        end = time.monotonic() + WAIT_S
         while True:
             try:
                 lines = [line(f"{i}", f"question {i} shout") for i in range(count)]
                 return create(self.ai, lines).id
             except openai.APIConnectionError:
-                assert time.monotonic() < until
+                assert time.monotonic() < end
                 time.sleep(0.05)
 
 
@@ -668,8 +848,7 @@ async def test_a_batch_that_another_real_process_runs_is_cancelled(tmp_path: Pat
     child = served.start()
     try:
         id_ = await asyncio.to_thread(served.create, 4000)
-        while served.ai.batches.retrieve(id_).request_counts.completed < 50:  # type: ignore[union-attr]
-            await asyncio.sleep(0.01)
+        await asyncio.to_thread(wait, served.ai, id_, completed=50)
         world = make_world(settings=Settings(files_dir=served.files))
         async with Running(world) as here:
             reply = await here.client.post(f"/v1/batches/{id_}/cancel")
@@ -704,10 +883,10 @@ def test_a_service_killed_twice_ends_the_batch(tmp_path: Path) -> None:
     try:
         for kill_at in (100, 250, None):
             child = served.start()
-            until = time.monotonic() + 60
+            end = time.monotonic() + WAIT_S
             id_ = id_ or served.create(400)
             while completed() < (400 if kill_at is None else kill_at):
-                assert time.monotonic() < until
+                assert time.monotonic() < end
                 time.sleep(0.01)
             if kill_at is not None:
                 child.send_signal(signal.SIGKILL)

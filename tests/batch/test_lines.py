@@ -93,6 +93,19 @@ def test_what_is_said_of_a_wrong_line_is_one_line(
     assert len(str(caught.value).splitlines()) == 1
 
 
+def test_all_that_is_wrong_with_a_line_is_told_at_once(tmp_path: Path) -> None:
+    path = write(tmp_path / "in", [line("a"), {"custom_id": 7}, line("b", url="/")])
+    with pytest.raises(InvalidBatch) as caught:
+        Lines(path, ENDPOINTS)
+    assert [(problem.line, problem.param) for problem in caught.value.problems] == [
+        (2, "custom_id"),
+        (2, "method"),
+        (2, "url"),
+        (2, "body"),
+        (3, "url"),
+    ]
+
+
 def test_a_duplicate_names_both_lines(tmp_path: Path) -> None:
     path = write(tmp_path / "in", [line("a"), line("b"), "", line("a"), line("a")])
     with pytest.raises(InvalidBatch) as caught:

@@ -25,6 +25,7 @@ from composer.errors import (
     ContextTooLong,
     EngineError,
     EngineMisconfigured,
+    EngineRefused,
     EngineUnavailable,
     Unsupported,
 )
@@ -506,6 +507,75 @@ async def test_a_server_that_wants_another_key_is_not_asked_for_each_call(
         await engine.start()
         monkeypatch.setenv("TEST_KEY", "any")
         with pytest.raises(EngineMisconfigured, match="'TEST_KEY' is not set"):
+            await text_of(engine, call())
+        await engine.close()
+
+
+@pytest.mark.parametrize("status", [401, 403])
+@pytest.mark.parametrize("stream", [False, True])
+async def test_a_call_that_is_refused_takes_the_server_from_nobody(
+    fake: FakeVllm, make_adapter: MakeAdapter, status: int, stream: bool
+) -> None:
+    """A gateway's word on one request, its model or its origin: the key is as good as before."""
+    engine, red = engine_at(fake.url), make_adapter("red")
+    await engine.prepare([red])
+    await engine.start()
+    loads, asked = list(fake.loads), len(fake.requests)
+    fake.faults.refuse = [(status, {"error": {"message": "moderated"}}, {})]
+    with pytest.raises(EngineRefused, match=rf"'s' refuses this request .*{status}") as refused:
+        await text_of(engine, call(stream=stream))
+    assert "key" not in str(refused.value)
+    assert "moderated" not in str(refused.value)
+    assert await engine.health() == Health("ready")
+    assert await text_of(engine, call(adapter=red)) == "red: one two"
+    assert fake.loads == loads
+    assert len(fake.requests) == len(fake.generations()) + asked  # nothing was probed anew
+    await engine.close()
+
+
+async def test_a_call_that_is_refused_while_the_server_goes_marks_no_key(fake: FakeVllm) -> None:
+    engine = engine_at(fake.url)
+    await engine.start()
+    error = EngineMisconfigured("server 's' answered 401")
+    async with serve(FakeVllm()) as other:
+        gone = other.url
+    engine._server.upstream.client._url = lambda: gone
+    with pytest.raises(EngineRefused):
+        async with engine._server.call():
+            raise error
+    assert engine._server.running
+    await engine.close()
+
+
+async def test_health_looks_again_at_an_idle_server_that_wanted_another_key(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("composer.engines.vllm_server.AGAIN_S", 0.0)
+    monkeypatch.setenv("TEST_KEY", "ours")
+    async with serve(FakeVllm(api_key="theirs")) as fake:
+        engine = engine_at(fake.url, api_key_env="TEST_KEY")
+        await engine.start()
+        for _ in range(3):
+            health = await engine.health()
+            assert health.state == "failed"
+            assert "which needs no new start" in str(health.reason)
+        said = [line for line in caplog.messages if "until then its calls fail" in line]
+        assert len(said) == 1
+        fake.api_key = "ours"
+        assert await engine.health() == Health("ready")
+        await engine.close()
+
+
+async def test_a_start_that_is_forbidden_is_the_operators_to_mend(
+    monkeypatch: pytest.MonkeyPatch, make_adapter: MakeAdapter
+) -> None:
+    """Of a gateway that answers a wrong key so, say: calls are refused and do not wait."""
+    async with serve(FakeVllm()) as fake:
+        fake.faults.refuse = [(403, "no", {})] * 8
+        engine = engine_at(fake.url)
+        await engine.prepare([make_adapter("red")])
+        await engine.start()
+        with pytest.raises(EngineMisconfigured, match="forbids what a start asks of it"):
             await text_of(engine, call())
         await engine.close()
 

@@ -14,9 +14,10 @@ import psutil
 import pytest
 import pytest_asyncio
 
+from composer.engines.launch import Restarts
 from composer.engines.vllm import VllmEngine
 from composer.engines.vllm_launch import VllmSettings
-from composer.errors import EngineError, EngineUnavailable
+from composer.errors import EngineError, EngineMisconfigured, EngineUnavailable
 from composer.types import Placement
 from tests.engines.test_vllm import MakeAdapter, call, make_adapter, text_of
 
@@ -130,6 +131,61 @@ async def test_a_server_that_does_not_start_says_why(
     assert health.state == "failed"
     assert "see its log" in str(health.reason)
     assert "CUDA" not in str(health.reason)
+
+
+async def test_a_program_that_cannot_be_run_refuses_calls_at_once(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They do not wait for it until their bound; it is tried again after a while."""
+    python = tmp_path / "python"
+    launch = {
+        "python": str(python),
+        "env": {"PYTHONPATH": stand_in(tmp_path / "path")},
+        "log": tmp_path / "server.log",
+    }
+    engine = VllmEngine("big", VllmSettings.model_validate({"launch": launch, "model": "weights"}))
+    await engine.start()
+    for again_s in (60.0, 0.0, 0.0):
+        monkeypatch.setattr("composer.engines.vllm_server.AGAIN_PROGRAM_S", again_s)
+        with pytest.raises(EngineMisconfigured, match=r"correct `launch\.python`"):
+            await text_of(engine, call())
+    health = await engine.health()
+    assert health.state == "failed"
+    assert "`launch.python`" in str(health.reason)
+    said = [record.message for record in caplog.records if record.levelname == "ERROR"]
+    assert len([line for line in said if "No such file" in line]) == 1
+    assert len(said) == 2  # what the system says, and what follows
+    python.write_text(f'#!/bin/sh\nexec {sys.executable} "$@"\n')
+    python.chmod(0o755)
+    monkeypatch.setattr("composer.engines.vllm_server.LOOK_S", 0.0)
+    with pytest.raises(EngineUnavailable, match="not running"):  # it comes: waited for in the queue
+        await text_of(engine, call())
+    monkeypatch.undo()
+    await engine.start()
+    assert await text_of(engine, call()) == "base: one two"
+    await engine.close()
+
+
+async def test_health_names_what_a_process_died_of(make: Make) -> None:
+    """Also while calls wait for it, and the service knows no more than that it is gone."""
+    engine = make()
+    await engine.start()
+    process = engine._server.process
+    assert process is not None
+    process._launch = process._launch.model_copy(update={"restarts": Restarts(first_s=60)})
+    process_of(engine).send_signal(signal.SIGKILL)
+    async with asyncio.timeout(60):
+        while process.alive:
+            await asyncio.sleep(0.01)
+        waiting = asyncio.create_task(engine.start())
+        while process.failure is None or engine._server._failure is None:
+            await asyncio.sleep(0.01)
+    health = await engine.health()
+    assert health.state == "failed"
+    assert "died with status 137" in str(health.reason)
+    assert "started again in" in str(health.reason)
+    waiting.cancel()
+    await engine.close()
 
 
 async def test_without_max_loras_it_takes_no_adapters(make_adapter: MakeAdapter) -> None:
