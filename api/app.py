@@ -22,6 +22,7 @@ from api.routes import (
     health,
     metrics,
     models,
+    promotion,
     scheduler,
 )
 from api.routes import files as files_route
@@ -77,6 +78,7 @@ def create_app(service: Service) -> FastAPI:
         models,
         experts,
         feedback,
+        promotion,
         scheduler,
         metrics,
         health,

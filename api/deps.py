@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Coroutine
 from typing import Annotated, Any
 
@@ -10,6 +11,7 @@ from fastapi import APIRouter, Depends, Request
 from fastapi.routing import APIRoute
 from starlette.responses import Response
 
+from api.schemas import Caller
 from composer.service import Service
 
 
@@ -23,6 +25,14 @@ def _request_id(request: Request) -> str:
     return id_
 
 
+def _caller(request: Request) -> Caller:
+    """Callers are told apart by their keys, of which a digest is kept."""
+    key = request.headers.get("authorization", "").encode("latin-1")
+    digest = hashlib.blake2b(key, digest_size=16).hexdigest() if key else ""
+    return Caller(digest, request.headers.get("x-composer-session") or None)
+
+
+CallerDep = Annotated[Caller, Depends(_caller)]
 ServiceDep = Annotated[Service, Depends(_service)]
 RequestId = Annotated[str, Depends(_request_id)]
 

@@ -9,10 +9,18 @@ none of them is refused as unknown.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    model_validator,
+)
 from pydantic_core import PydanticCustomError
 
 from api.messages import AnyMessage, needs_of, plain
@@ -75,6 +83,47 @@ class ComposerField(Body):
         description="Most seconds that each of its calls may wait for its expert before the "
         "request is refused (503). It can only shorten what the policy allows.",
     )
+    quality: float | None = Field(
+        None,
+        ge=0,
+        le=2,
+        allow_inf_nan=False,
+        description="Share of the best single expert's mean quality to be reached at least cost; "
+        "needs a policy with a trained router, and takes the place of what it aims at.",
+    )
+    max_cost: float | None = Field(
+        None,
+        gt=0,
+        allow_inf_nan=False,
+        description="US dollars that such requests may cost on average, for the best quality.",
+    )
+    session: str | None = Field(
+        None,
+        min_length=1,
+        max_length=512,
+        description="Your name for this conversation, which then rather keeps its expert; default: "
+        "the header x-composer-session, `prompt_cache_key`, or how the conversation began.",
+    )
+    explore: bool = Field(True, description="Whether an expert may be tried out on this request.")
+
+    @model_validator(mode="after")
+    def _one_aim(self) -> ComposerField:
+        if self.quality is not None and self.max_cost is not None:
+            raise PydanticCustomError(
+                "two_aims", "it has both quality and max_cost; leave one of them out"
+            )
+        return self
+
+
+@dataclass(frozen=True, slots=True)
+class Caller:
+    """What the headers say of who asks. `id` is a digest; `session` the conversation's name."""
+
+    id: str = ""
+    session: str | None = None
+
+
+NOBODY = Caller()
 
 
 class StreamOptions(Body):
@@ -115,6 +164,7 @@ class Generation(Ignored, Parameters):
     def _request(
         self,
         id: str,
+        caller: Caller,
         *,
         max_tokens: int | None,
         logprobs: int | None,
@@ -149,6 +199,11 @@ class Generation(Ignored, Parameters):
             stream=bool(self.stream),
             priority=ours.priority,
             max_wait_s=ours.max_wait_s,
+            quality=ours.quality,
+            max_cost=ours.max_cost,
+            explore=ours.explore,
+            session=ours.session or caller.session or self.prompt_cache_key,
+            caller="/".join((caller.id, self.safety_identifier or self.user or "")),
             **rest,
         )
 
@@ -192,7 +247,7 @@ class ChatBody(Generation, ChatParameters):
     prediction: Annotated[Any, off()] = None
     web_search_options: Annotated[Any, off()] = None
 
-    def request(self, id: str) -> Request:
+    def request(self, id: str, caller: Caller = NOBODY) -> Request:
         """Raises RequestError where fields contradict each other."""
         if self.top_logprobs is not None and not self.logprobs:
             raise RequestError("top_logprobs needs logprobs: true", param="top_logprobs")
@@ -200,6 +255,7 @@ class ChatBody(Generation, ChatParameters):
             raise RequestError("tool_choice needs tools", param="tool_choice")
         return self._request(
             id,
+            caller,
             max_tokens=self._max_tokens(),
             logprobs=(self.top_logprobs or 0) if self.logprobs else None,
             needs=needs_of(self.messages) | self._needs(),
@@ -276,10 +332,11 @@ class CompletionBody(Generation):
     echo: Annotated[Any, off(False)] = None
     suffix: Annotated[Any, off("")] = None
 
-    def request(self, id: str) -> Request:
+    def request(self, id: str, caller: Caller = NOBODY) -> Request:
         """Raises RequestError where fields contradict each other."""
         return self._request(
             id,
+            caller,
             max_tokens=self.max_tokens or LEGACY_MAX_TOKENS,
             logprobs=self.logprobs,
             prompt=self.prompt,

@@ -260,6 +260,7 @@ def composer_body(outcome: Outcome) -> dict[str, Any]:
         "strategy": plan.strategy,
         "scores": plan.scores,
         "reasons": plan.reasons,
+        **({} if plan.confident is None else {"confident": plan.confident}),
         "catalog_version": outcome.catalog_version,
         "cost_usd": outcome.cost_usd,
         "decision_ms": round(timings.decision_ms, 3),

@@ -36,6 +36,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from benchmarks.common import CONSOLE, ROOT, SHARED, add_arguments, progress, show
 from benchmarks.retrieval import MAX_EXAMPLES, OUT_OF_SCOPE, embed, read
 from composer.embedder import TextEmbedder, load_embedder
+from composer.routing.aims import Aim
 from composer.routing.base import Query
 from composer.routing.choose import choose
 from composer.routing.index import IvfIndex
@@ -112,14 +113,14 @@ async def time_decisions(
 ) -> tuple[FloatArray, FloatArray]:
     """Milliseconds of embedding and of the rest, (n,) each."""
     eligible = np.ones(len(router.experts), np.bool_)
-    cost = np.zeros(len(router.experts), np.float32)
+    aim = Aim(0.0, np.zeros(len(router.experts), np.float32))
     embedded, scored = [], []
     for text in texts:
         begun = perf_counter()
         await embedder.embed(text)
         between = perf_counter()
         scores = await router.score(Query(text), eligible)  # the embedding is in the cache now
-        choose(scores, cost, policy)
+        choose(scores, aim, policy)
         ended = perf_counter()
         embedded.append((between - begun) * 1e3)
         scored.append((ended - between) * 1e3)

@@ -25,9 +25,18 @@ from composer.engines.replay import ReplayEngine
 from composer.engines.vllm import VllmEngine
 from composer.errors import EngineUnavailable, Problem
 from composer.generations import Generation, Way, adapters_on, let_go
-from composer.registry import EngineFamily, Families, Loaded, RegistryError, load_catalog
+from composer.registry import (
+    EngineFamily,
+    Families,
+    Loaded,
+    RegistryError,
+    RouterFamily,
+    load_catalog,
+)
 from composer.routing.base import Embedder, Router
+from composer.routing.learned import LearnedRouter
 from composer.routing.neighbours import NeighboursRouter
+from composer.routing.online import OnlineRouter
 from composer.scheduling.base import Place
 from composer.scheduling.events import Model
 from composer.scheduling.policy import SwapPolicy
@@ -46,7 +55,9 @@ log = logging.getLogger(__name__)
 LOOK_S = 5.0
 """How long a boot or a reload waits for a server that somebody else runs."""
 
-ROUTERS: Mapping[str, type[Router]] = {c.name: c for c in (NeighboursRouter,)}
+ROUTERS: Mapping[str, type[Router]] = {
+    c.name: c for c in (NeighboursRouter, LearnedRouter, OnlineRouter)
+}
 STRATEGIES: Mapping[str, type[Strategy]] = {c.name: c for c in (Single, Vote)}
 ENGINES: Mapping[str, type[Engine]] = {
     c.name: c for c in (EmbeddedEngine, OpenAIEngine, ReplayEngine, VllmEngine)
@@ -56,7 +67,15 @@ ENGINES: Mapping[str, type[Engine]] = {
 def families() -> Families:
     """What experts.yaml may name, with the settings model of each."""
     return Families(
-        routers={name: router.settings for name, router in ROUTERS.items()},
+        routers={
+            name: RouterFamily(
+                settings=router.settings,
+                needs_texts=router.needs_texts,
+                path_fields=router.path_fields,
+                digest=router.digest,
+            )
+            for name, router in ROUTERS.items()
+        },
         strategies={name: strategy.settings for name, strategy in STRATEGIES.items()},
         engines={
             name: EngineFamily(
@@ -102,7 +121,9 @@ def _check_routers(loaded: Loaded, file: str) -> None:
     for policy in catalog.policies.values():
         experts = [catalog.experts[expert] for expert in policy.experts]
         try:
-            ROUTERS[policy.router.name].check(experts, policy.router.settings)
+            aims = policy.quality is not None or policy.max_cost is not None
+            router = ROUTERS[policy.router.name]
+            router.check(experts, policy.router.settings, needs_curve=aims)
         except ValueError as error:
             message, _, remedy = str(error).partition("; ")
             path = f"policies.{policy.id}.router"
@@ -240,15 +261,17 @@ async def _started(server: str, engine: Engine) -> bool:
 
 
 async def build_ways(catalog: Catalog, embedder: Embedder) -> dict[str, Way]:
-    """Every policy made runnable; policies with the same router over the same experts share it.
-    Starts no engine, so that a decision can be tried without one."""
-    routers: dict[tuple[str, str, tuple[str, ...]], Router] = {}
+    """Every policy made runnable; policies with the same router over the same experts share it,
+    except that a router which learns is one policy's own. Starts no engine, so that a decision can
+    be tried without one."""
+    routers: dict[tuple[str, str, tuple[str, ...], str], Router] = {}
     ways: dict[str, Way] = {}
     for policy in catalog.policies.values():
         experts = [catalog.experts[expert] for expert in policy.experts]
-        key = (policy.router.name, repr(policy.router.settings), policy.experts)
+        kind = ROUTERS[policy.router.name]
+        owner = policy.id if issubclass(kind, OnlineRouter) else ""
+        key = (kind.name, repr(policy.router.settings), policy.experts, owner)
         if key not in routers:
-            kind = ROUTERS[policy.router.name]
             routers[key] = await asyncio.to_thread(
                 kind.build, experts, policy.router.settings, embedder
             )

@@ -22,7 +22,7 @@ from composer.types import (
     Message,
     Request,
     Sampling,
-    last_user_text,
+    user_texts,
 )
 
 log = logging.getLogger(__name__)
@@ -89,16 +89,17 @@ def call_of(
 ) -> Call:
     """The call as the engine sees it: the expert's prompt template, if any, is filled here.
 
-    A template reads the prompt or the last user message; what came before it is not sent,
-    because an expert that needs a template knows no conversation. The filled template is always
-    sent as a message: it is the form the expert was trained on, also where a raw prompt was given.
+    A template reads the prompt or the last user message, and one before it where that has no
+    input ("and backwards?"); nothing else of the conversation is sent, because an expert that needs
+    a template knows none. The filled template is always sent as a message: it is the form the
+    expert was trained on, also where a raw prompt was given.
     """
     prompt = request.prompt if messages is None else None
     chat: tuple[Message, ...] = tuple(messages) if messages is not None else request.messages
     if expert.prompt is not None:
-        if prompt is None:
-            prompt = last_user_text(chat)
-        chat, prompt = ({"role": "user", "content": render(expert.prompt, prompt)},), None
+        *earlier, text = user_texts(chat) if prompt is None else (prompt,)
+        filled = render(expert.prompt, text, earlier)
+        chat, prompt = ({"role": "user", "content": filled},), None
     return Call(
         id=f"{request.id}/{number}",
         expert=expert.id,

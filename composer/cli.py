@@ -1,4 +1,4 @@
-"""The command line: serve · check · route · batch · experts · schema. Decides nothing."""
+"""The command line: serve · check · route · batch · promote · experts · schema. Decides nothing."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 from time import perf_counter
 from typing import Annotated, Any, NoReturn
+from urllib.parse import quote
 
 import typer
 from pydantic import ValidationError
@@ -168,6 +169,37 @@ def batch(
     )
 
 
+@app.command()
+def promote(
+    policy: Annotated[str, typer.Argument(help="A policy whose router has a shadow.")],
+    do: Annotated[bool, typer.Option("--do", help="Promote, if it proved better.")] = False,
+    undo: Annotated[bool, typer.Option("--undo", help="Serve what experts.yaml names.")] = False,
+    url: Annotated[str, typer.Option(help="The running service.")] = "http://127.0.0.1:8000",
+    key: Annotated[str | None, typer.Option(envvar="COMPOSER_API_KEY", help="Its key.")] = None,
+) -> None:
+    """Show how the artefact in a policy's shadow compares with the one that serves; promote it."""
+    import httpx
+
+    if do and undo:
+        raise typer.BadParameter("--do and --undo exclude each other; give one of them")
+    action = "promote" if do else "undo" if undo else None
+    headers = {} if key is None else {"authorization": f"Bearer {key}"}
+    path = f"{url.rstrip('/')}/v1/policies/{quote(policy, safe='')}/promotion"
+    try:
+        if action is None:
+            answer = httpx.get(path, headers=headers, timeout=60)
+        else:
+            answer = httpx.post(path, headers=headers, json={"action": action}, timeout=600)
+        body = answer.json()
+    except (httpx.HTTPError, ValueError) as error:
+        _say(f"no service answers at {url}: {error}; start it, or give its --url", "red")
+        raise typer.Exit(1) from None
+    if answer.is_error:
+        _say(body["error"]["message"], "red")
+        raise typer.Exit(1)
+    print(json.dumps(body, indent=2))
+
+
 @app.command(name="experts")
 def list_experts(experts: ExpertsFile = None) -> None:
     """List expert ids, one a line."""
@@ -194,10 +226,11 @@ async def _decide(text: str, policy: str | None, catalog: Any, embedder: Any) ->
     from composer.build import build_ways, named_ways
     from composer.generations import Generation
     from composer.pipeline import decide
-    from composer.types import Request
+    from composer.types import Message, Request
 
     generation = Generation(catalog, await build_ways(catalog, embedder), named_ways(catalog), {})
-    request = Request(id="route", model=policy or "", messages=({"role": "user", "content": text},))
+    messages: tuple[Message, ...] = ({"role": "user", "content": text},)
+    request = Request(id="route", model=policy or "", messages=messages, explore=False)
     try:
         await embedder.embed("warm up")  # the first run of a model is not what a service sees
         began = perf_counter()

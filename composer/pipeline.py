@@ -21,11 +21,16 @@ from composer.calling import CallRun, call_of
 from composer.eligibility import check_exclude
 from composer.errors import ComposerError, UnknownModel, Unsupported
 from composer.generations import Generation, Generations, Hold, Way
+from composer.routing import conversation
+from composer.routing.aims import aim_of
 from composer.routing.base import Query
 from composer.routing.choose import choose
+from composer.routing.explore import draw_of, explored
+from composer.routing.sessions import Session, Sessions
 from composer.scheduling.base import Scheduler
 from composer.types import (
     Ask,
+    BoolArray,
     Call,
     Choice,
     Chunk,
@@ -65,6 +70,7 @@ class Pipeline:
         self._ended = ended
         self._max_wait_s = max_wait_s
         self._reads_text = reads_text
+        self._sessions = Sessions()
 
     def behind(self, scheduler: Scheduler) -> Pipeline:
         """The same pipeline, whose calls get their leases from another scheduler."""
@@ -92,7 +98,10 @@ class Pipeline:
                 way, outcome.plan = way_of(request, hold.generation), planned.plan
                 outcome.timings.decision_ms = planned.decision_ms
             else:
-                way, outcome.plan = await decide(request, hold.generation, self._scheduler.resident)
+                way, outcome.plan = await decide(
+                    request, hold.generation, self._scheduler.resident, self._sessions
+                )
+                outcome.session = self._sessions.of(request, way.policy)
                 outcome.timings.decision_ms = _ms_since(outcome.started)
             ask = self._ask(request, hold.generation, way.policy, outcome)
             chunks = way.strategy.run(request, outcome.plan, ask)
@@ -101,7 +110,13 @@ class Pipeline:
             outcome.end(error)
             self._ended(outcome)
             raise
-        return Answer(outcome, chunks, hold, self._ended)
+        return Answer(outcome, chunks, hold, self._settled)
+
+    def _settled(self, outcome: Outcome) -> None:
+        """Before the caller can know the end, so that its next turn finds its session."""
+        if outcome.session is not None and outcome.status == "ok":
+            self._sessions.keep(outcome.session, outcome.experts)
+        self._ended(outcome)
 
     def _ask(
         self, request: Request, generation: Generation, policy: Policy, outcome: Outcome
@@ -171,9 +186,10 @@ async def decide(
     request: Request,
     generation: Generation,
     resident: Callable[[str], bool] = lambda server: True,
+    sessions: Sessions | None = None,
 ) -> tuple[Way, Plan]:
     """The plan for a request, nothing run. `resident` says of a server whether its weights are
-    loaded. Raises RequestError when no plan is possible."""
+    loaded; `sessions` who answered last. Raises RequestError when no plan is possible."""
     check_exclude(request.exclude, generation.catalog.experts)
     way = way_of(request, generation)
     check_parameters(request, way.policy)
@@ -188,13 +204,39 @@ async def decide(
             calls=(expert,),
             reasons={"rule": "named"},
         )
-    scores = await way.router.score(Query(request.text), eligible)
-    if way.policy.tolerance == 0:
-        return way, choose(scores, way.cost, way.policy)
-    catalog = generation.catalog
-    loaded = {server: resident(generation.place(server)) for server in catalog.servers}
-    here = np.array([loaded[catalog.experts[e].server] for e in way.policy.experts], np.bool_)
-    return way, choose(scores, way.cost, way.policy, here)
+    query = Query(request.text, request.turns[:-1])
+    scores, turns_read = await conversation.score(way.router, query, eligible)
+    aim = aim_of(
+        way.policy,
+        way.cost,
+        scores,
+        way.router.curve,
+        quality=request.quality,
+        max_cost=request.max_cost,
+    )
+    last = _last_experts(request, way, sessions)
+    # A conversation under way is not moved to try somebody out.
+    draw = draw_of(request.id) if request.explore and last is None else None
+    here = None
+    if way.policy.tolerance > 0 or last is not None:
+        catalog = generation.catalog
+        loaded = {server: resident(generation.place(server)) for server in catalog.servers}
+        here = np.array([loaded[catalog.experts[e].server] for e in way.policy.experts], np.bool_)
+    plan = choose(scores, aim, way.policy, here, last)
+    if query.earlier:
+        plan = dataclasses.replace(plan, reasons={**plan.reasons, "turns_read": turns_read})
+    return way, explored(plan, scores, aim, way.policy, draw)
+
+
+def _last_experts(request: Request, way: Way, sessions: Sessions | None) -> BoolArray | None:
+    """(E,) who answered last in the request's session, None where none of the policy's did."""
+    session = None if sessions is None else sessions.of(request, way.policy)
+    if sessions is None or session is None:
+        return None
+    position = way.eligibility.position
+    last = np.zeros(len(position), np.bool_)
+    last[[position[expert] for expert in sessions.experts(session) if expert in position]] = True
+    return last if last.any() else None
 
 
 @dataclass(frozen=True, slots=True)
@@ -216,6 +258,7 @@ class Outcome:
     request: Request
     started: float
     plan: Plan | None = None
+    session: Session | None = None
     catalog_version: int = 0
     catalog_digest: str = ""
     timings: Timings = field(default_factory=Timings)

@@ -28,7 +28,7 @@ with a step that skips less.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from string import Formatter
 from time import thread_time
@@ -63,6 +63,9 @@ is this thread's on the processor; the examples' blocks take 0.07 ms, and 5 ms a
 There is no such limit on compiling a pattern, where `(.{1000000}){1000}` asks for all memory:
 read a stranger's card before you serve it.
 """
+
+MAX_EARLIER = 4
+"""Messages before the last that are searched where that one has no input."""
 
 _TOKEN = regex.compile(r"[^\W_]+(?:['\-][^\W_]+)*")
 _STRAIGHT = str.maketrans(
@@ -361,15 +364,19 @@ def extract(spec: PromptSpec, text: str) -> dict[str, str] | None:
     return None
 
 
-def render(spec: PromptSpec, text: str) -> str:
+def render(spec: PromptSpec, text: str, earlier: Sequence[str] = ()) -> str:
     """The prompt for the expert: the filled template, or the message where `otherwise: pass`.
 
+    Args:
+        earlier: the same person's messages before it, oldest first; where the message lacks a
+            field, the latest of them (at most `MAX_EARLIER`) that has all is read instead.
+
     Raises:
-        Unsupported: a field is not found in the message and the block says `otherwise: refuse`.
+        Unsupported: a field is not found in a message and the block says `otherwise: refuse`.
     """
-    found = extract(spec, text)
-    if found is not None:
-        return spec.template.format(**found)
+    for message in (text, *reversed(earlier[-MAX_EARLIER:])):
+        if (found := extract(spec, message)) is not None:
+            return spec.template.format(**found)
     if spec.otherwise == "pass":
         return text
     raise Unsupported(

@@ -17,7 +17,7 @@ from typing import Any
 
 from composer.draining import drained
 from composer.embedder import TextEmbedder
-from composer.engines.base import Engine, Health
+from composer.engines.base import Engine
 from composer.errors import (
     CatalogError,
     ComposerError,
@@ -28,14 +28,16 @@ from composer.errors import (
     UnknownModel,
 )
 from composer.generations import Generation, Generations, let_go
+from composer.learning import Learning
 from composer.metrics import Metrics
 from composer.pipeline import Outcome, Pipeline
+from composer.promotion import Promotions
 from composer.recording import record_of
 from composer.registry import Loaded, RegistryError
 from composer.registry.watch import Watcher
 from composer.scheduling.base import Scheduler
 from composer.settings import Settings
-from composer.store import Recorder, Store
+from composer.store import Lessons, Promotion, Recorder, Shadows, Store
 from composer.types import Catalog, Expert
 
 log = logging.getLogger(__name__)
@@ -85,6 +87,8 @@ class Service:
             max_wait_s=settings.max_wait_s,
             reads_text=settings.log_content,
         )
+        self.learning = Learning(Lessons(store), self.generations)
+        self.promotions = Promotions(Shadows(store), self.generations)
         self.reload_state = ReloadState()
         self._load = load
         self._build = build
@@ -101,10 +105,8 @@ class Service:
     # --- life ----------------------------------------------------------------------------
 
     async def start(self) -> None:
-        """Ready to answer when it returns; at once where it has been started before.
-
-        Raises CatalogError, StoreError or EngineError.
-        """
+        """Ready to answer when it returns; at once where it has been started before. Raises
+        CatalogError, StoreError or EngineError."""
         if self.generations.live:
             return
         try:
@@ -112,10 +114,13 @@ class Service:
             await self.recorder.start()
             async with self._changing:
                 self._rows = await self.store.list_experts()
+                await self.promotions.read()
                 await self._install(self._rows, booting=True)
         except BaseException:
             await self.close()
             raise
+        for work in (self.learning.run, self.promotions.run):
+            self._spawn(work(self._stop))
         self._spawn(self._watcher.run(self.reload, self._stop))
         log.info("ready after %.1f s", perf_counter() - self._started)
 
@@ -129,8 +134,8 @@ class Service:
             await self._close_engines(self._engines())
 
     async def close(self) -> None:
-        """Drains, then stops everything. Every part is closed, whatever another one raises. May be
-        called twice, and after a failed start."""
+        """Drains, then stops everything, whatever a part raises. May be called twice, and after a
+        failed start."""
         async with AsyncExitStack() as parts:  # closed from the last to the first
             parts.push_async_callback(self.store.close)
             parts.push_async_callback(self.recorder.close)
@@ -226,6 +231,12 @@ class Service:
                 ) from error
             self._rows = rows
 
+    async def promote(self, policy: str, promotion: Promotion | None) -> None:
+        """Serves it from now on, and after a restart; None undoes. Raises as `add_expert`."""
+        async with self._changing:
+            with self.promotions.changed(policy, promotion) as keep:
+                await self._install(self._rows, keep)
+
     async def _install(
         self,
         rows: Sequence[Mapping[str, Any]],
@@ -243,7 +254,8 @@ class Service:
         began = perf_counter()
         may_skip = [row["id"] for row in rows] if booting else list(self._left_out)
         try:
-            loaded = await asyncio.to_thread(self._load, rows, self._version + 1, may_skip)
+            read = await asyncio.to_thread(self._load, rows, self._version + 1, may_skip)
+            loaded = self.promotions.applied(read)
         except RegistryError as error:
             if keep is None:  # so that mending any of them is noticed
                 self._watcher.looked_at(error.watched, in_part=True)
@@ -269,6 +281,7 @@ class Service:
             return
         generation = await self._build(loaded.catalog, self.generations.live)
         try:
+            await self.learning.take_up(generation)
             if keep is not None:
                 await keep()
             if self._stop.is_set():
@@ -329,6 +342,7 @@ class Service:
         self.metrics.answered(outcome)
         content = self.settings.log_content
         embedding = self.embedder.cached(outcome.request.text) if content else None
+        self.promotions.put(outcome)
         self.recorder.put(record_of(outcome, content=content, embedding=embedding))
 
     async def health(self) -> dict[str, Any]:
@@ -361,7 +375,10 @@ class Service:
                     "problems": list(self.reload_state.problems),
                 },
             },
-            "servers": {id_: _in_words(server) for id_, server in servers.items()},
+            "servers": {
+                id_: {"state": s.state, **({"reason": s.reason} if s.reason is not None else {})}
+                for id_, s in servers.items()
+            },
             "requests": {"running": self.generations.holds},
             "scheduler": self.scheduler.stats(),
             "recorder": recorder,
@@ -376,11 +393,6 @@ class Service:
         self._tasks.discard(task)
         if not task.cancelled() and task.exception() is not None:
             log.error("a background task failed", exc_info=task.exception())
-
-
-def _in_words(server: Health) -> dict[str, str]:
-    reason = {} if server.reason is None else {"reason": server.reason}
-    return {"state": server.state, **reason}
 
 
 def _told(skipped: Mapping[str, Sequence[Problem]]) -> dict[str, str]:

@@ -164,10 +164,23 @@ class Expert:
 
 @dataclass(frozen=True, slots=True)
 class Component:
-    """A router or strategy by its registered name, with its own validated settings."""
+    """A router or strategy by its registered name, with its own validated settings. `digest`
+    stands for the content of the files that they name."""
 
     name: str
     settings: Any
+    digest: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Unsure:
+    """What a policy does where the best chosen expert's expected quality is `below` its floor:
+    say so in the answer (which it does in any case), ask `k` experts, or go to the best by
+    quality whatever it costs."""
+
+    below: float
+    do: Literal["say", "ask_more", "ask_stronger"] = "say"
+    k: int = 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -180,6 +193,10 @@ class Policy:
     `max_wait_s` bounds the wait of each of its calls for a lease, in seconds; None: the
     process's default. `parameters` are the extra wire fields that its requests may carry.
     `tolerance` is the expected quality that may be given up for an expert that is resident.
+    `quality` (share of the best single expert's mean quality, at least cost) or `max_cost` (US
+    dollars a request on average) take the place of `cost_weight`, and need a trained router.
+    `min_quality`, `top_p`, `null_expert` with `null_margin`, and `unsure`: see `choose`.
+    `stay` is the expected quality that may be given up for a conversation to keep its experts.
     """
 
     id: str
@@ -193,6 +210,14 @@ class Policy:
     max_wait_s: float | None = None
     parameters: frozenset[str] = SAFE_PARAMETERS
     tolerance: float = 0.0
+    quality: float | None = None
+    max_cost: float | None = None
+    min_quality: float = 0.0
+    top_p: float | None = None
+    null_expert: str | None = None
+    null_margin: float = 0.0
+    unsure: Unsure | None = None
+    stay: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -255,7 +280,10 @@ class Request:
     `needs` are the abilities an expert must have; `extra` holds the wire fields an engine
     passes through untouched (tools, tool_choice, response_format, extra parameters);
     `parameters` names those of them that are beyond OpenAI's core. `max_wait_s` is the caller's
-    own bound on the wait for a lease; it can only tighten the policy's.
+    own bound on the wait for a lease; it can only tighten the policy's. `quality` and `max_cost`
+    (at most one) take the place of the policy's aim. `session` is the caller's own name for the
+    conversation; `caller` tells callers apart, and is no secret. `explore` False: no expert is
+    tried out on it.
     """
 
     id: str
@@ -270,11 +298,23 @@ class Request:
     stream: bool = False
     priority: Priority = "interactive"
     max_wait_s: float | None = None
+    quality: float | None = None
+    max_cost: float | None = None
+    explore: bool = True
+    session: str | None = None
+    caller: str = ""
 
     @property
     def text(self) -> str:
-        """The text a router reads: the prompt, or the last user message."""
+        """What is asked now: the prompt, or the last user message."""
         return self.prompt if self.prompt is not None else last_user_text(self.messages)
+
+    @property
+    def turns(self) -> tuple[str, ...]:
+        """What was asked so far, oldest first, ending with `text`: the user's messages. System
+        messages and answers are not among them: they say more of an application, and of the
+        experts that have answered, than of what is wanted."""
+        return (self.prompt,) if self.prompt is not None else user_texts(self.messages)
 
     @property
     def n_chars(self) -> int:
@@ -296,10 +336,13 @@ def message_text(message: Message) -> str:
 
 def last_user_text(messages: Sequence[Message]) -> str:
     """The text of the last user message; without one, of the last message."""
-    for message in reversed(messages):
-        if message["role"] == "user":
-            return message_text(message)
-    return message_text(messages[-1]) if messages else ""
+    return user_texts(messages)[-1]
+
+
+def user_texts(messages: Sequence[Message]) -> tuple[str, ...]:
+    """The texts of all user messages; without one, of the last message. At least one text."""
+    texts = tuple(message_text(message) for message in messages if message["role"] == "user")
+    return texts or ((message_text(messages[-1]) if messages else ""),)
 
 
 @dataclass(frozen=True, slots=True)
@@ -316,7 +359,9 @@ class Plan:
 
     `calls` are the experts known to be called, best first, so that a scheduler can look
     ahead. `scores` is expected quality per considered expert (best few, not all);
-    `reasons` says in words and numbers why.
+    `reasons` says in words and numbers why; `confident` whether the best of them is expected to
+    reach the policy's floor, None where it has none. `learning` is what the router needs again
+    when the outcome is known: recorded, and not shown.
     """
 
     policy: str
@@ -325,6 +370,8 @@ class Plan:
     calls: tuple[str, ...]
     scores: Mapping[str, float] = field(default_factory=empty)
     reasons: Mapping[str, Any] = field(default_factory=empty)
+    confident: bool | None = None
+    learning: Mapping[str, Any] = field(default_factory=empty)
 
     @property
     def best(self) -> str:

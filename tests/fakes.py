@@ -20,6 +20,7 @@ from composer.engines.base import Capacity, Health
 from composer.errors import Overloaded
 from composer.generations import Generation, Way
 from composer.routing.base import Query, Scores
+from composer.routing.curve import Curve
 from composer.scheduling.base import Lease, Place
 from composer.scheduling.events import Model
 from composer.strategies.single import Single
@@ -133,6 +134,9 @@ class FakeRouter:
     tier: ClassVar[Tier] = "supported"
     paper: ClassVar[str] = ""
     settings: ClassVar[type[BaseModel]] = FakeSettings
+    needs_texts: ClassVar[bool] = True
+    path_fields: ClassVar[tuple[str, ...]] = ()
+    curve: Curve | None = None
 
     def __init__(self, experts: Sequence[str]) -> None:
         self.experts = tuple(experts)

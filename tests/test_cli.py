@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
+import httpx
 import pytest
 from typer.testing import CliRunner
 
@@ -157,3 +159,31 @@ def test_the_schema_that_editors_use_is_in_step() -> None:
     assert status == 0
     committed = (ROOT / "examples" / "experts.schema.json").read_text()
     assert json.loads(out) == json.loads(committed), "run `make schema`"
+
+
+def test_promote_shows_does_and_undoes(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[tuple[str, str, Any]] = []
+
+    def answer(method: str, url: str, json: Any, status: int = 200) -> httpx.Response:
+        seen.append((method, url, json))
+        body = {"policy": "a b"} if status == 200 else {"error": {"message": "not better; wait"}}
+        return httpx.Response(status, json=body, request=httpx.Request(method, url))
+
+    monkeypatch.setattr(httpx, "get", lambda url, **_: answer("GET", url, None))
+    monkeypatch.setattr(httpx, "post", lambda url, json, **_: answer("POST", url, json))
+    for options in ([], ["--do"], ["--undo"]):
+        code, out, _ = run("promote", "a b", "--url", "http://there:1/", *options)
+        assert (code, json.loads(out)) == (0, {"policy": "a b"})
+    where = "http://there:1/v1/policies/a%20b/promotion"
+    actions = [("POST", where, {"action": action}) for action in ("promote", "undo")]
+    assert seen == [("GET", where, None), *actions]
+    monkeypatch.setattr(httpx, "post", lambda url, json, **_: answer("POST", url, json, 409))
+    code, _, err = run("promote", "auto", "--do")
+    assert (code, err.strip()) == (1, "not better; wait")
+    assert run("promote", "auto", "--do", "--undo")[0] == 2
+
+
+def test_promote_without_a_service_says_so() -> None:
+    code, _, err = run("promote", "auto", "--url", "http://127.0.0.1:1")
+    assert code == 1
+    assert "no service answers at http://127.0.0.1:1" in err

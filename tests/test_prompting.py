@@ -15,7 +15,7 @@ from pydantic import ValidationError
 
 from composer import prompting
 from composer.errors import Unsupported
-from composer.prompting import MAX_CHARS, PromptSpec, extract, render
+from composer.prompting import MAX_CHARS, MAX_EARLIER, PromptSpec, extract, render
 
 QUOTED = {"regex": r"([\"'])(?P<word>[a-z]+)\1"}
 LEFTOVER = {"leftover": "[a-z]{2,}", "field": "word"}
@@ -320,3 +320,28 @@ def test_reading_a_long_message_is_quick() -> None:
     for _ in range(20):
         render(spec, text)
     assert (time.perf_counter() - started) / 20 < 0.05
+
+
+# --- earlier messages ----------------------------------------------------------------------
+
+
+def test_a_message_without_input_takes_that_of_the_latest_one_that_has_it() -> None:
+    spec = block(QUOTED)
+    assert render(spec, "and now?", ["'fox' please", "'hen' too", "good"]) == "do hen"
+    assert render(spec, "'owl'", ["'fox'"]) == "do owl"
+    assert render(spec, "and now?", ["fox"]) == "and now?"
+
+
+def test_half_an_input_is_not_completed_from_another_message() -> None:
+    spec = block(
+        {"regex": "letter (?P<letter>[a-z])"},
+        {"regex": "in (?P<word>[a-z]+)"},
+        template="count {letter} {word}",
+    )
+    assert render(spec, "in fox", ["letter o in hen"]) == "count o hen"
+
+
+def test_only_a_few_messages_back_are_searched() -> None:
+    earlier = ["'fox'", *["no"] * MAX_EARLIER]
+    assert render(block(QUOTED), "again", earlier) == "again"
+    assert render(block(QUOTED), "again", earlier[:-1]) == "do fox"

@@ -12,7 +12,10 @@ import yaml
 
 from composer.build import load
 from composer.prompting import PromptSpec, render
+from composer.routing.artefact import Artefact, DataStamp, EmbedderStamp, ExpertStamp, Manifest
+from composer.routing.families import FAMILIES
 from composer.settings import Settings
+from tests.routing.test_curve import FALLING
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -65,6 +68,31 @@ def test_one_entry_adds_a_folder_of_adapters(checkout: Path) -> None:
 def test_the_policies_shown_are_right(checkout: Path) -> None:
     catalog = load(with_added(checkout, yaml_with("policies"))).catalog
     assert catalog.policies["auto"].default_expert == "base"
+
+
+def test_the_trained_router_shown_is_right(checkout: Path) -> None:
+    plain = load(with_added(checkout, {})).catalog
+    Artefact(
+        Manifest(
+            family="kernel",
+            settings={},
+            embedder=EmbedderStamp(id="any", digest="any", dim=1),
+            experts=tuple(ExpertStamp(id=expert, quality=0.5) for expert in plain.experts),
+            data=DataStamp(source="outcomes.csv", digest="any", questions=1),
+            curve=FALLING,
+        ),
+        {},
+    ).save(checkout / "routers" / "exams")
+    catalog = load(
+        with_added(checkout, {"policies": {"exams": yaml_with("exams")["exams"]}})
+    ).catalog
+    assert catalog.policies["exams"].quality == 0.95
+    assert catalog.policies["exams"].router.digest
+
+
+def test_the_families_shown_are_all() -> None:
+    shown = re.findall(r"^\| `(\w+)` \| [^|]+ \|$", README, re.MULTILINE)
+    assert set(FAMILIES) <= set(shown)
 
 
 def test_the_prompt_block_shown_works() -> None:

@@ -1,6 +1,6 @@
 """experts.yaml and runtime experts → Catalog. Knows no router, strategy or engine but by name."""
 
-from composer.registry.families import EngineFamily, Families
+from composer.registry.families import EngineFamily, Families, RouterFamily
 from composer.registry.gather import RUNTIME
 from composer.registry.load import Loaded, RegistryError, load_catalog
 from composer.registry.schema import registry_json_schema
@@ -12,6 +12,7 @@ __all__ = [
     "Families",
     "Loaded",
     "RegistryError",
+    "RouterFamily",
     "catalog_table",
     "load_catalog",
     "registry_json_schema",

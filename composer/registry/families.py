@@ -56,19 +56,38 @@ class EngineFamily:
     check_adapters: Callable[[Any], None] = check_nothing
 
 
+def no_files(settings: Any) -> str:
+    """The `digest` of a router whose settings name no files."""
+    return ""
+
+
+@dataclass(frozen=True, slots=True)
+class RouterFamily:
+    """A router as the registry sees it. `needs_texts`: it finds experts by what is said about
+    them, so each must say something. `path_fields` are settings that hold a path, dotted where
+    they lie deeper: relative ones start at the registry file's folder, and what lies there is
+    watched. `digest` stands for the content of those files, and is "" where they cannot be read.
+    """
+
+    settings: type[BaseModel]
+    needs_texts: bool = True
+    path_fields: tuple[str, ...] = ()
+    digest: Callable[[Any], str] = no_files
+
+
 @dataclass(frozen=True, slots=True)
 class Families:
     """Settings models by registered name. Raises ValueError for one that would ignore unknown
     keys, since a misspelt setting would then silently have no effect, and for an engine's that
     has a key of the registry's own."""
 
-    routers: Mapping[str, type[BaseModel]]
+    routers: Mapping[str, RouterFamily]
     strategies: Mapping[str, type[BaseModel]]
     engines: Mapping[str, EngineFamily] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         models = {
-            **{f"router {name}": model for name, model in self.routers.items()},
+            **{f"router {name}": family.settings for name, family in self.routers.items()},
             **{f"strategy {name}": model for name, model in self.strategies.items()},
             **{f"engine {name}": family.settings for name, family in self.engines.items()},
         }

@@ -290,8 +290,20 @@ def _policy_content(policy: Policy) -> dict[str, Any]:
         "max_wait_s": policy.max_wait_s,
         "parameters": sorted(policy.parameters),
         "tolerance": policy.tolerance,
+        "quality": policy.quality,
+        "max_cost": policy.max_cost,
+        "min_quality": policy.min_quality,
+        "top_p": policy.top_p,
+        "null_expert": policy.null_expert,
+        "null_margin": policy.null_margin,
+        "unsure": asdict(policy.unsure) if policy.unsure else None,
+        "stay": policy.stay,
     }
 
 
 def _component_content(component: Component) -> dict[str, Any]:
-    return {"name": component.name, "settings": component.settings.model_dump(mode="json")}
+    return {
+        "name": component.name,
+        "settings": component.settings.model_dump(mode="json"),
+        "digest": component.digest,
+    }

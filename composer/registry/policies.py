@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from fnmatch import filter as matching
+from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel
@@ -13,9 +15,10 @@ from pydantic import BaseModel
 from composer.registry.blocks import ID_REMEDY, Block, Place, block_at, unknown_name, validate
 from composer.registry.context import Context
 from composer.registry.experts import Prepared
+from composer.registry.families import RouterFamily
 from composer.registry.gather import Entry
 from composer.registry.specs import ID, PolicySpec
-from composer.types import SAFE_PARAMETERS, Component, Policy
+from composer.types import SAFE_PARAMETERS, Component, Policy, Unsure
 
 _SHOWN = 5
 
@@ -54,7 +57,7 @@ def _make_policy(
     context: Context, id_: str, block: Block, prepared: Mapping[str, Prepared]
 ) -> Policy | None:
     families = context.families
-    router = _component(context, block, "router", families.routers)
+    router = _router(context, block, families.routers)
     strategy = _component(context, block, "strategy", families.strategies)
     rest = {key: value for key, value in block.data.items() if key not in ("router", "strategy")}
     spec, problems = validate(PolicySpec, replace(block, data=rest))
@@ -64,10 +67,14 @@ def _make_policy(
     experts = _matched(context, block, spec, list(prepared))
     _check_default(context, block, spec, experts, list(prepared))
     _check_costs(context, block, id_, spec, experts, prepared)
+    _check_aims(context, block, spec)
+    if spec.null_expert is not None:
+        _check_own(context, block, "null_expert", spec.null_expert, experts, list(prepared))
     parameters = _parameters(context, block, spec)
     if router is None or strategy is None:
         return None
-    _check_texts(context, block, id_, spec, experts, prepared)
+    if families.routers[router.name].needs_texts:
+        _check_texts(context, block, id_, spec, experts, prepared)
     return Policy(
         id=id_,
         router=router,
@@ -80,7 +87,46 @@ def _make_policy(
         max_wait_s=spec.max_wait_s,
         parameters=parameters,
         tolerance=spec.tolerance,
+        quality=spec.quality,
+        max_cost=spec.max_cost,
+        min_quality=spec.min_quality,
+        top_p=spec.top_p,
+        null_expert=spec.null_expert,
+        null_margin=spec.null_margin,
+        unsure=Unsure(**spec.unsure.model_dump()) if spec.unsure else None,
+        stay=spec.stay,
     )
+
+
+def _router(
+    context: Context, block: Block, routers: Mapping[str, RouterFamily]
+) -> Component | None:
+    """Its paths start at the registry's folder, and what lies there is watched."""
+    written = block.data.get("router")
+    name = written.get("name") if isinstance(written, Mapping) else None
+    family = routers.get(name) if isinstance(name, str) else None
+    if family is not None and isinstance(written, Mapping):
+        for dotted in family.path_fields:
+            path = dotted.split(".")
+            inner: Any = written
+            for key in path:
+                inner = inner.get(key) if isinstance(inner, Mapping) else None
+            if isinstance(inner, str) and inner:
+                located = os.path.abspath(context.located(inner))
+                written = _with(written, path, located)
+                context.look(Path(located))
+        block = replace(block, data={**block.data, "router": written})
+    settings = {name: family.settings for name, family in routers.items()}
+    router = _component(context, block, "router", settings)
+    if router is None or family is None:
+        return router
+    return replace(router, digest=family.digest(router.settings))
+
+
+def _with(data: Mapping[str, Any], path: Sequence[str], value: str) -> dict[str, Any]:
+    """A copy with another value where the path leads."""
+    key, *rest = path
+    return {**data, key: _with(data[key], rest, value) if rest else value}
 
 
 def _component(
@@ -169,15 +215,34 @@ def _check_default(
             message = "below it the default expert answers, but the policy has none"
             remedy = "Add `default_expert`, or remove the threshold."
             context.problems.append(block.problem(("threshold",), message, remedy))
-    elif default not in ids:
-        if context.experts_missing:
-            return
-        problem = block.problem(("default_expert",), *unknown_name("expert", default, ids))
-        context.problems.append(problem)
-    elif default not in experts:
-        message = f"{default!r} is not among the policy's experts"
-        remedy = f"Add {default!r} to `experts`, or name one of those."
-        context.problems.append(block.problem(("default_expert",), message, remedy))
+    else:
+        _check_own(context, block, "default_expert", default, experts, ids)
+
+
+def _check_own(
+    context: Context,
+    block: Block,
+    key: str,
+    expert: str,
+    experts: Sequence[str],
+    ids: Sequence[str],
+) -> None:
+    """An expert that the policy names has to be one of its own."""
+    if expert not in ids:
+        if not context.experts_missing:
+            problem = block.problem((key,), *unknown_name("expert", expert, ids))
+            context.problems.append(problem)
+    elif expert not in experts:
+        message = f"{expert!r} is not among the policy's experts"
+        remedy = f"Add {expert!r} to `experts`, or name one of those."
+        context.problems.append(block.problem((key,), message, remedy))
+
+
+def _check_aims(context: Context, block: Block, spec: PolicySpec) -> None:
+    said = [key for key in ("quality", "max_cost", "cost_weight") if getattr(spec, key)]
+    if len(said) > 1:
+        message = f"it stands beside {said[0]!r}, and both say what cost is to count for"
+        context.problems.append(block.problem((said[1],), message, "Keep one of the two."))
 
 
 def _check_costs(

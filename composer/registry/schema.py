@@ -35,7 +35,7 @@ def registry_json_schema(families: Families) -> dict[str, Any]:
     policy = _extended(
         "Policy",
         PolicySpec,
-        router=_tagged("name", "Router", families.routers),
+        router=_tagged("name", "Router", {n: f.settings for n, f in families.routers.items()}),
         strategy=_tagged("name", "Strategy", families.strategies),
     )
     server = _tagged("engine", "Server", engines, placement=(PlacementSpec | None, PLACEMENT))

@@ -185,6 +185,18 @@ class AdaptersFrom(Spec):
     )
 
 
+class UnsureSpec(Spec):
+    """What happens where no chosen expert is expected to do well enough."""
+
+    below: float = Field(gt=0, le=1, strict=True, description="The floor of expected quality.")
+    do: Literal["say", "ask_more", "ask_stronger"] = Field(
+        "say",
+        description="Answer and say `composer.confident: false`, ask `k` experts, or go to the "
+        "best one whatever it costs.",
+    )
+    k: int = Field(3, ge=2, le=1000, strict=True, description="Experts that `ask_more` asks.")
+
+
 class PolicySpec(Spec):
     """A named way of answering; `router` and `strategy` are checked by their own families."""
 
@@ -230,6 +242,46 @@ class PolicySpec(Spec):
         le=1,
         strict=True,
         description="Expected quality given up for an expert that is loaded already.",
+    )
+    quality: float | None = Field(
+        None,
+        gt=0,
+        le=2,
+        strict=True,
+        description="Share of the best single expert's mean quality to be reached at least cost; "
+        "needs a router trained on outcomes with costs.",
+    )
+    max_cost: float | None = Field(
+        None,
+        gt=0,
+        strict=True,
+        description="US dollars that a request may cost on average, for the best quality; needs "
+        "a router trained on outcomes with costs.",
+    )
+    min_quality: float = Field(
+        0.0, ge=0, le=1, strict=True, description="Experts expected to do worse are passed over."
+    )
+    top_p: float | None = Field(
+        None,
+        gt=0,
+        le=1,
+        strict=True,
+        description="Ask only as many experts, `k` at most, as make it this likely that one of "
+        "them is right.",
+    )
+    null_expert: Id | None = Field(
+        None, description="Answers alone where it is nearly as good as the best: the base model."
+    )
+    null_margin: float = Field(
+        0.0, ge=0, le=1, strict=True, description="What `nearly` means, in expected quality."
+    )
+    unsure: UnsureSpec | None = Field(None, description="What to do where expectations are low.")
+    stay: float = Field(
+        0.0,
+        ge=0,
+        le=1,
+        strict=True,
+        description="Expected quality given up for a conversation to keep the expert it had last.",
     )
 
 

@@ -69,7 +69,8 @@ def _policy(catalog: Catalog, policy: Policy) -> str:
     fallback = f", else {policy.default_expert}" if policy.default_expert else ""
     wait = f"; waits {policy.max_wait_s:g} s at most" if policy.max_wait_s is not None else ""
     given_up = f"; gives up {policy.tolerance:g} for who is loaded" if policy.tolerance else ""
+    stay = f"; gives up {policy.stay:g} for who answered last" if policy.stay else ""
     return escape(
         f"policy {policy.id}{default}: {policy.router.name} over {len(policy.experts)} experts, "
-        f"k {policy.k}, {policy.strategy.name}{fallback}{wait}{given_up}"
+        f"k {policy.k}, {policy.strategy.name}{fallback}{wait}{given_up}{stay}"
     )

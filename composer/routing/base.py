@@ -3,19 +3,34 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar, Protocol, runtime_checkable
 
 from pydantic import BaseModel
 
-from composer.types import BoolArray, Expert, FloatArray, Tier
+from composer.routing.curve import Curve
+from composer.types import BoolArray, Expert, FloatArray, Tier, empty
 
 
 @dataclass(frozen=True, slots=True)
 class Query:
-    """What a router reads of a request. `text` is the caller's words, untouched."""
+    """What can be read of a request. `text` is the caller's last words, untouched, and all that a
+    router reads; `earlier` are their turns before it, oldest first, of which `conversation` makes
+    queries that need none."""
 
     text: str
+    earlier: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Exploration:
+    """How the router wants to try experts out: `floor` is the share of requests spread evenly over
+    all eligible ones; `thompson` draws the rest by quality and uncertainty. `learning` is what it
+    must read again to learn from the outcome; it is recorded with the decision and not shown."""
+
+    floor: float
+    thompson: bool
+    learning: Mapping[str, Any] = field(default_factory=empty)
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,12 +40,16 @@ class Scores:
     `quality` (E,) is the calibrated probability that the expert answers well, NaN where it
     was not eligible; `uncertainty` (E,) its standard deviation. `reasons` holds, for the
     best few experts only, what the router saw (say `{"similarity": 0.83, "nearest": "…"}`).
+    `cost` (E,) is expected US dollars of the call, None where the router does not know.
+    `exploration` None: the best is always taken.
     """
 
     experts: tuple[str, ...]
     quality: FloatArray
     uncertainty: FloatArray
     reasons: Mapping[str, Mapping[str, Any]]
+    cost: FloatArray | None = None
+    exploration: Exploration | None = None
 
 
 @runtime_checkable
@@ -51,23 +70,40 @@ class Embedder(Protocol):
 
 
 class Router(Protocol):
-    """Built once per catalog and policy, then only read: safe for concurrent requests."""
+    """Built once per catalog and policy, then only read: safe for concurrent requests.
+
+    `needs_texts`: it finds experts by their descriptions, skills and examples. `path_fields` are
+    the settings that name files."""
 
     name: ClassVar[str]
     tier: ClassVar[Tier]
     paper: ClassVar[str]
     settings: ClassVar[type[BaseModel]]
+    needs_texts: ClassVar[bool]
+    path_fields: ClassVar[tuple[str, ...]]
     experts: tuple[str, ...]
 
     @classmethod
-    def check(cls, experts: Sequence[Expert], settings: Any) -> None:
+    def check(cls, experts: Sequence[Expert], settings: Any, *, needs_curve: bool = False) -> None:
         """Raises ValueError ("what is wrong; the remedy") when the experts cannot be scored this
-        way. Quick: `composer check` asks it for every policy."""
+        way, or `needs_curve` (the policy aims at a quality or a spend) and there will be none.
+        Quick: `composer check` asks it for every policy."""
+        ...
+
+    @classmethod
+    def digest(cls, settings: Any) -> str:
+        """Stands for the content of the files that the settings name; "" without any, or where
+        they cannot be read. Quick."""
         ...
 
     @classmethod
     def build(cls, experts: Sequence[Expert], settings: Any, embedder: Embedder) -> Router:
         """Blocks (embeds the experts' texts): run it off the event loop. Raises as `check`."""
+        ...
+
+    @property
+    def curve(self) -> Curve | None:
+        """What each weight on cost reaches on average, where that was measured."""
         ...
 
     async def score(self, query: Query, eligible: BoolArray) -> Scores:

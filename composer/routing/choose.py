@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from composer.routing.aims import Aim
 from composer.routing.base import Scores
 from composer.types import BoolArray, Choice, FloatArray, Plan, Policy
 
@@ -15,78 +17,151 @@ SHOWN_SCORES = 8
 
 
 def choose(
-    scores: Scores, cost: FloatArray, policy: Policy, resident: BoolArray | None = None
+    scores: Scores,
+    aim: Aim,
+    policy: Policy,
+    resident: BoolArray | None = None,
+    session: BoolArray | None = None,
 ) -> Plan:
     """The policy's plan for these scores.
 
-    Experts are ordered by `quality − cost_weight · cost` (cost (E,), US dollars per million
-    output tokens, in the order of `scores.experts`); ties go to the earlier expert. When the
-    best quality is below the policy's threshold, the plan is its default expert alone, where that
-    is eligible. Weights are the chosen experts' qualities, normalised.
+    Experts are ordered by `quality − weight · cost` (`aims.py`); ties go to the earlier expert. In
+    this order the rules apply:
+
+    - The best quality is below the policy's threshold: its default expert alone, where eligible.
+    - The null expert (the base model, AdaMoE's word) is worse than the best by no more than its
+      margin: it alone answers.
+    - `min_quality`: experts below it are passed over; where all are, the best by quality answers.
+    - `k` experts, or with `top_p` as few as make it that likely that one of them is right, were
+      they right independently of each other: at most `k`.
+    - The best chosen one's quality is below the policy's floor of confidence: more experts, or
+      the best by quality whatever it costs, as the policy says. `Plan.confident` is False if what
+      is chosen is still below.
+
+    Weights are the chosen experts' qualities, normalised.
 
     `resident` (E,) says whose weights are loaded; None: nobody is preferred for it. Residents that
     reach the threshold are chosen as if they were better by the policy's `tolerance`. So whoever
     takes the place of a better expert is worse by at most that, and no further resident could take
     one. The reasons then name those who gave way, and by how much the plan is worse (`gave_up`: of
     the ordering's value, the mean over its experts).
+
+    `session` (E,) says who answered last in this conversation. Of those, who reach the threshold
+    are chosen as if they were better by the policy's `stay`, what reading the conversation anew
+    costs another expert; but for one that is not resident, whose prefix is as cold as the others'.
+    A swap's price is the tolerance here too: a resident expert of the session is left only for one
+    that is better by `stay`, and by `tolerance` more where that one would have to be loaded.
     """
-    eligible = ~np.isnan(scores.quality)
-    utility = np.where(eligible, scores.quality - policy.cost_weight * cost, -np.inf)
-    order = np.argsort(-utility, kind="stable")[: max(policy.k, SHOWN_SCORES)]
+    quality = scores.quality
+    eligible = ~np.isnan(quality)
+    best = float(np.nanmax(quality))
+    utility = np.where(eligible, quality - aim.weight * aim.cost, -np.inf)
+    order = np.argsort(-utility, kind="stable")
     order = order[eligible[order]]
-    shown = {scores.experts[i]: round(float(scores.quality[i]), 4) for i in order[:SHOWN_SCORES]}
+    shown = order[:SHOWN_SCORES]
 
-    best = float(np.nanmax(scores.quality))
-    default = policy.default_expert
-    if default is not None and best < policy.threshold and _may_answer(default, scores):
-        return Plan(
-            policy=policy.id,
-            strategy=policy.strategy.name,
-            choices=(Choice(default, 1.0),),
-            calls=(default,),
-            scores=shown,
-            reasons={"rule": "below_threshold", "best": best, "threshold": policy.threshold},
-        )
+    if best < policy.threshold and (default := _column(policy.default_expert, scores)) is not None:
+        told = {"rule": "below_threshold", "best": best, "threshold": policy.threshold}
+        return _plan(policy, scores, np.array([default]), shown, told, explained=False)
+    null = _column(policy.null_expert, scores)
+    if null is not None and quality[null] >= best - policy.null_margin:
+        told = {"rule": "null_expert", "best": best, **aim.reasons}
+        return _plan(policy, scores, np.array([null]), shown, told)
 
+    good = quality[order] >= policy.min_quality
+    if policy.min_quality > 0:
+        order = order[good] if good.any() else order[[quality[order].argmax()]]
+    reasons: dict[str, Any] = {"rule": "best_score", **aim.reasons}
     chosen = order[: policy.k]
-    reasons: dict[str, Any] = {"rule": "best_score"}
-    if resident is not None and policy.tolerance > 0:
-        trusted = resident & (scores.quality >= policy.threshold)
-        near = _with_residents(utility, trusted, policy.tolerance, len(chosen))
-        if gone := [scores.experts[i] for i in chosen if i not in near]:
-            gave_up = float(utility[chosen].mean() - utility[near].mean())
-            reasons = {
-                "rule": "resident_within_tolerance",
-                "instead_of": gone,
-                "gave_up": round(gave_up, 6),
-            }
-            chosen = near
-            shown |= {scores.experts[i]: round(float(scores.quality[i]), 4) for i in chosen}
+    plain = chosen
+    trusted = order[quality[order] >= policy.threshold]
+    for rule, bonus in _bonuses(policy, resident, session, trusted, len(quality)):
+        near = _preferred(utility, bonus, order, len(plain))
+        if set(near) != set(chosen):
+            reasons["rule"] = rule
+        chosen = near
+    if gone := [scores.experts[i] for i in plain if i not in chosen]:
+        gave_up = float(utility[plain].mean() - utility[chosen].mean())
+        reasons |= {"instead_of": gone, "gave_up": round(gave_up, 6)}
+    if policy.top_p is not None:
+        chosen = chosen[: _enough(quality[chosen], policy.top_p)]
+    unsure = policy.unsure
+    if unsure is not None and float(quality[chosen].max()) < unsure.below:
+        if unsure.do == "ask_more":
+            chosen = order[: max(unsure.k, len(chosen))]
+        elif unsure.do == "ask_stronger":
+            chosen = order[np.argsort(-quality[order], kind="stable")][: len(chosen)]
+        reasons |= {"unsure": unsure.do, "best": round(float(quality[chosen].max()), 4)}
+    return _plan(policy, scores, chosen, np.concatenate([shown, chosen]), reasons)
 
+
+def _plan(
+    policy: Policy,
+    scores: Scores,
+    chosen: npt.NDArray[np.intp],
+    shown: npt.NDArray[np.intp],
+    reasons: dict[str, Any],
+    *,
+    explained: bool = True,
+) -> Plan:
     quality = scores.quality[chosen].astype(np.float64)  # (k,)
     total = float(quality.sum())
     weights = quality / total if total > 0 else np.full(len(chosen), 1 / len(chosen))
     experts = tuple(scores.experts[i] for i in chosen)
-    evidence = {e: dict(scores.reasons[e]) for e in experts if e in scores.reasons}
+    if explained:
+        evidence = {e: dict(scores.reasons[e]) for e in experts if e in scores.reasons}
+        reasons = {**reasons, "evidence": evidence}
+    floor = policy.unsure
     return Plan(
         policy=policy.id,
         strategy=policy.strategy.name,
         choices=tuple(Choice(e, float(w)) for e, w in zip(experts, weights, strict=True)),
         calls=experts,
-        scores=shown,
-        reasons={**reasons, "evidence": evidence},
+        scores={scores.experts[i]: round(float(scores.quality[i]), 4) for i in shown},
+        reasons=reasons,
+        confident=None if floor is None else bool(quality.max() >= floor.below),
     )
 
 
-def _with_residents(
-    utility: FloatArray, resident: BoolArray, tolerance: float, k: int
+def _enough(quality: FloatArray, p: float) -> int:
+    """How many of (k,) make it p likely that one of them at least is right."""
+    reached = 1 - np.cumprod(1 - np.clip(quality.astype(np.float64), 0, 1))
+    return int(np.searchsorted(reached, p - 1e-12)) + 1
+
+
+def _bonuses(
+    policy: Policy,
+    resident: BoolArray | None,
+    session: BoolArray | None,
+    trusted: npt.NDArray[np.intp],
+    n_experts: int,
+) -> Iterator[tuple[str, npt.NDArray[np.float64]]]:
+    """The rules that prefer somebody, in their order, each with what the experts then count for
+    more (E,), the rules before it included; only those of the columns `trusted` do."""
+    bonus = np.zeros(n_experts)
+    if resident is not None and policy.tolerance > 0:
+        bonus[trusted] = policy.tolerance * resident[trusted]
+        yield "resident_within_tolerance", bonus
+    if session is not None and policy.stay > 0:
+        warm = session if resident is None else session & resident
+        bonus = bonus.copy()
+        bonus[trusted] += policy.stay * warm[trusted]
+        yield "session_stay", bonus
+
+
+def _preferred(
+    utility: FloatArray, bonus: npt.NDArray[np.float64], order: npt.NDArray[np.intp], k: int
 ) -> npt.NDArray[np.intp]:
-    """(k,) the best by utility (E,), best first, where residents count for `tolerance` more."""
-    value = utility.astype(np.float64)
-    preferred = np.lexsort((~resident, -(value + tolerance * resident)))[:k]
-    preferred.sort()  # ties go to the earlier expert here too
-    return preferred[np.argsort(-value[preferred], kind="stable")]
+    """(k,) of those in `order` the best by utility (E,) and bonus (E,) together, ordered as there:
+    by utility alone. Ties go to the larger bonus, then to the earlier in the order."""
+    value = utility[order].astype(np.float64)
+    places = np.lexsort((-bonus[order], -(value + bonus[order])))[:k]
+    return order[np.sort(places)]
 
 
-def _may_answer(expert: str, scores: Scores) -> bool:
-    return expert in scores.experts and not np.isnan(scores.quality[scores.experts.index(expert)])
+def _column(expert: str | None, scores: Scores) -> int | None:
+    """Where an expert stands, None where it may not answer."""
+    if expert is None or expert not in scores.experts:
+        return None
+    column = scores.experts.index(expert)
+    return None if np.isnan(scores.quality[column]) else column

@@ -125,6 +125,9 @@ class NeighboursRouter:
         "analysis (Fukunaga & Mantock 1983) with Ledoit-Wolf shrinkage (2004)"
     )
     settings: ClassVar[type[BaseModel]] = NeighboursSettings
+    needs_texts: ClassVar[bool] = True
+    path_fields: ClassVar[tuple[str, ...]] = ()
+    curve: ClassVar[None] = None
 
     def __init__(
         self,
@@ -157,8 +160,25 @@ class NeighboursRouter:
         return cls.of_rows(ids, texts, rows, settings, embedder)
 
     @classmethod
-    def check(cls, experts: Sequence[Expert], settings: NeighboursSettings) -> None:
-        """Raises ValueError when none of several experts has a text of the sources."""
+    def digest(cls, settings: NeighboursSettings) -> str:
+        return ""
+
+    @classmethod
+    def check(
+        cls,
+        experts: Sequence[Expert],
+        settings: NeighboursSettings,
+        *,
+        needs_curve: bool = False,
+    ) -> None:
+        """Raises ValueError when none of several experts has a text of the sources, or a curve is
+        needed, which only outcomes give."""
+        if needs_curve:
+            raise ValueError(
+                "`quality` and `max_cost` need a router trained on outcomes, and this one is not; "
+                "train one with `router-training train` and name its artefact here, or leave "
+                "them out"
+            )
         if len(experts) > 1 and not Texts.of(experts, settings.sources).text:
             raise ValueError(
                 f"none of the experts has any of {', '.join(settings.sources)} to be found by; "

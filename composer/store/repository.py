@@ -85,7 +85,7 @@ class Store:
         async def run(connection: AsyncConnection) -> None:
             await connection.execute(sa.select(1))
 
-        await self._run(run, "a ping")
+        await self.run(run, "a ping")
 
     # --- requests ------------------------------------------------------------------------
 
@@ -95,10 +95,12 @@ class Store:
             return
 
         async def run(connection: AsyncConnection) -> None:
-            statement = _insert(connection, requests).on_conflict_do_nothing(index_elements=["id"])
+            statement = insert_into(connection, requests).on_conflict_do_nothing(
+                index_elements=["id"]
+            )
             await connection.execute(statement, [request_row(record) for record in records])
 
-        await self._run(run, "writing records", writes=True)
+        await self.run(run, "writing records", writes=True)
 
     async def get_request(self, id: str) -> Record | None:
         async def run(connection: AsyncConnection) -> Record | None:
@@ -106,7 +108,7 @@ class Store:
             row = (await connection.execute(query)).one_or_none()
             return None if row is None else record_of(row._asdict())
 
-        return await self._run(run, "reading a record")
+        return await self.run(run, "reading a record")
 
     async def iter_requests(self, since: datetime | None = None) -> AsyncIterator[Record]:
         """Records by time, oldest first, from `since` (aware) on; reads a page at a time, so that
@@ -122,7 +124,7 @@ class Store:
                 rows = await connection.execute(query)
                 return [record_of(row._asdict()) for row in rows]
 
-            page = await self._run(run, "reading records")
+            page = await self.run(run, "reading records")
             for record in page:
                 yield record
             if len(page) < _PAGE:
@@ -146,7 +148,7 @@ class Store:
                 await _add_feedback(connection, item)
 
         if items:
-            await self._run(run, "writing feedback", writes=True)
+            await self.run(run, "writing feedback", writes=True)
 
     async def feedback_for(self, response_id: str) -> list[Feedback]:
         """A response's feedbacks, oldest first."""
@@ -159,7 +161,7 @@ class Store:
             )
             return [feedback_of(row._asdict()) for row in await connection.execute(query)]
 
-        return await self._run(run, "reading feedback")
+        return await self.run(run, "reading feedback")
 
     # --- runtime experts -----------------------------------------------------------------
 
@@ -170,7 +172,7 @@ class Store:
             query = sa.select(experts.c.spec).order_by(experts.c.created, experts.c.id)
             return [dict(spec) for spec in (await connection.execute(query)).scalars()]
 
-        return await self._run(run, "reading runtime experts")
+        return await self.run(run, "reading runtime experts")
 
     async def put_expert(self, id: str, spec: Mapping[str, Any]) -> None:
         """Raises Conflict when there is an expert of that id already."""
@@ -184,7 +186,7 @@ class Store:
                     f"there is already a runtime expert {id!r}; choose another id", param="id"
                 ) from error
 
-        await self._run(run, "writing a runtime expert", writes=True)
+        await self.run(run, "writing a runtime expert", writes=True)
 
     async def delete_expert(self, id: str) -> None:
         """An id that is not there is no error: it is gone either way."""
@@ -192,18 +194,19 @@ class Store:
         async def run(connection: AsyncConnection) -> None:
             await connection.execute(sa.delete(experts).where(experts.c.id == id))
 
-        await self._run(run, "deleting a runtime expert", writes=True)
+        await self.run(run, "deleting a runtime expert", writes=True)
 
     # --- calls ---------------------------------------------------------------------------
 
-    async def _run(
+    async def run(
         self,
         work: Callable[[AsyncConnection], Awaitable[T]],
         what: str,
         *,
         writes: bool = False,
     ) -> T:
-        """One transaction around `work`, committed when it returns."""
+        """One transaction around `work`, committed when it returns. For the rest of this room;
+        `what` names it in errors."""
         if self._engine is None:
             raise DatabaseAway("the store is not started, or closed")
         transaction = _transaction(self._engine, work, writes=writes)
@@ -252,7 +255,7 @@ async def _add_feedback(connection: AsyncConnection, item: Feedback) -> None:
     if (await connection.execute(known)).one_or_none() is None:
         raise UnknownResponse(f"there is no response {item.response_id!r}")
     row = feedback_row(item)
-    insert = _insert(connection, feedback).on_conflict_do_nothing(
+    insert = insert_into(connection, feedback).on_conflict_do_nothing(
         index_elements=["response_id", "id"]
     )
     if (await connection.execute(insert.values(row))).rowcount:
@@ -274,7 +277,7 @@ async def _dispose(engine: AsyncEngine, timeout_s: float) -> None:
     await asyncio.wait({asyncio.ensure_future(engine.dispose())}, timeout=timeout_s)
 
 
-def _insert(connection: AsyncConnection, table: sa.Table) -> postgresql.Insert | sqlite.Insert:
+def insert_into(connection: AsyncConnection, table: sa.Table) -> postgresql.Insert | sqlite.Insert:
     """Both dialects have ON CONFLICT, spelled the same; SQLAlchemy's common INSERT has not."""
     if connection.dialect.name == "postgresql":
         return postgresql.insert(table)

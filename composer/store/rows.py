@@ -9,7 +9,7 @@ import numpy as np
 import orjson
 
 from composer.store.records import Feedback, Record, clean_text, plan_from_json, to_json
-from composer.types import Timings, Usage
+from composer.types import Plan, Timings, Usage
 
 
 def request_row(record: Record) -> dict[str, Any]:
@@ -57,7 +57,7 @@ def record_of(row: Mapping[str, Any]) -> Record:
         model=row["model"],
         catalog_version=row["catalog_version"],
         catalog_digest=row["catalog_digest"],
-        plan=None if row["plan"] is None else plan_from_json(row["plan"]),
+        plan=plan_of(row["plan"]),
         experts=tuple(row["experts"]),
         status=row["status"],
         error_code=row["error_code"],
@@ -76,6 +76,11 @@ def record_of(row: Mapping[str, Any]) -> Record:
         answer=row["answer"],
         query_embedding=None if embedding is None else np.frombuffer(embedding, "<f4"),
     )
+
+
+def plan_of(value: Mapping[str, Any] | None) -> Plan | None:
+    """What the column `plan` holds."""
+    return None if value is None else plan_from_json(value)
 
 
 def feedback_row(item: Feedback) -> dict[str, Any]:

@@ -83,8 +83,22 @@ feedback = sa.Table(
     sa.Column("score", sa.Float, nullable=False),
     sa.Column("comment", sa.Text),
     sa.Column("labels", _json()),
+    # When a router has learnt from it, or there was nothing in it to learn; NULL: not yet.
+    sa.Column("learned", UtcDateTime),
     sa.CheckConstraint("score >= 0 AND score <= 1", name="ck_feedback_score"),
     sa.Index("ix_feedback_created", "created"),
+    sa.Index("ix_feedback_learned", "learned", "created"),
+)
+
+lessons = sa.Table(
+    "lessons",
+    metadata,
+    sa.Column("policy", sa.Text, primary_key=True),
+    # Stands for the settings of the router; a state of another one is no use to it.
+    sa.Column("fingerprint", sa.Text, nullable=False),
+    # Counts the writes, so that of two processes that learn at once one tries again.
+    sa.Column("version", sa.Integer, nullable=False),
+    sa.Column("state", sa.LargeBinary, nullable=False),
 )
 
 experts = sa.Table(
@@ -93,4 +107,25 @@ experts = sa.Table(
     sa.Column("id", sa.Text, primary_key=True),
     sa.Column("spec", _json(), nullable=False),
     sa.Column("created", UtcDateTime, nullable=False),
+)
+
+# No foreign key: a choice in shadow may be written before its request's record.
+shadows = sa.Table(
+    "shadows",
+    metadata,
+    sa.Column("response_id", sa.Text, primary_key=True),
+    sa.Column("policy", sa.Text, nullable=False),
+    sa.Column("artefact", sa.Text, nullable=False),
+    sa.Column("choice", sa.Text, nullable=False),
+    sa.Column("scores", _json(), nullable=False),
+    sa.Index("ix_shadows_policy", "policy", "artefact"),
+)
+
+promotions = sa.Table(
+    "promotions",
+    metadata,
+    sa.Column("policy", sa.Text, primary_key=True),
+    sa.Column("artefact", sa.Text, nullable=False),
+    sa.Column("created", UtcDateTime, nullable=False),
+    sa.Column("estimate", _json(), nullable=False),
 )

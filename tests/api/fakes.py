@@ -211,6 +211,12 @@ class FakeStore:
     async def delete_expert(self, id: str) -> None:
         del self.rows[id]
 
+    async def run(self, work: Any, what: str, *, writes: bool = False) -> dict[str, Any]:
+        """Has learnt nothing, and promoted nobody."""
+        if self.fail is not None:
+            raise self.fail
+        return {}
+
 
 class FakeRecorder:
     """Keeps records in a list; knows feedback's ids as the real one does."""

@@ -732,6 +732,33 @@ BROKEN: dict[str, Broken] = {
             "TMP/experts.yaml:41: policies.twice.parameters[0]: '*' is not of the form wanted here. Write a field's name, such as `top_k`, or `+top_k` to add to the default.",
         ],
     ),
+    "two_aims": Broken(
+        text=FULL,
+        edits=[("max_wait_s: 30", "quality: 0.9\n    max_cost: 0.001")],
+        says=[
+            "TMP/experts.yaml:41: policies.twice.max_cost: it stands beside 'quality', and both say what cost is to count for. Keep one of the two.",
+        ],
+    ),
+    "null_expert_unknown": Broken(
+        text=FULL,
+        edits=[("max_wait_s: 30", "null_expert: generall")],
+        says=[
+            "TMP/experts.yaml:40: policies.twice.null_expert: no expert is called 'generall'. Did you mean `general`?",
+        ],
+    ),
+    "unsure_without_a_floor": Broken(
+        text=FULL,
+        edits=[("max_wait_s: 30", "unsure: {do: ask_more}")],
+        says=[
+            "TMP/experts.yaml:40: policies.twice.unsure.below: it is missing. Add `below`: the floor of expected quality.",
+        ],
+    ),
+    "stay_below_nothing": Broken(
+        edits=[("    k: 2", "    k: 2\n    stay: -0.1")],
+        says=[
+            "TMP/experts.yaml:34: policies.twice.stay: it should be greater than or equal to 0, not -0.1. Write 0 or more.",
+        ],
+    ),
     "tolerance_above_one": Broken(
         edits=[("    k: 2", "    k: 2\n    tolerance: 2")],
         says=[

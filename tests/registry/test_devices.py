@@ -218,7 +218,7 @@ def test_a_run_time_expert_cannot_say_what_a_server_loads(load: Load) -> None:
 def test_what_a_policy_allows_by_default(load: Load) -> None:
     policy = load().catalog.policies["twice"]
     assert policy.parameters == SAFE_PARAMETERS
-    assert (policy.max_wait_s, policy.tolerance) == (None, 0.0)
+    assert (policy.max_wait_s, policy.tolerance, policy.stay) == (None, 0.0, 0.0)
 
 
 @pytest.mark.parametrize(
@@ -261,6 +261,7 @@ def test_an_experts_parameters_are_its_engines(load: Load) -> None:
         ("max_wait_s: 30", "max_wait_s: 31"),
         ("parameters: [top_k]", "parameters: []"),
         ("    max_wait_s: 30\n", "    max_wait_s: 30\n    tolerance: 0.1\n"),
+        ("    max_wait_s: 30\n", "    max_wait_s: 30\n    stay: 0.1\n"),
     ],
 )
 @pytest.mark.usefixtures("full")
@@ -282,13 +283,14 @@ def test_the_digest_does_not_follow_where_the_file_lies(
 
 
 def test_the_table_shows_devices_and_who_shares_them(load: Load, full: Path, edit: Edit) -> None:
-    edit("max_wait_s: 30\n", "max_wait_s: 30\n    tolerance: 0.05\n")
+    edit("max_wait_s: 30\n", "max_wait_s: 30\n    tolerance: 0.05\n    stay: 0.1\n")
     console = Console(width=200, record=True, file=open(os.devnull, "w"))  # noqa: SIM115
     console.print(catalog_table(load().catalog))
     text = console.export_text()
     assert "device gpu: 24 GB, shared by far (16 GB)" in text
     assert "device spare: 8.5 GB, unused" in text
-    assert "k 2, vote; waits 30 s at most; gives up 0.05 for who is loaded" in text
+    assert "k 2, vote; waits 30 s at most; gives up 0.05 for who is loaded; gives up 0.1 " in text
+    assert "for who answered last" in text
 
 
 def test_the_full_registry_differs_where_it_should() -> None:

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from pydantic import BaseModel
 
 from composer.errors import CatalogError, Problem
-from composer.registry import EngineFamily, Families, RegistryError, catalog_table
+from composer.registry import EngineFamily, Families, RegistryError, RouterFamily, catalog_table
 from composer.registry.source import parse_yaml
 from composer.types import Component, Cost
 from tests.registry.conftest import Load
@@ -218,7 +218,7 @@ def test_families_must_forbid_unknown_keys() -> None:
         pass
 
     with pytest.raises(ValueError, match="the settings of router r accept unknown keys"):
-        Families({"r": Loose}, {}, {})
+        Families({"r": RouterFamily(Loose)}, {}, {})
 
 
 # --- digest --------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from safetensors.numpy import save_file
 
 from composer.errors import CatalogError
-from composer.registry import EngineFamily, Families
+from composer.registry import EngineFamily, Families, RouterFamily
 from composer.types import Placement
 
 WIDTH, VOCABULARY, LAYERS, RANK = 8, 16, 2, 2
@@ -130,7 +130,10 @@ def check_remote(settings: RemoteSettings, placement: Placement | None) -> None:
 
 
 FAMILIES = Families(
-    routers={"neighbours": NeighboursSettings, "centroid": CentroidSettings},
+    routers={
+        "neighbours": RouterFamily(NeighboursSettings),
+        "centroid": RouterFamily(CentroidSettings),
+    },
     strategies={"single": CentroidSettings, "vote": CentroidSettings},
     engines={
         "embedded": EngineFamily(EmbeddedSettings, frozenset({"logprobs"})),

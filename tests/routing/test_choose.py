@@ -9,9 +9,10 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
+from composer.routing.aims import Aim
 from composer.routing.base import Scores
 from composer.routing.choose import SHOWN_SCORES, choose
-from composer.types import BoolArray, Component, Policy
+from composer.types import BoolArray, Component, Policy, Unsure
 
 NAN = float("nan")
 
@@ -31,8 +32,8 @@ def policy(n: int = 9, **changes: Any) -> Policy:
     return Policy("p", router, strategy, tuple(f"e{i}" for i in range(n)), **changes)
 
 
-def free(found: Scores) -> Any:
-    return np.zeros(len(found.experts), np.float32)
+def free(found: Scores) -> Aim:
+    return Aim(0.0, np.zeros(len(found.experts), np.float32))
 
 
 def test_the_best_expert_alone_by_default() -> None:
@@ -69,8 +70,8 @@ def test_ties_go_to_the_earlier_expert() -> None:
 def test_cost_counts_by_its_weight() -> None:
     found = scores(0.9, 0.8)
     cost = np.array([10.0, 1.0], np.float32)
-    assert choose(found, cost, policy()).best == "e0"
-    assert choose(found, cost, policy(cost_weight=0.1)).best == "e1"
+    assert choose(found, Aim(0.0, cost), policy()).best == "e0"
+    assert choose(found, Aim(0.1, cost), policy()).best == "e1"
 
 
 def test_below_the_threshold_the_default_expert() -> None:
@@ -91,6 +92,68 @@ def test_an_excluded_default_expert_is_not_asked() -> None:
 def test_no_default_expert_means_no_threshold() -> None:
     found = scores(0.4, 0.1)
     assert choose(found, free(found), policy(threshold=0.9)).best == "e0"
+
+
+# --- floors, top-p, the null expert, confidence -------------------------------------------
+
+
+def test_the_cheapest_above_the_floor_of_quality() -> None:
+    found = scores(0.9, 0.7, 0.4)
+    cheap = Aim(1.0, np.array([3.0, 2.0, 1.0], np.float32))
+    assert choose(found, cheap, policy()).best == "e2"
+    assert choose(found, cheap, policy(min_quality=0.6)).best == "e1"
+
+
+def test_where_none_reaches_the_floor_the_best_by_quality() -> None:
+    found = scores(0.3, 0.4, 0.1)
+    cheap = Aim(1.0, np.array([3.0, 2.0, 1.0], np.float32))
+    plan = choose(found, cheap, policy(min_quality=0.6, k=2))
+    assert plan.calls == ("e1",)
+
+
+@pytest.mark.parametrize(
+    ("p", "calls"),
+    [(0.5, ("e0",)), (0.6, ("e0",)), (0.7, ("e0", "e1")), (0.9, ("e0", "e1", "e2"))],
+)
+def test_as_few_as_make_one_right_likely(p: float, calls: tuple[str, ...]) -> None:
+    found = scores(0.6, 0.5, 0.5, 0.4)  # 0.6, 0.8, 0.9 and 0.94 with the fourth
+    assert choose(found, free(found), policy(k=4, top_p=p)).calls == calls
+
+
+def test_top_p_is_bounded_by_k() -> None:
+    found = scores(0.1, 0.1, 0.1)
+    assert len(choose(found, free(found), policy(k=2, top_p=0.99)).calls) == 2
+
+
+@pytest.mark.parametrize(("margin", "best"), [(0.0, "e0"), (0.1, "e0"), (0.3, "e1")])
+def test_an_easy_query_is_the_null_experts(margin: float, best: str) -> None:
+    found = scores(0.9, 0.7)
+    asked = policy(null_expert="e1", null_margin=margin, k=2)
+    assert choose(found, free(found), asked).best == best
+
+
+def test_an_excluded_null_expert_is_not_asked() -> None:
+    found = scores(0.9, NAN)
+    assert choose(found, free(found), policy(null_expert="e1", null_margin=1.0)).best == "e0"
+
+
+@pytest.mark.parametrize(
+    ("do", "calls"), [("say", ("e2",)), ("ask_more", ("e2", "e1", "e0")), ("ask_stronger", ("e0",))]
+)
+def test_below_the_floor_of_confidence(do: Any, calls: tuple[str, ...]) -> None:
+    found = scores(0.55, 0.5, 0.4)
+    cheap = Aim(1.0, np.array([3.0, 2.0, 1.0], np.float32))
+    plan = choose(found, cheap, policy(unsure=Unsure(0.5, do, k=3)))
+    assert plan.calls == calls
+    assert plan.confident is (do != "say")
+    assert plan.reasons["unsure"] == do
+
+
+def test_sure_enough() -> None:
+    found = scores(0.6, 0.5)
+    plan = choose(found, free(found), policy(unsure=Unsure(0.5, "ask_more")))
+    assert (plan.calls, plan.confident, plan.reasons["rule"]) == (("e0",), True, "best_score")
+    assert choose(found, free(found), policy()).confident is None
 
 
 # --- residents within the tolerance ---------------------------------------------------
@@ -145,9 +208,9 @@ def test_the_best_of_several_residents() -> None:
 def test_cost_counts_in_what_is_given_up() -> None:
     found = scores(0.90, 0.89)
     cost = np.array([0.0, 1.0], np.float32)
-    dear = policy(cost_weight=0.1, tolerance=0.05)
-    assert choose(found, cost, dear, loaded(1, n=2)).best == "e0"
-    assert choose(found, cost, policy(tolerance=0.05), loaded(1, n=2)).best == "e1"
+    tolerant = policy(tolerance=0.05)
+    assert choose(found, Aim(0.1, cost), tolerant, loaded(1, n=2)).best == "e0"
+    assert choose(found, Aim(0.0, cost), tolerant, loaded(1, n=2)).best == "e1"
 
 
 def test_of_several_experts_only_those_near_enough_give_way() -> None:
@@ -192,9 +255,9 @@ def test_what_residents_may_do(
     assume(not np.isnan(quality).all())
     found = scores(*quality)
     cost = cost.astype(np.float32)
-    asked = policy(len(expert), k=k, cost_weight=weight, tolerance=tolerance)
-    plain = choose(found, cost, asked)
-    plan = choose(found, cost, asked, resident)
+    asked, aim = policy(len(expert), k=k, tolerance=tolerance), Aim(weight, cost)
+    plain = choose(found, aim, asked)
+    plan = choose(found, aim, asked, resident)
     utility = np.float64(found.quality - weight * cost)
     slack = 1e-6  # of float32
 
@@ -235,7 +298,7 @@ def test_plans_by_definition(
     assume(not all(np.isnan(quality)))
     cost = np.array(data.draw(st.lists(st.floats(0, 5, width=32), min_size=n, max_size=n)))
     found = scores(*quality)
-    plan = choose(found, cost.astype(np.float32), policy(n, k=k, cost_weight=weight))
+    plan = choose(found, Aim(weight, cost.astype(np.float32)), policy(n, k=k))
     utility = found.quality - weight * cost.astype(np.float32)
     eligible = [i for i in range(n) if not np.isnan(quality[i])]
     expected = sorted(eligible, key=lambda i: (-utility[i], i))

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from composer.embedder import TextEmbedder
+from composer.routing.aims import Aim
 from composer.routing.base import Embedder, Query, Router
 from composer.routing.choose import choose
 from composer.routing.neighbours import NeighboursRouter, NeighboursSettings, Texts
@@ -91,9 +92,9 @@ def test_opting_out_changes_nothing_for_the_rest(
         assert np.array_equal(part.quality[some], whole.quality[some])
         assert f"e{excluded % len(sizes)}" not in part.reasons
         policy = Policy("p", Component("r", None), Component("s", None), router.experts, k=9)
-        cost = np.zeros(len(sizes), np.float32)
-        order = [e for e in choose(whole, cost, policy).calls if some[int(e[1:])]]
-        assert list(choose(part, cost, policy).calls) == order
+        aim = Aim(0.0, np.zeros(len(sizes), np.float32))
+        order = [e for e in choose(whole, aim, policy).calls if some[int(e[1:])]]
+        assert list(choose(part, aim, policy).calls) == order
 
 
 @settings(max_examples=25, deadline=None)

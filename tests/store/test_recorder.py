@@ -36,7 +36,7 @@ class SwitchedStore(Store):
         self.open = asyncio.Event()
         self.open.set()
 
-    async def _run(
+    async def run(
         self,
         work: Callable[[AsyncConnection], Awaitable[T]],
         what: str,
@@ -47,7 +47,7 @@ class SwitchedStore(Store):
         await self.open.wait()
         if self.away:
             raise DatabaseAway("switched off")
-        result = await super()._run(work, what, writes=writes)
+        result = await super().run(work, what, writes=writes)
         if self.deaf and writes:
             raise DatabaseAway("the answer was lost")
         return result

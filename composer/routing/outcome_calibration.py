@@ -1,0 +1,90 @@
+"""A family's raw predictions to calibrated quality and its uncertainty, from predictions that were
+cross-fitted. Knows no family and no query."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from composer.routing.calibrate import Logistic, Prior, sigmoid
+from composer.routing.outcomes import Outcomes
+from composer.routing.state import State
+from composer.types import FloatArray
+
+Float64 = npt.NDArray[np.float64]
+
+EDGE = 0.01
+"""Raw predictions are cut this far from 0 and 1 before their logit is taken."""
+
+PERFECT = Prior(mean=(0.0, 1.0), sd=(2.0, 1.0))
+"""Of all experts together: a raw prediction that already is a probability, roughly."""
+
+SPREAD = (0.5, 0.25)
+"""How far an expert's own (intercept, slope) may lie from that of all (standard deviations): enough
+to mend a family that is off for one expert, little enough that thirty outcomes leave the order of
+experts alone."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class OutcomeCalibration:
+    """Platt scaling (1999) per expert: logit P = b₀ + b₁ · logit(raw), b₁ ≥ 0, whose normal prior
+    is the fit over all experts. `b` (E, 2); `covariance` (E, 2, 2) is that of b (Laplace)."""
+
+    b: FloatArray
+    covariance: FloatArray
+
+    @classmethod
+    def fit(
+        cls, raw: FloatArray, outcomes: Outcomes, *, shared: bool = False
+    ) -> OutcomeCalibration:
+        """`raw` (n, E): predictions of questions that their maker had not seen; rows of NaN, and
+        missing outcomes, are left out. Outcomes between 0 and 1 count in proportion. `shared`: one
+        map for all experts, which leaves their order alone; how unsure it is of each is still that
+        of its own. Raises ValueError where nothing is left."""
+        if raw.shape != outcomes.quality.shape:
+            raise ValueError(
+                f"predictions of shape {raw.shape} for outcomes of shape "
+                f"{outcomes.quality.shape}; predict these questions for these experts"
+            )
+        known = outcomes.known & ~np.isnan(raw)
+        if not known.any():
+            raise ValueError("there is no outcome with a prediction to calibrate on; give some")
+        x = _logit(raw)
+        pooled = _fitted(x[known], outcomes.quality[known], PERFECT)
+        prior = Prior(mean=(float(pooled.b[0]), float(pooled.b[1])), sd=SPREAD)
+        own = [
+            _fitted(x[asked, e], outcomes.quality[asked, e], prior)
+            for e, asked in enumerate(known.T)
+        ]
+        return cls(
+            np.stack([np.asarray((pooled if shared else fit).b, np.float32) for fit in own]),
+            np.stack([np.asarray(fit.covariance, np.float32) for fit in own]),
+        )
+
+    def quality(self, raw: FloatArray) -> tuple[FloatArray, FloatArray]:
+        """(n, E) → calibrated quality, and its standard deviation from not knowing the
+        calibration better (delta method), both (n, E)."""
+        x = _logit(raw).astype(np.float32)
+        b, c = self.b, self.covariance
+        quality = sigmoid(b[:, 0] + b[:, 1] * x)
+        variance = c[:, 0, 0] + 2 * c[:, 0, 1] * x + c[:, 1, 1] * x**2
+        deviation = quality * (1 - quality) * np.sqrt(np.maximum(variance, 0))
+        return np.asarray(quality, np.float32), np.asarray(deviation, np.float32)
+
+    def state(self) -> State:
+        return State({"b": self.b, "covariance": self.covariance}, {})
+
+    @classmethod
+    def restore(cls, state: State) -> OutcomeCalibration:
+        return cls(state.arrays["b"], state.arrays["covariance"])
+
+
+def _fitted(x: Float64, y: npt.NDArray[np.floating], prior: Prior) -> Logistic:
+    return Logistic.fit(x, np.asarray(y, np.float64), np.ones(len(x)), prior)
+
+
+def _logit(raw: FloatArray) -> Float64:
+    p = np.clip(np.asarray(raw, np.float64), EDGE, 1 - EDGE)
+    return np.asarray(np.log(p / (1 - p)), np.float64)

@@ -1,0 +1,70 @@
+"""Labelled outcomes as arrays: what each expert scored on each question, and what it cost.
+Knows no file format and no model."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import numpy.typing as npt
+
+from composer.types import FloatArray
+
+IntArray = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Outcomes:
+    """Rows are questions, columns are experts.
+
+    `quality` (n, E) lies in [0, 1], NaN where the expert was not asked; `cost` (n, E) is in US
+    dollars a call, NaN where no price is known. `category` and `benchmark` (n,) are "" where
+    nobody named one. Rows with the same `group` (n,) are one question asked twice: they are never
+    parted between what is fitted on and what is judged on.
+    """
+
+    experts: tuple[str, ...]
+    text: tuple[str, ...]
+    quality: FloatArray
+    cost: FloatArray
+    category: tuple[str, ...]
+    benchmark: tuple[str, ...]
+    group: IntArray
+
+    def __len__(self) -> int:
+        return len(self.text)
+
+    @property
+    def known(self) -> npt.NDArray[np.bool_]:
+        """(n, E) where there is an outcome."""
+        return ~np.isnan(self.quality)
+
+    @property
+    def priced(self) -> bool:
+        """Whether every known outcome has its cost, so that budgets mean something."""
+        return bool(self.known.any()) and not bool(np.isnan(self.cost[self.known]).any())
+
+    def rows(self, chosen: npt.NDArray[np.integer] | npt.NDArray[np.bool_]) -> Outcomes:
+        """Some of the questions, by number or mask."""
+        numbers = np.arange(len(self))[chosen]
+        return replace(
+            self,
+            text=tuple(self.text[i] for i in numbers),
+            quality=self.quality[numbers],
+            cost=self.cost[numbers],
+            category=tuple(self.category[i] for i in numbers),
+            benchmark=tuple(self.benchmark[i] for i in numbers),
+            group=self.group[numbers],
+        )
+
+    def of(self, experts: Sequence[str]) -> Outcomes:
+        """Some of the experts, in the order given. Raises KeyError for one that is not there."""
+        place = {expert: column for column, expert in enumerate(self.experts)}
+        columns = [place[expert] for expert in experts]
+        return replace(
+            self,
+            experts=tuple(experts),
+            quality=self.quality[:, columns],
+            cost=self.cost[:, columns],
+        )

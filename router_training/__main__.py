@@ -1,0 +1,5 @@
+"""`python -m router_training`."""
+
+from router_training.cli import main
+
+main()

@@ -1,0 +1,39 @@
+"""An artefact in a program of one's own: texts in, scores out. Knows no service."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from composer.routing.artefact import Artefact, EmbedderStamp
+from composer.routing.learned import LearnedModel, Scored, check_embedder
+from router_training.vectors import Model
+
+
+class OfflineRouter:
+    """`experts` (E,) are in the order of the scores' columns; `curve` of `model.manifest` says what
+    a weight on cost reaches."""
+
+    def __init__(self, model: LearnedModel, embedder: Model) -> None:
+        self.model = model
+        self.experts = model.experts
+        self._embedder = embedder
+
+    def score(self, texts: Sequence[str]) -> Scored:
+        """(n,) texts → calibrated expected quality, its standard deviation and the expected cost in
+        US dollars (None where no price was known), (n, E) each: what the service would say."""
+        return self.model.score(texts, self._embedder.encode)
+
+
+def load_router(folder: str | Path, embedder: Model | None = None) -> OfflineRouter:
+    """The artefact that `router-training train --out` wrote; without `embedder` with the one that
+    COMPOSER_EMBEDDER names. Raises ArtefactError where it is none or was trained on another
+    embedder's vectors, SettingsError where the embedder cannot be had."""
+    model = LearnedModel.of(Artefact.load(Path(folder)))
+    if embedder is None:
+        from router_training.embedding import open_embedding
+
+        embedder = open_embedding().kept
+    stamp = EmbedderStamp(id=embedder.id, digest=embedder.digest, dim=embedder.dim)
+    check_embedder(model.manifest, stamp, Path(folder))
+    return OfflineRouter(model, embedder)

@@ -1,0 +1,45 @@
+"""A yardstick as plain values, so that an artefact carries what it is to be held against: the best
+single expert and the rates of experts where it was trained. Knows no router."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from composer.routing.artefact import ArtefactError, Manifest
+from router_training.baselines import CategoryBest
+from router_training.scorecard import Yardstick
+
+PLACE = "yardstick"
+
+
+def yardstick_values(yardstick: Yardstick) -> dict[str, Any]:
+    category = yardstick.category
+    return {
+        "best": yardstick.experts[yardstick.best],
+        "rates": yardstick.rates.tolist(),
+        "categories": [list(key) for key in category.row_of],
+        "category_rates": category.quality.tolist(),
+    }
+
+
+def yardstick_of(manifest: Manifest, experts: Sequence[str]) -> Yardstick:
+    """That of a manifest which training wrote, with its experts in another order. Raises
+    ArtefactError where it has none."""
+    values = manifest.metrics.get(PLACE)
+    own = [expert.id for expert in manifest.experts]
+    try:
+        if not isinstance(values, Mapping):
+            raise TypeError("there is none")
+        columns = [own.index(expert) for expert in experts]
+        rates = np.asarray(values["rates"], np.float64)[columns]
+        rows = {(str(b), str(c)): row for row, (b, c) in enumerate(values["categories"])}
+        quality = np.asarray(values["category_rates"], np.float64)[:, columns]
+        best = list(experts).index(values["best"])
+    except (KeyError, TypeError, ValueError, IndexError) as error:
+        raise ArtefactError(
+            f"the manifest's {PLACE} cannot be read ({error}); train the artefact again"
+        ) from error
+    return Yardstick(tuple(experts), best, rates, CategoryBest(rows, quality, rates))

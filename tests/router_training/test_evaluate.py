@@ -1,0 +1,125 @@
+"""Evaluation: the JSON has its keys, what cannot be measured is null, what does not fit is
+refused."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from composer.routing.artefact import ArtefactError
+from composer.routing.outcomes import Outcomes
+from router_training.errors import TrainingError
+from router_training.evaluate import evaluate
+from router_training.train import train
+from tests.router_training.synthetic import stamp, table
+from tests.routing.helpers import WordEmbedder
+
+ARTEFACT_KEYS = {
+    "name",
+    "router",
+    "avg_acc",
+    "per_benchmark",
+    "mean_cost",
+    "gain_at_best",
+    "gap_closed",
+    "aiq",
+    "apgr",
+    "cpt50",
+    "cpt80",
+    "brier",
+    "brier_base_rate",
+    "ece",
+    "budget_acc",
+    "decision_ms_p50",
+    "ci95",
+}
+BASELINE_KEYS = {"random", "best_single", "category_best", "random_mix", "oracle"}
+
+
+def made(folder: Path, outcomes: Outcomes, router: str = "category") -> Path:
+    train(outcomes, router, WordEmbedder().encode, stamp()).artefact().save(folder)
+    return folder
+
+
+def test_the_json_has_exactly_the_keys_of_its_description(tmp_path: Path) -> None:
+    folders = [made(tmp_path / "one", table()), made(tmp_path / "two", table(), "clusters")]
+    value = evaluate(folders, table(200, seed=2), WordEmbedder()).as_json()
+    assert json.loads(json.dumps(value, allow_nan=False)) == value
+    assert value.keys() == {"artefacts", "baselines"}
+    assert value["baselines"].keys() == BASELINE_KEYS
+    assert [a["name"] for a in value["artefacts"]] == ["one", "two"]
+    assert [a["router"] for a in value["artefacts"]] == ["category", "clusters"]
+    for artefact in value["artefacts"]:
+        assert artefact.keys() == ARTEFACT_KEYS
+        assert artefact["budget_acc"].keys() == {"0.05", "0.10", "0.25", "0.50"}
+        assert artefact["ci95"][0] <= artefact["avg_acc"] <= artefact["ci95"][1]
+        assert artefact["apgr"] is None  # not a pool of two
+        assert artefact["decision_ms_p50"] > 0
+    best = value["baselines"]["best_single"]
+    assert best["expert"] == "algebra"
+    first = value["artefacts"][0]
+    assert first["gain_at_best"] == pytest.approx(first["avg_acc"] / best["avg_acc"] - 1)
+    assert best["avg_acc"] < first["avg_acc"] <= value["baselines"]["oracle"]["avg_acc"]
+
+
+def test_without_prices_what_needs_them_is_null(tmp_path: Path) -> None:
+    folder = made(tmp_path / "a", table())
+    value = evaluate([folder], table(100, seed=2, priced=False), WordEmbedder()).as_json()
+    artefact = value["artefacts"][0]
+    assert artefact["mean_cost"] is None
+    assert artefact["aiq"] is None
+    assert set(artefact["budget_acc"].values()) == {None}
+    assert value["baselines"]["random_mix"] is None
+    assert artefact["avg_acc"] is not None
+
+
+def test_a_pair_has_its_own_measures(tmp_path: Path) -> None:
+    pair = ["algebra", "poems"]
+    folder = made(tmp_path / "a", table().of(pair))
+    artefact = evaluate([folder], table(300, seed=2), WordEmbedder()).as_json()["artefacts"][0]
+    assert artefact["apgr"] > 0.6
+    assert artefact["cpt50"] <= artefact["cpt80"]
+
+
+def test_order_of_experts_and_of_questions_changes_nothing(tmp_path: Path) -> None:
+    folder = made(tmp_path / "a", table())
+    data = table(150, seed=2)
+    turned = data.of(data.experts[::-1])
+    one, other = (evaluate([folder], d, WordEmbedder()).as_json() for d in (data, turned))
+    for value in (one, other):
+        value["artefacts"][0].pop("decision_ms_p50")
+    assert one == other
+
+
+def test_the_best_single_is_that_of_training(tmp_path: Path) -> None:
+    folder = made(tmp_path / "a", table())
+    data = table(100, seed=2)
+    quality = data.quality.copy()
+    quality[:, 2] = 1.0
+    value = evaluate([folder], replace(data, quality=quality), WordEmbedder()).as_json()
+    assert value["baselines"]["best_single"]["expert"] == "algebra"
+
+
+def test_what_does_not_fit_is_refused(tmp_path: Path) -> None:
+    three = made(tmp_path / "three", table())
+    two = made(tmp_path / "two", table().of(["poems", "cheap"]))
+    data, embedder = table(50, seed=2), WordEmbedder()
+    with pytest.raises(ArtefactError, match="chooses from poems, too, and the data has no outcome"):
+        evaluate([three], data.of(["algebra", "cheap"]), embedder)
+    with pytest.raises(ArtefactError, match=r"chooses from algebra, too, and .*two does not know"):
+        evaluate([two, three], data, embedder)
+    with pytest.raises(ArtefactError, match=r"two knows nothing of algebra, which .*three chooses"):
+        evaluate([three, two], data, embedder)
+    with pytest.raises(TrainingError, match="no artefact to evaluate"):
+        evaluate([], data, embedder)
+    silent = replace(data, quality=np.full_like(data.quality, np.nan))
+    with pytest.raises(TrainingError, match="no question has a known outcome"):
+        evaluate([three], silent, embedder)
+    other = WordEmbedder()
+    other.digest = "other"
+    with pytest.raises(ArtefactError, match="was trained on vectors of words"):
+        evaluate([three], data, other)

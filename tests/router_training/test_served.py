@@ -1,0 +1,112 @@
+"""Every family, trained, named by a policy and served through the API over replayed models."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import httpx
+import numpy as np
+import pytest
+import yaml
+
+from composer.build import make_embedder
+from composer.routing.artefact import EmbedderStamp
+from composer.routing.families import FAMILIES
+from composer.routing.outcomes import Outcomes
+from composer.settings import Settings
+from router_training import load_router
+from router_training.train import train
+from tests.replayed import TOPICS, WAITS, Recorded, registry
+from tests.tiny import ROOT, chat, serving
+
+pytestmark = pytest.mark.usefixtures("short_grids")
+
+EXPERTS = tuple(TOPICS)
+PRICES = dict(zip(EXPERTS, (1e-4, 2e-4, 4e-4, 8e-4), strict=True))
+"""US dollars a call."""
+
+
+@pytest.fixture(scope="module")
+def embedder() -> Any:
+    return make_embedder(Settings(cache_dir=ROOT / ".cache" / "composer"))
+
+
+def topic(text: str) -> str:
+    return next(name for name, words in TOPICS.items() if any(word in text for word in words))
+
+
+def outcomes(recorded: Recorded, *, priced: bool = True) -> Outcomes:
+    quality = np.array(
+        [[a == g for a, g in zip(recorded.answer[e], recorded.gold, strict=True)] for e in EXPERTS],
+        np.float32,
+    ).T
+    price = np.array([PRICES[e] if priced else np.nan for e in EXPERTS], np.float32)
+    n = len(recorded.query)
+    return Outcomes(
+        experts=EXPERTS,
+        text=tuple(recorded.query),
+        quality=quality,
+        cost=np.broadcast_to(price, quality.shape).copy(),
+        category=tuple(topic(text) for text in recorded.query),
+        benchmark=("exam",) * n,
+        group=np.arange(n),
+    )
+
+
+def trained(recorded: Recorded, family: str, embedder: Any, folder: Path, **how: Any) -> None:
+    stamp = EmbedderStamp(id=embedder.id, digest=embedder.digest, dim=embedder.dim)
+    train(outcomes(recorded, **how), family, embedder.encode, stamp).artefact().save(folder)
+
+
+def served(recorded: Recorded, **policy: Any) -> str:
+    config = yaml.safe_load(registry(recorded.path))
+    for expert in config["experts"].values():  # an artefact needs no texts
+        del expert["description"], expert["examples"]
+    router = {"name": "learned", "artefact": "./router"}
+    config["policies"] = {"auto": {"router": router, "strategy": {"name": "single"}, **policy}}
+    return yaml.safe_dump(config)
+
+
+async def answer(client: httpx.AsyncClient, text: str, **composer: Any) -> Any:
+    response = await client.post("/v1/chat/completions", json=chat(text) | {"composer": composer})
+    assert response.status_code == 200, response.text
+    return response.json()["composer"]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+async def test_a_policy_serves_what_was_trained(
+    family: str, tmp_path: Path, recorded: Recorded, embedder: Any
+) -> None:
+    trained(recorded, family, embedder, tmp_path / "router")
+    offline = load_router(tmp_path / "router", embedder)
+    asked = recorded.query[:6]
+    expected = offline.score(asked)
+    cheapest = EXPERTS[0]
+    async with serving(tmp_path, served(recorded), **WAITS) as (client, _):
+        for text, quality in zip(asked, expected.quality, strict=True):
+            told = await answer(client, text)
+            best = EXPERTS[int(quality.argmax())]
+            assert told["expert"] == best
+            assert told["scores"] == pytest.approx(
+                dict(zip(EXPERTS, quality.tolist(), strict=True)), abs=1e-4
+            )
+            assert told["reasons"]["evidence"][best]["family"] == family
+            without = await answer(client, text, exclude=[best])
+            rest = np.where(np.array(EXPERTS) == best, -1, quality)
+            assert without["expert"] == EXPERTS[int(rest.argmax())]
+        frugal = await answer(client, asked[0], max_cost=PRICES[cheapest])
+        assert frugal["expert"] == cheapest
+        modest = await answer(client, asked[0], quality=0.5)
+        assert modest["expert"] == cheapest
+        assert modest["reasons"]["aim"]["quality"] == 0.5
+
+
+async def test_aims_need_costs(tmp_path: Path, recorded: Recorded, embedder: Any) -> None:
+    trained(recorded, "category", embedder, tmp_path / "router", priced=False)
+    async with serving(tmp_path, served(recorded), **WAITS) as (client, _):
+        body = chat(recorded.query[0]) | {"composer": {"quality": 0.9}}
+        response = await client.post("/v1/chat/completions", json=body)
+    error = response.json()["error"]
+    assert (response.status_code, error["param"]) == (400, "composer.quality")
+    assert "needs a router trained on outcomes with their costs" in error["message"]

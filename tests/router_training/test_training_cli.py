@@ -1,0 +1,166 @@
+"""`router-training`, as a person uses it: exit statuses, tables, JSON, plain words."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from router_training.cli import app
+from router_training.embedding import Embedding
+from router_training.progress import Progress
+from router_training.vectors import KeptVectors
+from tests.router_training.synthetic import table, write_table
+from tests.routing.helpers import WordEmbedder
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+pytestmark = pytest.mark.usefixtures("short_grids")
+
+
+@pytest.fixture(autouse=True)
+def _offline(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def opened(progress: Progress) -> Embedding:
+        model = WordEmbedder()
+        return Embedding(KeptVectors(model, tmp_path / "vectors", progress), model.encode)
+
+    monkeypatch.setattr("router_training.embedding.open_embedding", opened)
+    monkeypatch.setenv("COLUMNS", "250")
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    return write_table(tmp_path / "t.train.csv", table())
+
+
+@pytest.fixture
+def dev(tmp_path: Path) -> Path:
+    return write_table(tmp_path / "t.dev.csv", table(120, seed=2))
+
+
+def run(*args: str | Path) -> tuple[int, str, str]:
+    result = CliRunner().invoke(app, [str(arg) for arg in args])
+    if result.exception is not None and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    return result.exit_code, result.stdout, result.stderr
+
+
+def test_train_evaluate_compare(data: Path, dev: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "router"
+    status, out, err = run(
+        "train", "--router", "category", "--data", data, "--dev", dev, "--out", folder
+    )
+    assert status == 0, err
+    assert "dev: accuracy" in out
+    assert f"3 experts, 300 questions → {folder}" in out
+    assert (folder / "manifest.json").is_file()
+
+    file = tmp_path / "deep" / "result.json"
+    status, out, err = run("evaluate", "--artefact", folder, "--data", dev, "--json", file)
+    assert status == 0, err
+    assert "category_best" in out
+    assert "without embedding" in out
+    written = json.loads(file.read_text())
+    assert [a["name"] for a in written["artefacts"]] == ["router"]
+
+    status, out, err = run(
+        "compare", "--data", data, "--dev", dev, "--router", "category", "--router", "clusters"
+    )
+    assert status == 0, err
+    assert out.startswith("## t, all: 3 experts")
+    assert "| tuned kNN |" in out
+
+
+def test_json_alone_on_standard_output(data: Path, dev: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "router"
+    common = ("--data", data, "--json", "-")
+    status, out, _ = run("train", "--router", "clusters", "--out", folder, *common)
+    assert status == 0
+    assert json.loads(out)["router"] == "clusters"
+    status, out, _ = run("evaluate", "--artefact", folder, *common)
+    assert json.loads(out).keys() == {"artefacts", "baselines"}
+    status, out, _ = run("compare", "--router", "clusters", "--dev", dev, *common)
+    assert json.loads(out)["routers"].keys() == {"clusters", "tuned kNN"}
+
+
+def test_best_says_what_it_chose_and_why(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from composer.routing.families import FAMILIES
+
+    few = {name: FAMILIES[name] for name in ("neighbours", "category")}
+    monkeypatch.setattr("router_training.train.FAMILIES", few)
+    status, out, err = run("train", "--router", "best", "--data", data, "--out", tmp_path / "r")
+    assert status == 0, err
+    assert "chosen: " in out
+    assert "cross-fitted mean quality" in out
+
+
+def test_pools_and_experts(data: Path, tmp_path: Path) -> None:
+    (tmp_path / "pools.json").write_text('{"t": {"pair": ["poems", "algebra"]}}')
+    train = ("train", "--router", "category", "--data", data, "--out", tmp_path / "r")
+    status, _, err = run(*train, "--pool", "pair")
+    assert status == 0, err
+    manifest = json.loads((tmp_path / "r" / "manifest.json").read_text())
+    assert [e["id"] for e in manifest["experts"]] == ["poems", "algebra"]
+    status, out, _ = run(*train, "--experts", "cheap, poems")
+    assert status == 0
+    assert "2 experts" in out
+    for more, said in (
+        (("--pool", "trio"), "there is no pool 'trio' of t. There are: pair."),
+        (("--pool", "pair", "--experts", "cheap"), "give one of them"),
+        (("--experts", "cheap,dear"), "there are no outcomes of dear"),
+    ):
+        status, out, err = run(*train, *more)
+        assert (status, out) == (2, "")
+        assert said in err
+
+
+def test_bad_input_is_told_in_plain_words(data: Path, dev: Path, tmp_path: Path) -> None:
+    folder, other = tmp_path / "r", tmp_path / "other"
+    other.mkdir()
+    (other / "thesis.txt").write_text("mine")
+    empty = tmp_path / "empty.csv"
+    empty.write_text("query,score|a,score|b\nhello,2,0\n")
+    plain = write_table(tmp_path / "plain.csv", table(60, priced=False))
+    train = ("train", "--out", folder, "--router")
+    for args, said in (
+        ((*train, "foo", "--data", data), "there is no router 'foo'; choose from neighbours"),
+        ((*train, "category", "--data", tmp_path / "no.csv"), "there is no such file"),
+        ((*train, "category", "--data", empty), "empty.csv:2: score|a: '2' is out of range"),
+        ((*train, "category", "--data", plain, "--budget", "0.5"), "budgets need the cost"),
+        ((*train, "category", "--data", data, "--budget", "-1"), "budget"),
+        ((*train, "category", "--data", data, "--dev-split", "dev"), "--dev-split needs --dev"),
+        ((*train, "category", "--data", data, "--split", "dev"), "there is no column split"),
+        (("evaluate", "--artefact", other, "--data", dev), "there is no artefact in"),
+        (
+            ("train", "--router", "category", "--data", data, "--out", other),
+            "is there and is no artefact; name another folder",
+        ),
+    ):
+        status, out, err = run(*args)
+        assert (status, out) == (2, ""), args
+        assert said in err, args
+        assert "Traceback" not in err
+    assert (other / "thesis.txt").read_text() == "mine"
+    assert not folder.exists()
+
+
+def test_it_is_a_program(tmp_path: Path) -> None:
+    scripts = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["scripts"]
+    assert scripts["router-training"] == "router_training.cli:main"
+    done = subprocess.run(
+        [sys.executable, "-m", "router_training", "--help"],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        check=True,
+    )
+    for command in ("train", "evaluate", "compare"):
+        assert command in done.stdout

@@ -1,0 +1,118 @@
+"""Exploration: probabilities that are right, a draw that follows them, requests left alone."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from composer.routing.aims import Aim
+from composer.routing.base import Exploration, Scores
+from composer.routing.choose import choose
+from composer.routing.explore import draw_of, explored, propensities, thompson
+from composer.types import Component, Plan, Policy, Unsure
+
+QUALITY = (0.8, 0.7, 0.3, np.nan)
+IDS = ("a", "b", "c", "d")
+
+
+def policy(**changes: object) -> Policy:
+    single = Component("single", None)
+    return Policy(id="auto", router=single, strategy=single, experts=IDS, **changes)  # type: ignore[arg-type]
+
+
+def decided(
+    draw: float | None,
+    *,
+    rules: Policy | None = None,
+    floor: float = 0.3,
+    thompson: bool = False,
+    weight: float = 0.0,
+) -> Plan:
+    scores = Scores(
+        IDS,
+        np.array(QUALITY, np.float32),
+        np.full(4, 0.1, np.float32),
+        {},
+        exploration=Exploration(floor, thompson, {"context": [1.0]}),
+    )
+    aim = Aim(weight, np.array([1, 0, 0, 0], np.float32))
+    rules = rules or policy()
+    return explored(choose(scores, aim, rules), scores, aim, rules, draw)
+
+
+def test_the_floor_is_spread_evenly_and_the_rest_is_the_best_ones() -> None:
+    plans = [decided((i + 0.5) / 1000) for i in range(1000)]
+    counts = Counter(plan.best for plan in plans)
+    assert counts == {"a": 800, "b": 100, "c": 100}
+    for plan in plans:
+        told = plan.reasons["exploration"]
+        assert told["greedy"] == "a"
+        assert told["propensity"] == pytest.approx(counts[plan.best] / 1000)
+        assert plan.calls == (plan.best,)
+        assert plan.learning == {"context": [1.0]}
+        assert plan.best in plan.scores
+    assert {plan.reasons["rule"] for plan in plans if plan.best != "a"} == {"explored"}
+
+
+def test_a_request_not_to_be_explored_on_gets_the_best() -> None:
+    for thompson_ in (False, True):
+        plan = decided(None, floor=1.0, thompson=thompson_)
+        assert plan.best == "a"
+        assert plan.reasons["exploration"] == {"greedy": "a", "propensity": 1.0}
+
+
+@pytest.mark.parametrize(
+    "rules",
+    [
+        policy(k=2),
+        policy(threshold=0.9, default_expert="b"),
+        policy(null_expert="b", null_margin=0.2),
+        policy(unsure=Unsure(below=0.9)),
+    ],
+)
+def test_what_a_rule_decided_is_not_explored(rules: Policy) -> None:
+    plans = {decided(draw, rules=rules, floor=1.0).calls for draw in np.linspace(0, 0.99, 20)}
+    assert len(plans) == 1
+
+
+def test_nobody_below_the_floor_of_quality_is_tried() -> None:
+    rules = policy(min_quality=0.5)
+    counts = Counter(decided(d, rules=rules, floor=1.0).best for d in np.linspace(0, 0.999, 100))
+    assert set(counts) == {"a", "b"}
+
+
+def test_cost_counts_in_the_draw() -> None:
+    plan = decided(0.5, weight=0.5, thompson=True, floor=0.0)  # a is worth 0.3 now
+    assert plan.best == "b"
+    assert plan.reasons["exploration"]["propensity"] > 0.9
+
+
+@settings(deadline=None)
+@given(
+    st.lists(st.tuples(st.floats(0, 1), st.floats(0, 0.5)), min_size=1, max_size=40),
+    st.floats(0, 1),
+)
+def test_propensities_are_a_distribution_with_a_floor(
+    experts: list[tuple[float, float]], floor: float
+) -> None:
+    value, spread = np.array(experts).T
+    chances = propensities(value, spread, int(value.argmax()), floor)
+    assert chances.sum() == pytest.approx(1)
+    assert (chances >= floor / len(value) - 1e-12).all()
+
+
+def test_thompson_is_the_share_of_draws_that_are_largest() -> None:
+    mean = np.array([0.6, 0.55, 0.5, 0.2])
+    spread = np.array([0.02, 0.1, 0.15, 0.3])
+    drawn = np.random.default_rng(0).normal(mean, spread, (200_000, 4)).argmax(axis=1)
+    assert thompson(mean, spread) == pytest.approx(np.bincount(drawn) / len(drawn), abs=0.01)
+
+
+def test_a_requests_draw_is_its_own_and_uniform() -> None:
+    draws = np.array([draw_of(f"chatcmpl-{i}") for i in range(4000)])
+    assert draw_of("chatcmpl-7") == draws[7]
+    assert np.histogram(draws, bins=8, range=(0, 1))[0] == pytest.approx(500, abs=100)

@@ -1,0 +1,76 @@
+"""From records to a verdict: what counts, what is left out, and whose choice was never tried."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+import pytest
+
+from composer.routing.judging import judged
+from composer.types import Choice, Plan
+
+
+@dataclass(frozen=True)
+class Row:
+    plan: Plan
+    expert: str
+    score: float
+    choice: str = "b"
+    scores: Mapping[str, float] = field(default_factory=dict)
+
+
+def row(expert: str, score: float, propensity: float, *, greedy: str = "a") -> Row:
+    plan = Plan(
+        policy="auto",
+        strategy="single",
+        choices=(Choice(expert, 1.0),),
+        calls=(expert,),
+        scores={"a": 0.6, "b": 0.5},
+        reasons={"exploration": {"greedy": greedy, "propensity": propensity}},
+    )
+    return Row(plan, expert, score)
+
+
+def explored(n: int, *, good: str, floor: float = 0.5, seed: int = 0) -> list[Row]:
+    """a is the best of the one that serves, b of the shadow."""
+    rng = np.random.default_rng(seed)
+    tried = rng.random(n) < floor / 2
+    rate = {True: 0.8, False: 0.3}
+    return [
+        row(e, float(rng.random() < rate[e == good]), floor / 2 if e == "b" else 1 - floor / 2)
+        for e in np.where(tried, "b", "a").tolist()
+    ]
+
+
+def test_the_better_shadow_is_seen_and_the_worse_one_too() -> None:
+    better, worse = judged(explored(400, good="b")), judged(explored(400, good="a"))
+    assert better.better
+    assert better.low < 0.5 < better.high
+    assert worse.high < 0
+
+
+def test_without_exploring_a_shadow_cannot_win() -> None:
+    rows = [row("a", 0.1, 1.0) for _ in range(100)]
+    found = judged([replace(one, scores={"b": 1.0}) for one in rows])
+    assert found.unsupported == 1.0
+    assert not found.better
+
+
+def test_an_expert_kept_out_by_a_rule_was_not_tried() -> None:
+    found = judged(explored(100, good="b"), min_quality=0.55)
+    tried = sum(one.expert == "b" for one in explored(100, good="b"))
+    assert found.unsupported == pytest.approx(1 - tried / 100)
+
+
+def test_what_says_nothing_of_the_choice_is_left_out() -> None:
+    kept = explored(20, good="b")
+    unlogged = replace(kept[0], plan=replace(kept[0].plan, reasons={}))
+    another = replace(kept[0], expert="c")
+    several = replace(
+        kept[0], plan=replace(kept[0].plan, choices=(Choice("a", 0.5), Choice("b", 0.5)))
+    )
+    assert judged([*kept, unlogged, another, several]) == judged(kept)
+    with pytest.raises(ValueError, match="no judged decision"):
+        judged([unlogged])

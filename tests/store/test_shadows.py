@@ -1,0 +1,45 @@
+"""Choices in shadow beside what was done, and promotions."""
+
+from __future__ import annotations
+
+from datetime import timedelta
+
+from composer.store import Feedback, Promotion, ShadowChoice, Shadows, Store
+from tests.store.records import NOON, failed_record, make_record
+
+
+async def test_judged_decisions_come_with_the_shadows_choice(store: Store) -> None:
+    ids = ("old", "new", "unjudged", "failed", "other")
+    later = {id_: NOON + timedelta(seconds=i) for i, id_ in enumerate(ids)}
+    shadows = Shadows(store)
+    await shadows.add([])
+    chosen = [ShadowChoice(id_, "auto", "digest", "sort", {"sort": 0.7}) for id_ in ids[:4]]
+    await shadows.add([*chosen, ShadowChoice("other", "auto", "another", "sort", {})])
+    await shadows.add([ShadowChoice("old", "auto", "another", "upper", {})])  # left as it is
+    records = [make_record(id_, created=later[id_]) for id_ in ids if id_ != "failed"]
+    await store.add_requests([*records, failed_record("failed")])
+    for number, (id_, score) in enumerate(
+        [("old", 1.0), ("old", 0.0), ("new", 1.0), ("failed", 1.0), ("other", 1.0)]
+    ):
+        await store.add_feedback(Feedback(id_, score, f"fb-{number}"))
+    found = await shadows.compared("auto", "digest")
+    assert [(one.score, one.expert, one.choice) for one in found] == [
+        (1.0, "upper", "sort"),
+        (0.5, "upper", "sort"),
+    ]
+    assert found[0].plan == records[1].plan
+    assert found[0].scores == {"sort": 0.7}
+    assert await shadows.compared("other", "digest") == []
+
+
+async def test_a_policy_has_one_promotion_or_none(store: Store) -> None:
+    shadows = Shadows(store)
+    await shadows.undo("auto")
+    first = Promotion("auto", "one", NOON, {"low": 0.1})
+    await shadows.promote(first)
+    second = Promotion("auto", "two", NOON, {"low": 0.2})
+    await shadows.promote(second)
+    await shadows.promote(Promotion("other", "one", NOON, {}))
+    assert (await shadows.promotions())["auto"] == second
+    await shadows.undo("auto")
+    assert list(await shadows.promotions()) == ["other"]
