@@ -47,6 +47,7 @@ from benchmarks.common import ROOT, SHARED, add_arguments, bootstrap, progress, 
 from benchmarks.swapping.simulator import Job, Result, Workload, simulate
 from composer.embedder import CHARS_PER_TOKEN, load_encoder
 from composer.encoders import Encoder
+from composer.routing.aims import Aim
 from composer.routing.base import Scores
 from composer.routing.choose import choose
 from composer.scheduling.events import Model, Waiting
@@ -229,7 +230,7 @@ def run(setting: Setting, tolerance: float, patience: float = PATIENCE) -> Run:
     names = tuple(model.id for model in setting.models)
     nothing = Component("none", None)
     policy = Policy("p", nothing, nothing, names, tolerance=tolerance)
-    free = np.zeros(len(names), np.float32)
+    aim = Aim(0.0, np.zeros(len(names), np.float32))
     uncertainty = np.zeros(len(names), np.float32)
     run_s = setting.outcomes.tokens / TOKENS_PER_S
     number = {name: i for i, name in enumerate(names)}
@@ -240,7 +241,7 @@ def run(setting: Setting, tolerance: float, patience: float = PATIENCE) -> Run:
         question = int(setting.asked[job.call.id])
         scores = Scores(names, setting.quality[question], uncertainty, {})
         loaded = np.array([resident(name) for name in names]) if tolerance > 0 else None
-        plan = choose(scores, free, policy, loaded)
+        plan = choose(scores, aim, policy, loaded)
         expert = number[plan.best]
         chosen[job.call.id] = expert
         changed[job.call.id] = plan.reasons["rule"] == "resident_within_tolerance"

@@ -10,19 +10,27 @@ from pathlib import Path
 from typing import Any, get_args
 
 import httpx
+import numpy as np
 import pytest
 import pytest_asyncio
 import yaml
 
-from composer.build import ENGINES, ROUTERS, STRATEGIES
+from composer.build import ENGINES, ROUTERS, STRATEGIES, make_embedder
+from composer.routing.artefact import EmbedderStamp
+from composer.routing.outcomes import Outcomes
+from composer.settings import Settings
 from composer.types import Tier
-from tests.tiny import ASKED, chat, registry, serving
+from router_training.train import train
+from tests.tiny import ASKED, ROOT, chat, registry, serving
 
 ROUTER_CASES: list[dict[str, Any]] = [
     {"name": "neighbours"},
     {"name": "neighbours", "aggregate": "max", "metric": "cosine"},
     {"name": "neighbours", "aggregate": "top_m", "m": 5},
     {"name": "neighbours", "aggregate": "centroid", "sources": ["examples"]},
+    {"name": "learned", "artefact": "./router"},
+    {"name": "online", "base": {}},
+    {"name": "online", "base": {"artefact": "./router"}, "feedback": "full"},
 ]
 STRATEGY_CASES: list[dict[str, Any]] = [
     {"name": "single"},
@@ -48,6 +56,24 @@ def test_each_declares_what_it_is(family: Any) -> None:
     assert family.settings.model_config["frozen"]
 
 
+def train_on_examples(experts: dict[str, Any], folder: Path) -> None:
+    """An artefact for which each expert was right on its own examples alone."""
+    own = [(text, expert) for expert, card in experts.items() for text in card["examples"]]
+    right = np.array([[e == expert for e in experts] for _, expert in own], np.float32)
+    outcomes = Outcomes(
+        experts=tuple(experts),
+        text=tuple(text for text, _ in own),
+        quality=right,
+        cost=np.full_like(right, np.nan),
+        category=tuple(expert for _, expert in own),
+        benchmark=("examples",) * len(own),
+        group=np.arange(len(own)),
+    )
+    embedder = make_embedder(Settings(cache_dir=ROOT / ".cache" / "composer"))
+    stamp = EmbedderStamp(id=embedder.id, digest=embedder.digest, dim=embedder.dim)
+    train(outcomes, "neighbours", embedder.encode, stamp).artefact().save(folder)
+
+
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def client(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[httpx.AsyncClient]:
     """One service with a policy for each pair of cases."""
@@ -62,6 +88,7 @@ async def client(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[http
         for s, strategy in enumerate(STRATEGY_CASES)
     }
     folder: Path = tmp_path_factory.mktemp("families")
+    train_on_examples(config["experts"], folder / "router")
     async with serving(folder, yaml.safe_dump(config)) as (client, _):
         yield client
 
