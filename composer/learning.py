@@ -70,6 +70,8 @@ class Learning:
                 if not away:
                     log.warning("nothing is learnt from feedback for now: %s", error)
                 away = True
+            except Exception:  # a fault in one policy's learning must not end it for good
+                log.exception("nothing is learnt from feedback for now")
             with suppress(TimeoutError):
                 async with asyncio.timeout(self._every_s):
                     await stop.wait()
@@ -94,6 +96,10 @@ class Learning:
         judged = await self._lessons.waiting(self._page)
         if not judged:
             return 0
+        # Before the learning is awaited: where a state is taken up meanwhile, this is a Conflict.
+        taught = {policy: self._taught[policy] for policy in routers}
+        if any(taught[policy].router is not router for policy, router in routers.items()):
+            return 0  # a new generation's routers were taken up meanwhile
         learnt, learners = [], {}
         for policy, router in routers.items():
             observed = _observed(router, [one for one in judged if one.policy == policy])
@@ -101,8 +107,9 @@ class Learning:
                 continue
             learner = await asyncio.to_thread(router.after, observed)
             learners[policy] = learner
-            version = self._taught[policy].version + 1
-            learnt.append(Lesson(policy, router.fingerprint, version, router.packed(learner)))
+            state = await asyncio.to_thread(router.packed, learner)
+            version = taught[policy].version + 1
+            learnt.append(Lesson(policy, router.fingerprint, version, state))
         try:
             await self._lessons.keep(learnt, [one.feedback for one in judged])
         except Conflict:
@@ -132,7 +139,7 @@ class Learning:
             lesson = kept.get(policy)
             if lesson is not None and lesson.fingerprint == router.fingerprint:
                 try:
-                    router.use(router.unpacked(lesson.state))
+                    router.use(await asyncio.to_thread(router.unpacked, lesson.state))
                 except ValueError:
                     log.exception(
                         "what policy %r has learnt cannot be read; it starts anew", policy

@@ -45,13 +45,16 @@ class Shadowed(Protocol):
 
 
 class Promotions:
-    """Used from one event loop. `wanted` are the promotions in force, by policy."""
+    """Used from one event loop. `wanted` are the promotions to be served, by policy; those of
+    `passed_over` did not fit the registry when it was last read. `left_out` counts the requests
+    since the start, of all policies, whose choice in shadow could not be made or written."""
 
     def __init__(self, shadows: Shadows, generations: Generations) -> None:
         self._shadows = shadows
         self._generations = generations
         self._waiting: asyncio.Queue[Outcome] = asyncio.Queue(WAITING)
         self.wanted: dict[str, Promotion] = {}
+        self.passed_over: frozenset[str] = frozenset()
         self.left_out = 0
 
     # --- in shadow ---------------------------------------------------------------------------
@@ -85,8 +88,23 @@ class Promotions:
         outcomes: list[Outcome] = []
         while len(outcomes) < PAGE and not self._waiting.empty():
             outcomes.append(self._waiting.get_nowait())
-        found = [await self._choice(outcome) for outcome in outcomes]
-        await self._shadows.add([choice for choice in found if choice is not None])
+        found: list[ShadowChoice] = []
+        for outcome in outcomes:
+            try:
+                choice = await self._choice(outcome)
+            except Exception as error:  # of this request; the others of the page are kept
+                self.left_out += 1
+                unforeseen = None if isinstance(error, ComposerError) else error
+                message = "the choice in shadow for %s is left out of the comparison: %s"
+                log.warning(message, outcome.request.id, error, exc_info=unforeseen)
+                continue
+            if choice is not None:
+                found.append(choice)
+        try:
+            await self._shadows.add(found)
+        except Exception:
+            self.left_out += len(found)
+            raise
         return len(outcomes)
 
     async def _choice(self, outcome: Outcome) -> ShadowChoice | None:
@@ -131,11 +149,12 @@ class Promotions:
         run in their shadow then. One whose artefact the registry does not name any more, or which
         has changed on disk, is passed over."""
         policies: dict[str, Policy] = dict(loaded.catalog.policies)
-        swapped = []
+        swapped, passed_over = [], set()
         for promotion in self.wanted.values():
             policy = policies.get(promotion.policy)
             settings = None if policy is None else _promoted(policy, promotion)
             if policy is None or settings is None:
+                passed_over.add(promotion.policy)
                 log.warning(
                     "the promotion of policy %r does not fit the registry any more, and is "
                     "passed over; undo it, or name its artefact as `shadow` again",
@@ -145,6 +164,7 @@ class Promotions:
             router = replace(policy.router, settings=settings)
             policies[policy.id] = replace(policy, router=router)
             swapped.append(f"{promotion.policy}={promotion.artefact}")
+        self.passed_over = frozenset(passed_over)
         if not swapped:
             return loaded
         text = "\n".join([loaded.catalog.digest, *sorted(swapped)])
@@ -154,7 +174,7 @@ class Promotions:
     @contextmanager
     def changed(self, policy: str, promotion: Promotion | None) -> Iterator[Keep]:
         """`wanted` with this promotion, or without the policy's; as before where the body fails.
-        Yields what makes it durable."""
+        Yields what makes it durable, which raises Conflict where `applied` passed it over."""
         before = self.wanted
         rest = {id_: one for id_, one in before.items() if id_ != policy}
         self.wanted = rest if promotion is None else {**rest, policy: promotion}
@@ -162,14 +182,22 @@ class Promotions:
             if promotion is None:
                 yield partial(self._shadows.undo, policy)
             else:
-                yield partial(self._shadows.promote, promotion)
+                yield partial(self._keep, promotion)
         except BaseException:
             self.wanted = before
             raise
 
+    async def _keep(self, promotion: Promotion) -> None:
+        if promotion.policy in self.passed_over:
+            raise Conflict(
+                f"the registry has changed, and what was to be promoted does not run in the shadow "
+                f"of policy {promotion.policy!r} any more; ask again what does"
+            )
+        await self._shadows.promote(promotion)
+
     async def status(self, policy: str) -> dict[str, Any]:
-        """What is served and what runs in shadow (digests), how the two compare, and the promotion
-        in force. Raises UnknownModel, Conflict without a shadow, StoreError."""
+        """What is served and what runs in shadow (digests), how the two compare, the promotion in
+        force, and `left_out`. Raises UnknownModel, Conflict without a shadow, StoreError."""
         way, router = self._way(policy), self._router(policy)
         if way is None:
             raise UnknownModel(f"there is no policy {policy!r}", param="policy")
@@ -185,6 +213,8 @@ class Promotions:
         except ValueError:  # nothing judged yet
             found = None
         promotion = self.wanted.get(policy)
+        if promotion is not None and promotion.artefact != router.artefact:
+            promotion = None  # passed over
         return {
             "policy": policy,
             "artefact": router.artefact,
@@ -192,6 +222,7 @@ class Promotions:
             "better": found is not None and found.better,
             "comparison": None if found is None else asdict(found),
             "promotion": None if promotion is None else asdict(promotion),
+            "left_out": self.left_out,
         }
 
     async def promotion_of(self, policy: str) -> Promotion:

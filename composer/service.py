@@ -232,7 +232,8 @@ class Service:
             self._rows = rows
 
     async def promote(self, policy: str, promotion: Promotion | None) -> None:
-        """Serves it from now on, and after a restart; None undoes. Raises as `add_expert`."""
+        """Serves it from now on, and after a restart; None undoes. Raises as `add_expert`,
+        and Conflict where the registry as it now is has another router in shadow."""
         async with self._changing:
             with self.promotions.changed(policy, promotion) as keep:
                 await self._install(self._rows, keep)
@@ -276,6 +277,8 @@ class Service:
                 log.info(
                     "the registry is right again; the catalog stays at version %d", self._version
                 )
+            if keep is not None:  # as undoing a promotion that was passed over
+                await keep()
             self._left_out = _told(loaded.skipped)
             self.reload_state = ReloadState(datetime.now(UTC))
             return

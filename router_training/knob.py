@@ -35,8 +35,12 @@ def curve_of(
 ) -> Curve | None:
     """The curve of cross-fitted calibrated `quality` and `expected_cost` (n, E), of which the
     decisions are made, and the outcomes they had. `best` is the best single expert's column.
-    Weights that decide the same are one point. None where an outcome has no cost."""
+    Weights that decide the same are one point. None where an outcome has no cost, or where the
+    best single expert was never right: there are no shares of nothing."""
     if expected_cost is None or not outcomes.priced or not outcomes.known.any(axis=1).all():
+        return None
+    best_single = float(base_rates(outcomes)[best])
+    if best_single <= 0:
         return None
     scale = float(expected_cost[outcomes.known].mean(dtype=np.float64))
     grid = [0.0, *(np.geomspace(*WEIGHTS, STEPS) / scale)] if scale > 0 else [0.0]
@@ -67,7 +71,7 @@ def curve_of(
         )
     )
     return Curve(
-        best_single=float(base_rates(outcomes)[best]),
+        best_single=best_single,
         best_single_cost=float(mean_costs(outcomes)[best]),
         points=points,
     )

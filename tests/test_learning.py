@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import asyncio
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import pytest
 import yaml
 
 from composer.learning import Learning
-from composer.routing.learners import LearningRouter
+from composer.routing.learners import Learner, LearningRouter, Observed
 from composer.service import Service
-from composer.store import Lessons
+from composer.store import Lesson, Lessons
 from tests.tiny import ASKED, chat, registry, serving
 
 QUESTION = ASKED["plural"][0]
@@ -84,6 +88,86 @@ async def test_of_two_processes_one_learns_and_the_other_takes_it_up(tmp_path: P
         router.use(fresh.learner)
         assert await other.step() == 0
         assert router.learner.seen == 1
+
+
+async def test_a_kept_state_that_cannot_be_read_is_begun_anew(tmp_path: Path) -> None:
+    async with serving(tmp_path, online()) as (client, service):
+        answer = await asked(client)
+        await client.post("/v1/feedback", json={"response_id": answer["id"], "score": 0})
+        await learn(service)
+        lessons = Lessons(service.store)
+        kept = (await lessons.kept(["auto"]))["auto"]
+        broken = replace(kept, version=kept.version + 1, state=kept.state[:-1])
+        await lessons.keep([broken], [])
+    async with serving(tmp_path, online()) as (client, service):
+        router = router_of(service)
+        assert router.learner.seen == 0
+        answer = await asked(client)
+        await client.post("/v1/feedback", json={"response_id": answer["id"], "score": 0})
+        await learn(service)
+        assert router.learner.seen == 1
+        assert (await Lessons(service.store).versions(["auto"]))["auto"] == broken.version + 1
+
+
+async def test_a_fault_does_not_end_learning(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with serving(tmp_path, online()) as (client, service):
+        answer = await asked(client)
+        await client.post("/v1/feedback", json={"response_id": answer["id"], "score": 0})
+        await service.recorder.flush()
+        router, stop, tries = router_of(service), asyncio.Event(), 0
+        after = router.after
+
+        def faulty(observed: Sequence[Observed]) -> Learner:
+            nonlocal tries
+            tries += 1
+            if tries == 1:
+                raise RuntimeError("a fault")
+            return after(observed)
+
+        monkeypatch.setattr(router, "after", faulty)
+        learning = Learning(Lessons(service.store), service.generations, every_s=0.01)
+        running = asyncio.create_task(learning.run(stop))
+        async with asyncio.timeout(30):
+            while not router.learner.seen:
+                await asyncio.sleep(0.01)
+        stop.set()
+        await running
+    assert "a fault" in caplog.text
+
+
+async def test_what_another_process_learns_meanwhile_is_not_overwritten(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def idle(_: Learning, stop: asyncio.Event) -> None:
+        await stop.wait()
+
+    monkeypatch.setattr(Learning, "run", idle)  # each step is this test's
+    async with serving(tmp_path, online()) as (client, service):
+        answer = await asked(client)
+        await client.post("/v1/feedback", json={"response_id": answer["id"], "score": 0})
+        await service.recorder.flush()
+        router, lessons = router_of(service), Lessons(service.store)
+        state = router.packed(router.learner)
+        loop, after = asyncio.get_running_loop(), router.after
+
+        async def elsewhere() -> None:
+            await lessons.keep([Lesson("auto", router.fingerprint, 1, state)], [])
+            await service.learning.take_up(service.generations.current)
+
+        def meanwhile(observed: Sequence[Observed]) -> Learner:
+            learner = after(observed)
+            asyncio.run_coroutine_threadsafe(elsewhere(), loop).result(10)
+            return learner
+
+        with monkeypatch.context() as patch:
+            patch.setattr(router, "after", meanwhile)
+            assert await service.learning.step() == 0
+        kept = (await lessons.kept(["auto"]))["auto"]
+        assert (kept.version, kept.state) == (1, state)
+        assert await service.learning.step() == 1
+        assert (await lessons.versions(["auto"]))["auto"] == 2
 
 
 async def test_a_request_not_to_be_explored_on_is_not(tmp_path: Path) -> None:

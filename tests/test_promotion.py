@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +12,12 @@ import yaml
 from sqlalchemy import text
 
 from composer.embedder import load_embedder
+from composer.errors import Conflict, Unsupported
+from composer.routing.aims import aim_of
 from composer.routing.artefact import EmbedderStamp
 from composer.routing.outcomes import Outcomes
 from composer.service import Service
-from composer.store import Feedback
+from composer.store import Feedback, Promotion, Shadows
 from router_training.train import train
 from tests.tiny import ASKED, ROOT, chat, registry, serving
 
@@ -52,14 +55,20 @@ def artefacts(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def shadowed(artefacts: Path) -> str:
+def shadowed(artefacts: Path, policy: str = "auto") -> str:
     config = yaml.safe_load(registry("uppercase", "plural"))
     config["policies"]["auto"]["router"] = {
         "name": "learned",
         "artefact": str(artefacts / "old"),
         "shadow": {"artefact": str(artefacts / "new"), "explore": 0.5},
     }
+    config["policies"] = {policy: config["policies"]["auto"]}
+    config["default_policy"] = policy
     return yaml.safe_dump(config)
+
+
+def promotion_of(digest: str) -> Promotion:
+    return Promotion("auto", digest, datetime.now(UTC), {})
 
 
 async def answered(client: Any, n: int) -> list[dict[str, Any]]:
@@ -156,3 +165,81 @@ async def test_a_policy_without_a_shadow_says_so(tmp_path: Path) -> None:
         assert refused.status_code == 409
         assert "no router runs in the shadow" in refused.json()["error"]["message"]
         assert (await client.get("/v1/policies/none/promotion")).status_code == 404
+
+
+async def test_a_promotion_whose_shadow_has_gone_is_undone_for_good(
+    tmp_path: Path, artefacts: Path
+) -> None:
+    async with serving(tmp_path, shadowed(artefacts)) as (client, service):
+        shown = (await client.get("/v1/policies/auto/promotion")).json()
+        await service.promote("auto", promotion_of(shown["shadow"]))
+        assert await greedy(client) == "uppercase"
+    async with serving(tmp_path, registry("uppercase", "plural")) as (client, service):
+        digest = service.generations.current.catalog.digest
+        undone = await post(client, "undo")
+        assert undone.status_code == 200, undone.text
+        assert undone.json() == {"object": "promotion", "policy": "auto", "promotion": None}
+        assert service.generations.current.catalog.digest == digest
+        assert (await post(client, "undo")).status_code == 409  # nothing to undo any more
+    async with serving(tmp_path, shadowed(artefacts)) as (client, _):
+        assert await greedy(client) == "plural"
+
+
+async def test_an_undo_that_cannot_be_kept_is_not_done(tmp_path: Path, artefacts: Path) -> None:
+    async with serving(tmp_path, shadowed(artefacts)) as (client, service):
+        await Shadows(service.store).promote(promotion_of("sha256:gone"))
+    async with serving(tmp_path, shadowed(artefacts)) as (client, service):
+        async with service.store._engine.begin() as connection:  # type: ignore[union-attr]
+            await connection.execute(text("DROP TABLE promotions"))
+        assert (await post(client, "undo")).status_code >= 500
+        assert list(service.promotions.wanted) == ["auto"]
+
+
+async def test_a_promotion_that_is_passed_over_is_not_shown_as_in_force(
+    tmp_path: Path, artefacts: Path
+) -> None:
+    async with serving(tmp_path, shadowed(artefacts)) as (_, service):
+        await Shadows(service.store).promote(promotion_of("sha256:gone"))
+    async with serving(tmp_path, shadowed(artefacts)) as (client, service):
+        assert list(service.promotions.wanted) == ["auto"]
+        shown = (await client.get("/v1/policies/auto/promotion")).json()
+        assert (shown["promotion"], shown["left_out"]) == (None, 0)
+
+
+async def test_what_does_not_run_in_shadow_is_not_promoted(tmp_path: Path, artefacts: Path) -> None:
+    async with serving(tmp_path, shadowed(artefacts)) as (client, service):
+        version = service.generations.current.catalog.version
+        with pytest.raises(Conflict, match="does not run in the shadow of policy 'auto'"):
+            await service.promote("auto", promotion_of("sha256:gone"))
+        assert service.promotions.wanted == {}
+        assert await Shadows(service.store).promotions() == {}
+        assert service.generations.current.catalog.version == version
+        assert await greedy(client) == "plural"
+
+
+async def test_a_request_the_shadow_cannot_choose_for_leaves_the_others_of_its_page(
+    tmp_path: Path, artefacts: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    faults: list[Exception] = [Unsupported("quality needs costs"), ZeroDivisionError()]
+
+    def failing(*args: Any, **kwargs: Any) -> Any:
+        if faults:
+            raise faults.pop()
+        return aim_of(*args, **kwargs)
+
+    async with serving(tmp_path, shadowed(artefacts)) as (client, service):
+        monkeypatch.setattr("composer.promotion.aim_of", failing)
+        answers = await answered(client, 5)
+        await settled(service)
+        await judge(service, answers, "uppercase")
+        shown = (await client.get("/v1/policies/auto/promotion")).json()
+        assert (shown["comparison"]["requests"], shown["left_out"]) == (3, 2)
+
+
+async def test_a_policy_may_have_a_slash_in_its_id(tmp_path: Path, artefacts: Path) -> None:
+    async with serving(tmp_path, shadowed(artefacts, "team/auto")) as (client, _):
+        for path in ("team/auto", "team%2Fauto"):
+            shown = await client.get(f"/v1/policies/{path}/promotion")
+            assert (shown.status_code, shown.json()["policy"]) == (200, "team/auto")
+        refused = await client.post("/v1/policies/team/auto/promotion", json={"action": "promote"})
+        assert "not better with 95 % confidence" in refused.json()["error"]["message"]

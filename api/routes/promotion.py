@@ -9,6 +9,7 @@ from starlette.responses import Response
 from api.deps import ServiceDep, make_router
 from api.responses import Json
 from api.schemas import Body
+from composer.errors import Conflict, UnknownModel
 
 router = make_router()
 
@@ -17,21 +18,26 @@ class PromotionBody(Body):
     action: Literal["promote", "undo"]
 
 
-@router.get("/v1/policies/{policy}/promotion")
+@router.get("/v1/policies/{policy:path}/promotion")
 async def show(policy: str, service: ServiceDep) -> Response:
     """What serves and what runs in shadow, the doubly robust estimate of the difference with its
-    95 % interval, and the promotion in force. `better`: the interval lies above 0."""
+    95 % interval, and the promotion in force. `better`: the interval lies above 0. `left_out`:
+    requests of all policies since the start that a comparison lacks."""
     return Json({"object": "promotion", **await service.promotions.status(policy)})
 
 
-@router.post("/v1/policies/{policy}/promotion")
+@router.post("/v1/policies/{policy:path}/promotion")
 async def change(policy: str, body: PromotionBody, service: ServiceDep) -> Response:
     """Promote the artefact in shadow, where it proved better, or undo that. In force when this
-    answers, and after a restart."""
-    promotion = None
+    answers, and after a restart. One that the registry does not fit any more can be undone too."""
+    promotions, promotion = service.promotions, None
     if body.action == "promote":
-        promotion = await service.promotions.promotion_of(policy)
-    else:
-        await service.promotions.status(policy)  # whether there is anything to undo
+        promotion = await promotions.promotion_of(policy)
+    elif policy not in promotions.wanted:
+        await promotions.status(policy)  # says why there is nothing to undo
     await service.promote(policy, promotion)
-    return Json({"object": "promotion", **await service.promotions.status(policy)})
+    try:
+        status = await promotions.status(policy)
+    except (Conflict, UnknownModel):  # undone, and nothing runs in shadow
+        status = {"policy": policy, "promotion": None}
+    return Json({"object": "promotion", **status})

@@ -62,7 +62,7 @@ def aim_of(
         assert max_cost is not None
         weight, point = curve.weight_for_cost(max_cost)
         asked = {"max_cost": max_cost}
-        reached = point.cost <= max_cost
+        reached = point.cost <= max_cost * (1 + 1e-9)
     return Aim(weight, scores.cost, {"aim": {**asked, **_expected(point, curve, reached)}})
 
 

@@ -25,6 +25,9 @@ come in families, and a query that fits nobody lies outside its family, too. Wit
 alone gone, what is left of clinc150 looks nearer than its out-of-scope queries really are (median
 similarity 0.50, really 0.30; with one in thirty gone 0.31)."""
 
+EDGE = 0.01
+"""Probabilities are cut this far from 0 and 1 before their logit is taken."""
+
 CANDIDATES = 3
 """Experts of a query that the second regression looks at: those that a plan could hold."""
 
@@ -179,3 +182,9 @@ def _joined(parts: Any) -> Float64:
 def sigmoid(x: npt.NDArray[np.floating]) -> npt.NDArray[np.floating]:
     half: npt.NDArray[np.floating] = 0.5 * (1 + np.tanh(0.5 * x))  # never overflows
     return half
+
+
+def logit(p: npt.NDArray[np.floating]) -> Float64:
+    """The inverse of `sigmoid`, of p within `EDGE` of neither 0 nor 1."""
+    cut = np.clip(np.asarray(p, np.float64), EDGE, 1 - EDGE)
+    return np.asarray(np.log(cut / (1 - cut)), np.float64)

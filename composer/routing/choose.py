@@ -92,7 +92,8 @@ def choose(
         elif unsure.do == "ask_stronger":
             chosen = order[np.argsort(-quality[order], kind="stable")][: len(chosen)]
         reasons |= {"unsure": unsure.do, "best": round(float(quality[chosen].max()), 4)}
-    return _plan(policy, scores, chosen, np.concatenate([shown, chosen]), reasons)
+    shown = np.concatenate([shown, chosen[:SHOWN_SCORES]])  # the chosen may stand further down
+    return _plan(policy, scores, chosen, shown, reasons)
 
 
 def _plan(

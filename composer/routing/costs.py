@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from composer.routing.families.common import dense
 from composer.routing.outcomes import Outcomes
 from composer.routing.state import State
 from composer.routing.views import Features, View
@@ -45,7 +46,7 @@ class CostModel:
         mean = np.asarray(np.nanmean(outcomes.cost, axis=0, dtype=np.float64), np.float32)
         base = np.where(mean > 0, mean, 1)
         off = np.where(known, (outcomes.cost - mean) / base, 0).astype(np.float64)  # (n, E)
-        x = _dense(features).astype(np.float64)
+        x = dense(features, VIEWS).astype(np.float64)
         centre = x.mean(axis=0)
         x -= centre
         values, vectors = np.linalg.eigh(x.T @ x)
@@ -56,7 +57,7 @@ class CostModel:
 
     def predict(self, features: Features) -> FloatArray:
         """(n, E) expected US dollars of a call, within `RANGE` of each expert's mean."""
-        ratio = 1 + (_dense(features) - self.centre) @ self.weights
+        ratio = 1 + (dense(features, VIEWS) - self.centre) @ self.weights
         return np.asarray(self.mean * np.clip(ratio, *RANGE), np.float32)
 
     def state(self) -> State:
@@ -65,10 +66,6 @@ class CostModel:
     @classmethod
     def restore(cls, state: State) -> CostModel:
         return cls(*(state.arrays[name] for name in ("mean", "centre", "weights")))
-
-
-def _dense(features: Features) -> FloatArray:
-    return np.hstack([np.asarray(features[view], np.float32) for view in VIEWS])
 
 
 def _best_ridge(

@@ -6,7 +6,7 @@ from __future__ import annotations
 from itertools import pairwise
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 
 class Point(BaseModel):
@@ -33,7 +33,7 @@ class Curve(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    best_single: float
+    best_single: float = Field(gt=0)
     best_single_cost: float
     points: tuple[Point, ...]
 

@@ -61,11 +61,20 @@ def explored(plan: Plan, scores: Scores, aim: Aim, policy: Policy, draw: float |
     )
     column = int(np.searchsorted(np.cumsum(chances), draw * chances.sum(), side="right"))
     column = min(column, len(allowed) - 1)
-    expert = scores.experts[allowed[column]]
+    drawn = int(allowed[column])
+    expert = scores.experts[drawn]
     if expert == greedy:
         return _told(noted, greedy, float(chances[column]))
-    shown = {**plan.scores, expert: round(float(scores.quality[allowed[column]]), 4)}
-    noted = replace(noted, choices=(Choice(expert, 1.0),), calls=(expert,), scores=shown)
+    why = {expert: dict(scores.reasons[expert])} if expert in scores.reasons else {}
+    unsure = policy.unsure
+    noted = replace(
+        noted,
+        choices=(Choice(expert, 1.0),),
+        calls=(expert,),
+        scores={**plan.scores, expert: round(float(quality[drawn]), 4)},
+        reasons={**plan.reasons, "evidence": why},
+        confident=None if unsure is None else bool(quality[drawn] >= unsure.below),
+    )
     return _told(noted, greedy, float(chances[column]), rule="explored")
 
 

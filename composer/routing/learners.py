@@ -15,7 +15,7 @@ from typing import Any, Protocol, Self, runtime_checkable
 import numpy as np
 import numpy.typing as npt
 
-from composer.routing.calibrate import sigmoid
+from composer.routing.calibrate import logit, sigmoid
 from composer.routing.state import State
 from composer.types import FloatArray
 
@@ -23,9 +23,6 @@ Judged = tuple[FloatArray, FloatArray | None]
 """Quality and its standard deviation, both (E,)."""
 
 Float64 = npt.NDArray[np.float64]
-
-EDGE = 0.01
-"""Base qualities are cut this far from 0 and 1 before their logit is taken."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -175,14 +172,14 @@ class FullLearner:
         return cls(tuple(experts), np.zeros((len(experts), m)), rate, decay)
 
     def quality(self, context: FloatArray, base: FloatArray) -> Judged:
-        z = _logit(base) + self.w @ context.astype(np.float64)
+        z = logit(base) + self.w @ context.astype(np.float64)
         return np.asarray(sigmoid(z), np.float32), None
 
     def learned(self, observed: Sequence[Observed]) -> FullLearner:
         w, seen = self.w.copy(), self.seen
         for one in observed:
             known, x = one.known, one.context.astype(np.float64)
-            z = _logit(one.base[known]) + w[known] @ x
+            z = logit(one.base[known]) + w[known] @ x
             error = one.outcome[known].astype(np.float64) - sigmoid(z)  # −gradient in z
             w[known] = (1 - self.rate * self.decay) * w[known] + self.rate * error[:, None] * x
             seen += len(known)
@@ -213,8 +210,3 @@ def _shared(experts: tuple[str, ...], state: State, m: int, array: str) -> list[
 def _covariance(gram: Float64, noise: float, prior: float) -> Float64:
     precision = gram / noise**2 + np.eye(gram.shape[-1]) / prior**2
     return np.asarray(np.linalg.inv(precision), np.float64)
-
-
-def _logit(p: FloatArray) -> Float64:
-    cut = np.clip(np.asarray(p, np.float64), EDGE, 1 - EDGE)
-    return np.asarray(np.log(cut / (1 - cut)), np.float64)

@@ -11,6 +11,7 @@ from typing import Any, ClassVar, Literal
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
+from safetensors import SafetensorError
 from safetensors.numpy import load as load_arrays
 from safetensors.numpy import save as save_arrays
 
@@ -85,18 +86,13 @@ class OnlineRouter:
         self._embedder = embedder
         self._projection = _projection(embedder.dim, settings)  # (d, m − 1)
         self.learner: BanditLearner | FullLearner = self._new()
+        # A kept state fits this router only where this is the same.
+        self.fingerprint = _fingerprint(settings, embedder)
 
     @property
     def curve(self) -> Curve | None:
         """None: what a weight on cost reaches changes with what is learnt."""
         return None
-
-    @property
-    def fingerprint(self) -> str:
-        """A kept state fits this router only where this is the same."""
-        settings = self._settings.model_dump(mode="json", include={"feedback", "dim", "seed"})
-        text = json.dumps([settings, self._embedder.digest], sort_keys=True)
-        return hashlib.sha256(text.encode()).hexdigest()
 
     @classmethod
     def digest(cls, settings: OnlineSettings) -> str:
@@ -197,7 +193,7 @@ class OnlineRouter:
         try:
             values = json.loads(json.loads(data[8 : 8 + length])["__metadata__"]["values"])
             return self._new().restored(State(load_arrays(data), values))
-        except (KeyError, TypeError) as error:
+        except (KeyError, TypeError, IndexError, SafetensorError) as error:
             raise ValueError(f"not a state of an online router: {error}") from error
 
     def _new(self) -> BanditLearner | FullLearner:
@@ -211,6 +207,15 @@ class OnlineRouter:
 
 def _base(settings: OnlineSettings) -> type[Router]:
     return LearnedRouter if isinstance(settings.base, LearnedSettings) else NeighboursRouter
+
+
+def _fingerprint(settings: OnlineSettings, embedder: Embedder) -> str:
+    """Of all that a correction depends on: what is corrected, too, by its settings and by what its
+    artefact holds, wherever that lies."""
+    own = settings.model_dump(mode="json", include={"feedback", "dim", "seed"})
+    family, base = _base(settings), settings.base.model_dump(mode="json", exclude={"artefact"})
+    told = [own, embedder.digest, family.name, base, family.digest(settings.base)]
+    return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
 
 
 def _projection(d: int, settings: OnlineSettings) -> FloatArray | None:

@@ -8,15 +8,12 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from composer.routing.calibrate import Logistic, Prior, sigmoid
+from composer.routing.calibrate import Logistic, Prior, logit, sigmoid
 from composer.routing.outcomes import Outcomes
 from composer.routing.state import State
 from composer.types import FloatArray
 
 Float64 = npt.NDArray[np.float64]
-
-EDGE = 0.01
-"""Raw predictions are cut this far from 0 and 1 before their logit is taken."""
 
 PERFECT = Prior(mean=(0.0, 1.0), sd=(2.0, 1.0))
 """Of all experts together: a raw prediction that already is a probability, roughly."""
@@ -51,7 +48,7 @@ class OutcomeCalibration:
         known = outcomes.known & ~np.isnan(raw)
         if not known.any():
             raise ValueError("there is no outcome with a prediction to calibrate on; give some")
-        x = _logit(raw)
+        x = logit(raw)
         pooled = _fitted(x[known], outcomes.quality[known], PERFECT)
         prior = Prior(mean=(float(pooled.b[0]), float(pooled.b[1])), sd=SPREAD)
         own = [
@@ -66,7 +63,7 @@ class OutcomeCalibration:
     def quality(self, raw: FloatArray) -> tuple[FloatArray, FloatArray]:
         """(n, E) → calibrated quality, and its standard deviation from not knowing the
         calibration better (delta method), both (n, E)."""
-        x = _logit(raw).astype(np.float32)
+        x = logit(raw).astype(np.float32)
         b, c = self.b, self.covariance
         quality = sigmoid(b[:, 0] + b[:, 1] * x)
         variance = c[:, 0, 0] + 2 * c[:, 0, 1] * x + c[:, 1, 1] * x**2
@@ -83,8 +80,3 @@ class OutcomeCalibration:
 
 def _fitted(x: Float64, y: npt.NDArray[np.floating], prior: Prior) -> Logistic:
     return Logistic.fit(x, np.asarray(y, np.float64), np.ones(len(x)), prior)
-
-
-def _logit(raw: FloatArray) -> Float64:
-    p = np.clip(np.asarray(raw, np.float64), EDGE, 1 - EDGE)
-    return np.asarray(np.log(p / (1 - p)), np.float64)

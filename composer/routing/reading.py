@@ -36,7 +36,11 @@ def read(text: str) -> Reading:
     "(A) …" at the start of lines, "A) …" and "(A) …" within a line as well."""
     text = text[:MAX_CHARS]
     for pattern, lead in ((_LINE, r"^[ \t]*"), (_INLINE, r"(?<!\S)")):
+        endless: set[tuple[str, str]] = set()
         for first in pattern.finditer(text):
+            style = (first["open"], first["close"])
+            if style in endless:
+                continue
             marks = _marks(text, first, lead)
             if len(marks) > 1:
                 ends = [start for start, _ in marks[1:]] + [len(text)]
@@ -45,6 +49,8 @@ def read(text: str) -> Reading:
                 )
                 stem = text[: marks[0][0]].rstrip()
                 return Reading(text, stem or text, options)
+            # Behind a later A there is no B either: thousands of them must not cost a search each.
+            endless.add(style)
     return Reading(text, text, ())
 
 

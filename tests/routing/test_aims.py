@@ -55,6 +55,12 @@ def test_what_is_out_of_reach_is_told(wish: dict[str, float]) -> None:
     assert aim.reasons["aim"]["out_of_reach"] is True
 
 
+def test_what_is_within_reach_is_not_out_of_it_by_rounding() -> None:
+    for spend in np.linspace(1.0, 3.0, 1001):
+        aim = aim_of(policy(), PRICE, scores(), FALLING, max_cost=float(spend))
+        assert "out_of_reach" not in aim.reasons["aim"]
+
+
 @pytest.mark.parametrize("wish", ["quality", "max_cost"])
 def test_no_curve_no_promise(wish: str) -> None:
     for curve, found in ((None, scores()), (FALLING, scores(priced=False))):

@@ -285,6 +285,12 @@ def test_what_residents_may_do(
     assert sum(c.weight for c in plan.choices) == pytest.approx(1)
 
 
+def test_of_many_experts_the_best_few_are_shown() -> None:
+    found = scores(*[0.0] * (SHOWN_SCORES + 1))
+    plan = choose(found, free(found), policy(k=SHOWN_SCORES + 1))
+    assert list(plan.scores) == [f"e{i}" for i in range(SHOWN_SCORES)]
+
+
 @given(
     quality=st.lists(st.one_of(st.just(NAN), st.floats(0, 1, width=32)), min_size=1, max_size=40),
     k=st.integers(1, 12),

@@ -17,6 +17,7 @@ from composer.types import Component, Plan, Policy, Unsure
 
 QUALITY = (0.8, 0.7, 0.3, np.nan)
 IDS = ("a", "b", "c", "d")
+WHY = {"a": {"like": "x"}, "b": {"like": "y"}}
 
 
 def policy(**changes: object) -> Policy:
@@ -36,7 +37,7 @@ def decided(
         IDS,
         np.array(QUALITY, np.float32),
         np.full(4, 0.1, np.float32),
-        {},
+        WHY,
         exploration=Exploration(floor, thompson, {"context": [1.0]}),
     )
     aim = Aim(weight, np.array([1, 0, 0, 0], np.float32))
@@ -56,6 +57,20 @@ def test_the_floor_is_spread_evenly_and_the_rest_is_the_best_ones() -> None:
         assert plan.learning == {"context": [1.0]}
         assert plan.best in plan.scores
     assert {plan.reasons["rule"] for plan in plans if plan.best != "a"} == {"explored"}
+
+
+def test_what_is_told_of_the_choice_is_told_of_the_expert_that_was_drawn() -> None:
+    plans = {}
+    for i in range(100):
+        plan = decided((i + 0.5) / 100, rules=policy(unsure=Unsure(below=0.75)))
+        plans[plan.best] = plan
+        assert plan.reasons["evidence"] == ({} if plan.best == "c" else {plan.best: WHY[plan.best]})
+    assert {best: plan.confident for best, plan in plans.items()} == {
+        "a": True,
+        "b": False,
+        "c": False,
+    }
+    assert {decided((i + 0.5) / 100).confident for i in range(100)} == {None}
 
 
 def test_a_request_not_to_be_explored_on_gets_the_best() -> None:

@@ -74,3 +74,11 @@ def test_what_says_nothing_of_the_choice_is_left_out() -> None:
     assert judged([*kept, unlogged, another, several]) == judged(kept)
     with pytest.raises(ValueError, match="no judged decision"):
         judged([unlogged])
+
+
+@pytest.mark.parametrize("rule", ["resident_within_tolerance", "session_stay", "explored"])
+def test_where_an_expert_gave_way_the_shadow_is_not_credited(rule: str) -> None:
+    kept = explored(20, good="b")
+    reasons = {**kept[0].plan.reasons, "rule": rule, "instead_of": ["b"], "gave_up": 0.05}
+    gave_way = replace(kept[0], plan=replace(kept[0].plan, reasons=reasons))
+    assert judged([*kept, gave_way]) == judged(kept)

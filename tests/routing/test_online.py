@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from safetensors.numpy import save as save_arrays
 
+from composer.routing.artefact import MANIFEST
 from composer.routing.base import Query
 from composer.routing.learners import BanditLearner, FullLearner, Observed
 from composer.routing.online import OnlineRouter, OnlineSettings
@@ -156,6 +160,39 @@ def test_another_kind_of_state_or_context_is_refused() -> None:
         one.unpacked(other.packed(other.learner))
     with pytest.raises(ValueError, match="noted 2 numbers"):
         one.observed({"context": [1.0, 2.0]}, {"a": 1.0})
+
+
+@pytest.mark.parametrize("cut", [0, 7, 8, 40, -1])
+def test_a_state_that_is_cut_short_is_refused(cut: int) -> None:
+    one = router()
+    whole = one.packed(one.learner)
+    with pytest.raises(ValueError):  # noqa: PT011  (json's own where not even the header is whole)
+        one.unpacked(whole[:cut])
+
+
+def test_a_state_that_names_more_experts_than_it_has_is_refused() -> None:
+    one = router()
+    state = one.learner.state()
+    few = {name: array[:1] for name, array in state.arrays.items()}
+    data = save_arrays(few, {"values": json.dumps(state.values)})
+    with pytest.raises(ValueError, match="not a state"):
+        one.unpacked(data)
+
+
+def test_what_was_learnt_of_another_base_is_not_taken_up(tmp_path: Path) -> None:
+    embedder = WordEmbedder()
+    base = router().base
+
+    def fingerprint(of: dict[str, Any]) -> str:
+        return OnlineRouter(base, OnlineSettings.model_validate({"base": of}), embedder).fingerprint
+
+    for folder, content in (("x", "1"), ("same", "1"), ("y", "2")):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / MANIFEST).write_text(content)
+    x, same, y = ({"artefact": tmp_path / folder} for folder in ("x", "same", "y"))
+    named = x | {"names": {"a": "b"}}
+    assert fingerprint(x) == fingerprint(same)
+    assert len({fingerprint(of) for of in ({}, {"m": 3}, x, y, named)}) == 5
 
 
 def test_a_policy_that_aims_by_a_curve_cannot_learn_online() -> None:

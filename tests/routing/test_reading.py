@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from composer.routing import reading
 from composer.routing.reading import FORMAT, MAX_CHARS, measured, read, words_of
 
 DATA = Path(__file__).parents[3] / "shared" / "data"
@@ -46,6 +47,17 @@ def test_options_are_told_from_the_question(
 def test_a_false_start_does_not_hide_the_list() -> None:
     reading = read("A. Smith wrote this.\nWhich?\nA. one\nB. two")
     assert "two" in reading.options
+
+
+@pytest.mark.parametrize("mark", ["A) x ", "A. \n", "(A) \n"])
+def test_letters_without_a_list_are_looked_behind_once(
+    mark: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    looked = []
+    marks = reading._marks
+    monkeypatch.setattr(reading, "_marks", lambda *given: looked.append(1) or marks(*given))
+    assert read(mark * 4000).options == ()
+    assert len(looked) <= 2  # one for each way to write lists
 
 
 def test_long_texts_are_cut() -> None:
