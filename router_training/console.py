@@ -1,0 +1,163 @@
+"""What the commands share: their common options, how they read outcomes, show progress and say what
+is wrong. Knows no command."""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
+from rich.progress import Progress as Bars
+
+from composer.errors import ComposerError
+from router_training.environment import process_settings
+from router_training.progress import Progress
+
+if TYPE_CHECKING:
+    from composer.routing.outcomes import Outcomes
+
+out = Console(width=None if sys.stdout.isatty() else 160)  # a pipe is not 80 columns wide
+err = Console(stderr=True)
+
+Data = Annotated[
+    str,
+    typer.Option(
+        "--data", help="Outcomes: CSV, JSON lines, parquet, or the URL of the service's database."
+    ),
+]
+Experts = Annotated[
+    str | None,
+    typer.Option(help="Only these experts, with commas between them; default: all."),
+]
+Pool = Annotated[
+    str | None, typer.Option(help="Only the experts of this pool of pools.json beside the data.")
+]
+Prices = Annotated[
+    Path | None,
+    typer.Option(help="List prices; default: models.csv beside the data, if there is one."),
+]
+Split = Annotated[str | None, typer.Option(help="Only rows whose column `split` says so.")]
+Seed = Annotated[int, typer.Option(help="Of folds, fits and intervals.")]
+Json = Annotated[
+    Path | None, typer.Option("--json", help="Also write the result here as JSON; - prints it.")
+]
+
+
+def named_experts(data: str, experts: str | None, pool: str | None) -> list[str] | None:
+    """Those asked for, None for all."""
+    from router_training.errors import TrainingError
+    from router_training.pools import pool_of
+
+    if experts is not None and pool is not None:
+        raise TrainingError("--experts and --pool both say which experts; give one of them")
+    if pool is not None:
+        return list(pool_of(Path(data), pool))
+    if experts is None:
+        return None
+    return [name.strip() for name in experts.split(",") if name.strip()]
+
+
+def outcomes_of(
+    source: str,
+    experts: Sequence[str] | None,
+    split: str | None,
+    prices: Path | None,
+    *,
+    judging: bool = False,
+) -> Outcomes:
+    """Notes go to standard error. What is contaminated is not judged on."""
+    from router_training.data import load
+    from router_training.errors import DataError
+
+    data = load(source, experts=experts, split=split, prices=prices)
+    for note in data.notes:
+        err.print(f"{source}: {note}", style="dim", markup=False, highlight=False, soft_wrap=True)
+    if not judging or not data.contaminated.any():
+        return data.outcomes
+    left = ~data.contaminated
+    if not left.any():
+        raise DataError.of(source, "all questions are contaminated", "Name other data.")
+    err.print(f"{source}: {int((~left).sum())} contaminated questions are left out", style="dim")
+    return data.rows(left).outcomes
+
+
+@contextmanager
+def told_plainly() -> Iterator[None]:
+    """What is wrong with the data or the request is told in its own words; exit status 2. Anything
+    else is a fault of this program, and shows where."""
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    try:
+        process_settings()
+        yield
+    except ComposerError as error:
+        refuse(str(error))
+    except ValueError as error:
+        from composer.routing.artefact import ArtefactError  # after the thread count is set
+
+        if not isinstance(error, ArtefactError):
+            raise
+        refuse(str(error))
+    except OSError as error:
+        refuse(f"{error.filename or 'a file'}: {error.strerror or error}; see that it can be used")
+    except KeyboardInterrupt:
+        err.print("stopped; vectors made so far are kept")
+        raise typer.Exit(130) from None
+
+
+def refuse(message: str) -> NoReturn:
+    err.print(message, style="red", markup=False, highlight=False, soft_wrap=True)
+    raise typer.Exit(2)
+
+
+@contextmanager
+def bars(as_json: Path | None) -> Iterator[Progress]:
+    """One bar for each kind of work, on standard error."""
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+    with Bars(*columns, TimeElapsedColumn(), console=err, transient=as_json is not None) as shown:
+        tasks: dict[str, Any] = {}
+
+        def progress(label: str, done: int, total: int) -> None:
+            if label not in tasks:
+                tasks[label] = shown.add_task(escape(label), total=total)
+            shown.update(tasks[label], completed=done, total=total)
+
+        yield progress
+
+
+def written(value: Any, as_json: Path | None) -> bool:
+    """Writes it if asked to; True where it went to standard output, which is then its alone."""
+    if as_json is None:
+        return False
+    text = json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    if str(as_json) == "-":
+        sys.stdout.write(text)
+        return True
+    try:
+        as_json.parent.mkdir(parents=True, exist_ok=True)
+        as_json.write_text(text, encoding="utf-8")
+    except OSError as error:
+        refuse(f"{as_json} cannot be written: {error.strerror}; name another file")
+    return False
+
+
+def say(line: str) -> None:
+    out.print(line, markup=False, highlight=False, soft_wrap=True)
+
+
+def percent(value: float | None, spread: Sequence[float] | None) -> str:
+    if value is None:
+        return "–"
+    around = "" if spread is None else f" ({100 * spread[0]:.1f} to {100 * spread[1]:.1f})"
+    return f"{100 * value:.1f} %{around}"
+
+
+def number(value: float | None) -> str:
+    return "–" if value is None else f"{value:.3g}"
