@@ -1,0 +1,151 @@
+"""What comes of a request: the plan, its calls, and the pieces of the answer. Knows no engine."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, Protocol
+
+from composer.types.catalog import Adapter
+from composer.types.request import Message, Sampling
+from composer.types.values import Priority, Usage, empty
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """One expert of a plan. Weights of a plan sum to 1."""
+
+    expert: str
+    weight: float
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What will be done for a request, decided before anything runs.
+
+    `calls` are the experts known to be called, best first, so that a scheduler can look
+    ahead. `scores` is expected quality per considered expert (best few, not all);
+    `reasons` says in words and numbers why; `confident` whether the best of them is expected to
+    reach the policy's floor, None where it has none. `learning` is what the router needs again
+    when the outcome is known: recorded, and not shown.
+    """
+
+    policy: str
+    strategy: str
+    choices: tuple[Choice, ...]
+    calls: tuple[str, ...]
+    scores: Mapping[str, float] = field(default_factory=empty)
+    reasons: Mapping[str, Any] = field(default_factory=empty)
+    confident: bool | None = None
+    learning: Mapping[str, Any] = field(default_factory=empty)
+
+    @property
+    def best(self) -> str:
+        return self.choices[0].expert
+
+
+@dataclass(frozen=True, slots=True)
+class Forward:
+    """The caller streams and nobody reads the text on the way, so an engine may hand on its
+    server's events as bytes. `id` and `model` are what they must say."""
+
+    id: str
+    model: str
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """One call of one expert, as scheduler and engine see it: already rendered.
+
+    `adapter` None is the base model alone. Exactly one of `messages` and `prompt` is set.
+    `max_tokens_asked` is False where `sampling.max_tokens` is the expert's default: an engine
+    then clips it to the room left, where it refuses what a caller asked for.
+
+    `stream` is whether the answer is wanted piece by piece; `forward` further allows an engine
+    to yield `Chunk.raw`. `max_wait_s` bounds the wait for a lease from `arrived` (the scheduler's
+    clock, set at the first attempt, so that a retry keeps its bound); None: no bound. `later`
+    are the servers that the same request is known to call when this one has answered, so that
+    they are rather kept loaded; calls made at once are seen together anyway.
+    """
+
+    id: str
+    expert: str
+    server: str
+    adapter: Adapter | None
+    messages: tuple[Message, ...]
+    prompt: str | None
+    sampling: Sampling
+    context_window: int
+    extra: Mapping[str, Any] = field(default_factory=empty)
+    max_tokens_asked: bool = True
+    stream: bool = False
+    forward: Forward | None = None
+    priority: Priority = "interactive"
+    max_wait_s: float | None = None
+    arrived: float | None = None
+    later: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLogprob:
+    """Natural-log probability of one emitted token; `top` are the likeliest alternatives."""
+
+    token: str
+    logprob: float
+    top: tuple[tuple[str, float], ...] = ()
+
+
+FinishReason = Literal["stop", "length", "tool_calls", "content_filter"]
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """A piece of an answer. `index` is the choice (0..n−1) it belongs to; each choice ends
+    with one chunk that has a finish reason; the last chunk of a call carries its usage.
+    `expert` names who wrote it. `delta` holds the other fields of OpenAI's `delta` (of a streamed
+    answer) or `message` (of a whole one), such as `tool_calls` and `reasoning_content`.
+
+    `raw` is one server-sent event, `data: …\\n\\n`, in OpenAI's shape and ready to be sent, where
+    the call allows it (`Call.forward`); text, delta and logprobs are then empty.
+    """
+
+    text: str = ""
+    index: int = 0
+    logprobs: tuple[TokenLogprob, ...] = ()
+    finish_reason: FinishReason | None = None
+    usage: Usage | None = None
+    expert: str = ""
+    delta: Mapping[str, Any] = field(default_factory=empty)
+    raw: bytes | None = None
+
+
+class Ask(Protocol):
+    """A strategy's only way to call an expert. Closing the generator cancels the call."""
+
+    def __call__(
+        self,
+        expert: str,
+        *,
+        messages: Sequence[Message] | None = None,
+        sampling: Sampling | None = None,
+        later: Sequence[str] = (),
+        verbatim: bool = False,
+    ) -> AsyncGenerator[Chunk, None]:
+        """`later` are the experts that this request will surely ask when this one has answered;
+        those asked at once need not be named, since the scheduler decides on them together.
+        `verbatim`: every chunk is passed on unread, so they may come as the server's own events.
+        Without `messages` the expert reads the request's own; without `sampling`, its own."""
+        ...
+
+
+@dataclass(slots=True)
+class Timings:
+    """Milliseconds. Written by the pipeline as a request moves on; `queue_ms` is waiting for
+    leases, `run_ms` is inside engines (both summed over a plan's calls)."""
+
+    decision_ms: float = 0.0
+    queue_ms: float = 0.0
+    first_token_ms: float | None = None
+    run_ms: float = 0.0
+    total_ms: float = 0.0
+    calls: list[dict[str, Any]] = field(default_factory=list)
