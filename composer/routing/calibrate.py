@@ -174,6 +174,17 @@ class Calibration:
         return quality, np.asarray(quality * np.sqrt(variance), np.float32)
 
 
+def by_rank(quality: FloatArray, order: npt.NDArray[np.floating]) -> FloatArray:
+    """(n, E) qualities handed out anew by rank: whoever is r-th highest in `order` (n, E) gets the
+    r-th highest quality of its row. For methods that rank experts and say no probability: the level
+    is that of `quality`, the order theirs. Of equals in `order` the earlier stands higher."""
+    ranks = np.argsort(-order, axis=1, kind="stable")
+    best = -np.sort(-quality, axis=1)
+    out = np.empty_like(quality)
+    np.put_along_axis(out, ranks, best, axis=1)
+    return out
+
+
 def _joined(parts: Any) -> Float64:
     listed = [np.asarray(part, np.float64) for part in parts]
     return np.concatenate(listed) if listed else np.empty(0)

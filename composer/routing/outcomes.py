@@ -21,7 +21,8 @@ class Outcomes:
     `quality` (n, E) lies in [0, 1], NaN where the expert was not asked; `cost` (n, E) is in US
     dollars a call, NaN where no price is known. `category` and `benchmark` (n,) are "" where
     nobody named one. Rows with the same `group` (n,) are one question asked twice: they are never
-    parted between what is fitted on and what is judged on.
+    parted between what is fitted on and what is judged on. `skills` (n,) are those that each
+    question asks for, () where no question was annotated.
     """
 
     experts: tuple[str, ...]
@@ -31,6 +32,7 @@ class Outcomes:
     category: tuple[str, ...]
     benchmark: tuple[str, ...]
     group: IntArray
+    skills: tuple[tuple[str, ...], ...] = ()
 
     def __len__(self) -> int:
         return len(self.text)
@@ -56,6 +58,7 @@ class Outcomes:
             category=tuple(self.category[i] for i in numbers),
             benchmark=tuple(self.benchmark[i] for i in numbers),
             group=self.group[numbers],
+            skills=tuple(self.skills[i] for i in numbers) if self.skills else (),
         )
 
     def of(self, experts: Sequence[str]) -> Outcomes:

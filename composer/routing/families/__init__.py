@@ -10,8 +10,10 @@ from composer.routing.families.clusters import Clusters
 from composer.routing.families.kernel import Kernel
 from composer.routing.families.neighbours import Neighbours
 from composer.routing.families.predictor import Predictor
+from composer.routing.families.skills import Skills
 from composer.routing.family import Family
 
 FAMILIES: Mapping[str, type[Family]] = {
-    family.name: family for family in (Neighbours, Clusters, Predictor, Kernel, Category, Blend)
+    family.name: family
+    for family in (Neighbours, Clusters, Predictor, Kernel, Category, Skills, Blend)
 }

@@ -29,6 +29,8 @@ CASES: tuple[tuple[str, Mapping[str, Any]], ...] = (
     ("kernel", {"category": 0.0, "words": 0.0, "difficulty_ridge": 3.0}),
     ("kernel", {"prior": None, "ridges": (3.0,)}),
     ("category", {}),
+    ("skills", {}),
+    ("skills", {"overall": True, "prior": 0.0, "sharpness": None, "nearest": 1}),
     ("blend", {"folds": 3, "members": [{"family": "neighbours"}, {"family": "category"}]}),
 )
 
