@@ -102,7 +102,7 @@ class ComposerField(Body):
         min_length=1,
         max_length=512,
         description="Your name for this conversation, which then rather keeps its expert; default: "
-        "the header x-composer-session, `prompt_cache_key`, or how the conversation began.",
+        "the header x-composer-session, or how the conversation began.",
     )
     explore: bool = Field(True, description="Whether an expert may be tried out on this request.")
 
@@ -202,7 +202,7 @@ class Generation(Ignored, Parameters):
             quality=ours.quality,
             max_cost=ours.max_cost,
             explore=ours.explore,
-            session=ours.session or caller.session or self.prompt_cache_key,
+            session=ours.session or caller.session,
             caller="/".join((caller.id, self.safety_identifier or self.user or "")),
             **rest,
         )

@@ -101,9 +101,11 @@ async def routed(
                     messages=shown(system, texts),
                     caller=str(number),
                 )
-                _, plan = await decide(request, staying, sessions=sessions)
+                session = sessions.of(request, way.policy)
+                last = () if session is None else sessions.experts(session)
+                plan = await decide(request, staying, way, answered_last=last)
                 chosen[-1].append(plan.best)
-                if session := sessions.of(request, way.policy):
+                if session is not None:
                     sessions.keep(session, [plan.best])
             advance()
     return chosen

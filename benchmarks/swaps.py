@@ -28,11 +28,10 @@ import argparse
 import json
 import math
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, replace
 from functools import lru_cache
-from itertools import pairwise
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -42,75 +41,13 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.common import CONSOLE, add_arguments, bootstrap, progress, show
-from benchmarks.swapping.baselines import ActiveSet, ArrivalOrder, LeastRecentlyUsed, MergedWaits
 from benchmarks.swapping.batches import arrival_order, batch, grouped
 from benchmarks.swapping.optimum import optimum
+from benchmarks.swapping.points import MEANS, MISSES, Point, dominated, least_swaps
+from benchmarks.swapping.rules import OURS, RULES
 from benchmarks.swapping.simulator import Workload, simulate
 from benchmarks.swapping.workload import Cell, grid, make, window
 from composer.scheduling.batch_order import load_seconds, order
-from composer.scheduling.events import DevicePolicy
-from composer.scheduling.policy import SwapPolicy
-from composer.scheduling.state import PolicySettings
-
-OURS = "ours"
-MISSES = 0.001
-"""Share of misses up to which a point counts as keeping the bounds."""
-
-TOLERANCE = 0.03
-
-
-def _per_wait(share: float, work: Workload) -> float:
-    """Calls that arrive in this share of the bound on waiting."""
-    span = work.jobs[-1].call.arrived - work.jobs[0].call.arrived
-    return share * len(work.jobs) * (work.max_wait_s or 0.0) / span
-
-
-RULES: Mapping[str, tuple[Sequence[float], Callable[[float, Workload], DevicePolicy]]] = {
-    OURS: (
-        (0.001, 0.02, 0.1, 0.25, 0.5, 0.75, 1.0),
-        lambda knob, work: SwapPolicy(PolicySettings(patience=knob)),
-    ),
-    "arrival order": ((1, 8), lambda knob, work: ArrivalOrder(int(knob))),
-    "LRU": (
-        (0.0, 0.05, 0.15, 0.4, 0.7, 1.0),
-        lambda knob, work: LeastRecentlyUsed(round(_per_wait(knob, work))),
-    ),
-    "LoRAX": (
-        (0.02, 0.05, 0.1, 0.3, 0.8),
-        lambda knob, work: ActiveSet(knob * (work.max_wait_s or 0.0)),
-    ),
-    "llama-swap": (
-        (0.0, 0.3, 0.6, 0.8, math.inf),
-        lambda knob, work: MergedWaits(knob * (work.max_wait_s or 0.0)),
-    ),
-}
-"""Each rule's knobs and its making. Ours: patience; arrival order: calls at once on a model; LRU:
-look-ahead, LoRAX: maximal active time, llama-swap: hold, as shares of the bound on waiting."""
-
-
-@dataclass(frozen=True, slots=True)
-class Point:
-    """A rule with one knob on one cell. `swap_s` and `swaps` are per 1,000 calls; `waits` is how
-    many times `max_wait_s` the arrivals span."""
-
-    cell: str
-    rho: float
-    rule: str
-    knob: float
-    swap_s: float
-    swaps: float
-    misses: float
-    p50: float
-    p95: float
-    p99: float
-    max_wait_s: float
-    waits: float
-    calls: float
-
-
-MEANS = tuple(field.name for field in fields(Point))[4:]
-"""What is meaned over seeds."""
-
 
 # --- the grid ---------------------------------------------------------------------------------
 
@@ -165,108 +102,6 @@ def parallel(work: Callable[[Any], Any], tasks: Sequence[Any], label: str, jobs:
             found.append(result)
             advance()
     return found
-
-
-def below(point: Point, curve: Sequence[Point]) -> bool:
-    """Whether a point lies below our curve (see the top of this file). `curve` is in the order
-    of its knobs."""
-
-    def reached(swap_s: float, p95: float, misses: float) -> bool:
-        return (
-            swap_s <= point.swap_s * (1 + TOLERANCE) + 1e-9
-            and p95 <= point.p95 * (1 + TOLERANCE) + 1e-9
-            and misses <= point.misses + MISSES
-        )
-
-    if any(reached(p.swap_s, p.p95, p.misses) for p in curve):
-        return False
-    for a, b in pairwise(curve):
-        for share in np.linspace(0, 1, 21)[1:-1]:
-            swap_s = a.swap_s + share * (b.swap_s - a.swap_s)
-            p95 = a.p95 + share * (b.p95 - a.p95)
-            if reached(swap_s, p95, max(a.misses, b.misses)):
-                return False
-    return True
-
-
-def by_cell(points: Iterable[Point]) -> dict[str, dict[str, list[Point]]]:
-    cells: dict[str, dict[str, list[Point]]] = {}
-    for point in points:
-        cells.setdefault(point.cell, {}).setdefault(point.rule, []).append(point)
-    for rules in cells.values():
-        for found in rules.values():
-            found.sort(key=lambda p: p.knob)
-    return cells
-
-
-def least_swaps(points: Iterable[Point]) -> list[dict[str, Any]]:
-    rows = []
-    for cell, rules in by_cell(points).items():
-        row: dict[str, Any] = {"cell": cell}
-        for rule, found in rules.items():
-            if rule == OURS:
-                row["max_wait_s"] = round(found[0].max_wait_s)
-                row["calls"] = round(found[0].calls)
-                row["waits"] = round(found[0].waits, 1)
-        for rule, found in rules.items():
-            kept = [p for p in found if p.misses <= MISSES]
-            best = min(kept, key=lambda p: (p.swap_s, p.p95), default=None)
-            if best is None:
-                fewest = min(p.misses for p in found)
-                row[rule] = f"misses {fewest:.1%}"
-            else:
-                row[rule] = f"{best.swap_s:.0f} ({best.p95:.0f})"
-        rows.append(row)
-    return rows
-
-
-def dominated(points: Iterable[Point]) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """The share per rule and load, and the points that are not."""
-    cells = by_cell(points)
-    shares: dict[tuple[str, float], list[bool]] = {}
-    exceptions = []
-    for cell, rules in cells.items():
-        ours = rules[OURS]
-        for rule, found in rules.items():
-            if rule == OURS:
-                continue
-            listed = set()
-            for point in found:
-                crosses = below(point, ours)
-                shares.setdefault((rule, point.rho), []).append(not crosses)
-                figures = (point.swap_s, point.p95, point.misses)
-                if crosses and figures not in listed:  # several knobs may do the same
-                    listed.add(figures)
-                    exceptions.append(
-                        {
-                            "cell": cell,
-                            "rule": rule,
-                            "knob": point.knob if math.isfinite(point.knob) else "∞",
-                            "swap_s": point.swap_s,
-                            "p95": point.p95,
-                            "misses": f"{point.misses:.2%}",
-                            "ours, no slower": _nearest(point, ours),
-                        }
-                    )
-    rows = []
-    for rule in RULES:
-        if rule != OURS:
-            row: dict[str, Any] = {"rule": rule}
-            for rho in sorted({rho for _, rho in shares}):
-                found_here = shares[rule, rho]
-                row[f"ρ {rho:g}"] = f"{sum(found_here)}/{len(found_here)}"
-            rows.append(row)
-    return rows, exceptions
-
-
-def _nearest(point: Point, ours: Sequence[Point]) -> str:
-    """The fewest swap seconds that one of our points has at no longer a wait."""
-    quick = [p for p in ours if p.p95 <= point.p95 * (1 + TOLERANCE)]
-    if not quick:
-        quickest = min(ours, key=lambda p: p.p95)
-        return f"none (quickest: {quickest.swap_s:.0f} at {quickest.p95:.0f} s)"
-    best = min(quick, key=lambda p: p.swap_s)
-    return f"{best.swap_s:.0f} at {best.p95:.0f} s, misses {best.misses:.2%}"
 
 
 # --- windows against the optimum --------------------------------------------------------------

@@ -28,7 +28,7 @@ import yaml
 from benchmarks.common import add_arguments, bootstrap, progress, show
 from composer.build import build_ways, make_service
 from composer.generations import Generation
-from composer.pipeline import decide
+from composer.pipeline import decide, way_of
 from composer.service import Service
 from composer.settings import Settings
 from composer.types import Component, Request, Sampling
@@ -102,7 +102,7 @@ async def decisions(
             id=f"decision-{i}", model="", messages=({"role": "user", "content": question.text},)
         )
         began = perf_counter()
-        _, plan = await decide(request, generation)
+        plan = await decide(request, generation, way_of(request, generation))
         took.append((perf_counter() - began) * 1000)
         chosen.append(plan.best)
     return chosen, took

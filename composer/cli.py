@@ -225,7 +225,7 @@ def schema() -> None:
 async def _decide(text: str, policy: str | None, catalog: Any, embedder: Any) -> dict[str, Any]:
     from composer.build import build_ways, named_ways
     from composer.generations import Generation
-    from composer.pipeline import decide
+    from composer.pipeline import decide, way_of
     from composer.types import Message, Request
 
     generation = Generation(catalog, await build_ways(catalog, embedder), named_ways(catalog), {})
@@ -234,7 +234,7 @@ async def _decide(text: str, policy: str | None, catalog: Any, embedder: Any) ->
     try:
         await embedder.embed("warm up")  # the first run of a model is not what a service sees
         began = perf_counter()
-        _, plan = await decide(request, generation)
+        plan = await decide(request, generation, way_of(request, generation))
         decision_ms = (perf_counter() - began) * 1000
     finally:
         await embedder.close()

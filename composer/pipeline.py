@@ -9,7 +9,7 @@ import asyncio
 import copy
 import dataclasses
 import logging
-from collections.abc import AsyncGenerator, Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Collection, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field
 from time import perf_counter
@@ -30,7 +30,6 @@ from composer.routing.sessions import Session, Sessions
 from composer.scheduling.base import Scheduler
 from composer.types import (
     Ask,
-    BoolArray,
     Call,
     Choice,
     Chunk,
@@ -83,7 +82,7 @@ class Pipeline:
         says nothing about then, so it does not count. Raises as `decide`; nothing is recorded."""
         started = perf_counter()
         with self._generations.hold() as generation:
-            _, plan = await decide(request, generation)
+            plan = await decide(request, generation, way_of(request, generation))
             return Planned(generation.catalog.digest, plan, _ms_since(started))
 
     async def answer(self, request: Request, planned: Planned | None = None) -> Answer:
@@ -94,14 +93,16 @@ class Pipeline:
         try:
             outcome.catalog_version = hold.generation.catalog.version
             outcome.catalog_digest = hold.generation.catalog.digest
+            way = way_of(request, hold.generation)
             if planned is not None and planned.catalog_digest == outcome.catalog_digest:
-                way, outcome.plan = way_of(request, hold.generation), planned.plan
+                outcome.plan = planned.plan
                 outcome.timings.decision_ms = planned.decision_ms
             else:
-                way, outcome.plan = await decide(
-                    request, hold.generation, self._scheduler.resident, self._sessions
-                )
                 outcome.session = self._sessions.of(request, way.policy)
+                last = () if outcome.session is None else self._sessions.experts(outcome.session)
+                outcome.plan = await decide(
+                    request, hold.generation, way, self._scheduler.resident, last
+                )
                 outcome.timings.decision_ms = _ms_since(outcome.started)
             ask = self._ask(request, hold.generation, way.policy, outcome)
             chunks = way.strategy.run(request, outcome.plan, ask)
@@ -185,19 +186,20 @@ class Pipeline:
 async def decide(
     request: Request,
     generation: Generation,
+    way: Way,
     resident: Callable[[str], bool] = lambda server: True,
-    sessions: Sessions | None = None,
-) -> tuple[Way, Plan]:
-    """The plan for a request, nothing run. `resident` says of a server whether its weights are
-    loaded; `sessions` who answered last. Raises RequestError when no plan is possible."""
+    answered_last: Collection[str] = (),
+) -> Plan:
+    """The plan for a request that goes this way, nothing run. `resident` says of a server whether
+    its weights are loaded; `answered_last` are its session's experts. Raises RequestError when no
+    plan is possible."""
     check_exclude(request.exclude, generation.catalog.experts)
-    way = way_of(request, generation)
     check_parameters(request, way.policy)
     way.strategy.check(request)
     eligible = way.eligibility.mask(request)
     if way.router is None:
         expert = way.eligibility.experts[0]
-        return way, Plan(
+        return Plan(
             policy=way.policy.id,
             strategy=way.policy.strategy.name,
             choices=(Choice(expert, 1.0),),
@@ -214,7 +216,9 @@ async def decide(
         quality=request.quality,
         max_cost=request.max_cost,
     )
-    last = _last_experts(request, way, sessions)
+    position = way.eligibility.position
+    columns = [position[expert] for expert in answered_last if expert in position]
+    last = np.isin(np.arange(len(position)), columns) if columns else None  # (E,)
     # A conversation under way is not moved to try somebody out.
     draw = draw_of(request.id) if request.explore and last is None else None
     here = None
@@ -225,18 +229,7 @@ async def decide(
     plan = choose(scores, aim, way.policy, here, last)
     if query.earlier:
         plan = dataclasses.replace(plan, reasons={**plan.reasons, "turns_read": turns_read})
-    return way, explored(plan, scores, aim, way.policy, draw)
-
-
-def _last_experts(request: Request, way: Way, sessions: Sessions | None) -> BoolArray | None:
-    """(E,) who answered last in the request's session, None where none of the policy's did."""
-    session = None if sessions is None else sessions.of(request, way.policy)
-    if sessions is None or session is None:
-        return None
-    position = way.eligibility.position
-    last = np.zeros(len(position), np.bool_)
-    last[[position[expert] for expert in sessions.experts(session) if expert in position]] = True
-    return last if last.any() else None
+    return explored(plan, scores, aim, way.policy, draw)
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
 import tempfile
 from collections.abc import Mapping
@@ -24,7 +23,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load as load_arrays
 from safetensors.numpy import save as save_arrays
 
-from composer.durable import sync_folder, write_all
+from composer.durable import replace_file, sync_folder
 from composer.routing.curve import Curve
 from composer.routing.family import State
 
@@ -119,10 +118,9 @@ class Artefact:
         folder.parent.mkdir(parents=True, exist_ok=True)
         draft = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}-"))
         try:
-            _write(draft / ARRAYS, packed)
-            _write(draft / MANIFEST, text.encode())
             draft.chmod(0o755)  # mkdtemp keeps others out; whoever serves may be another user
-            sync_folder(draft)
+            replace_file(draft / ARRAYS, [packed])
+            replace_file(draft / MANIFEST, [text.encode()])
             _put_in_place(draft, folder)
         finally:
             shutil.rmtree(draft, ignore_errors=True)
@@ -178,15 +176,6 @@ def read_manifest(folder: Path) -> Manifest:
         first = error.errors()[0]
         where = ".".join(str(step) for step in first["loc"])
         raise ArtefactError(f"{path}: {where}: {first['msg']}; train it again") from error
-
-
-def _write(path: Path, data: bytes) -> None:
-    file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
-    try:
-        write_all(file, data)
-        os.fsync(file)
-    finally:
-        os.close(file)
 
 
 def _put_in_place(draft: Path, folder: Path) -> None:

@@ -27,6 +27,7 @@ from composer.routing.curve import Curve
 from composer.routing.families import FAMILIES
 from composer.routing.family import Family, State
 from composer.routing.outcome_calibration import OutcomeCalibration
+from composer.routing.reading import Reading, read
 from composer.routing.views import Encode, Features, Views
 from composer.types import BoolArray, Expert, FloatArray, Tier
 
@@ -145,6 +146,10 @@ class LearnedModel:
     def score(self, texts: Sequence[str], encode: Encode) -> Scored:
         return self.score_features(self.views.transform(texts, encode))
 
+    def score_read(self, readings: Sequence[Reading], encode: Encode) -> Scored:
+        """As `score`, of texts that were read before."""
+        return self.score_features(self.views.of(readings, encode))
+
     def score_features(self, features: Features) -> Scored:
         quality, uncertainty = self.calibration.quality(self.family.predict(features))
         cost = None if self.costs is None else self.costs.predict(features)
@@ -236,14 +241,15 @@ class LearnedRouter:
         return cls(ids, model, columns, embedder, settings, shadow)
 
     async def score(self, query: Query, eligible: BoolArray) -> Scores:
-        wanted = self.model.views.texts(query.text)
+        readings = [read(query.text)]
+        wanted = self.model.views.encoded(readings)
         vectors = await asyncio.gather(*(self._embedder.embed(text) for text in wanted))
         known = dict(zip(wanted, vectors, strict=True))
 
         def encode(texts: Sequence[str]) -> FloatArray:
             return np.stack([known[text] for text in texts])
 
-        scored = await asyncio.to_thread(self.model.score, [query.text], encode)
+        scored = await asyncio.to_thread(self.model.score_read, readings, encode)
         quality = scored.quality[0, self._columns]
         uncertainty = scored.uncertainty[0, self._columns]
         quality[~eligible] = np.nan

@@ -23,9 +23,11 @@ LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 
 @dataclass(frozen=True, slots=True)
 class Reading:
-    """`stem` is the text before its first answer option, the whole text where there is none or
-    nothing stands before them. `options` are the answers, without their letters."""
+    """`text` is what is read of the `whole`: its first MAX_CHARS. `stem` is the text before its
+    first answer option, all of it where there is none or nothing stands before them. `options` are
+    the answers, without their letters."""
 
+    whole: str
     text: str
     stem: str
     options: tuple[str, ...]
@@ -34,7 +36,7 @@ class Reading:
 def read(text: str) -> Reading:
     """Answer options are a list of at least two, lettered from A in one style: "A. …", "A: …" or
     "(A) …" at the start of lines, "A) …" and "(A) …" within a line as well."""
-    text = text[:MAX_CHARS]
+    whole, text = text, text[:MAX_CHARS]
     for pattern, lead in ((_LINE, r"^[ \t]*"), (_INLINE, r"(?<!\S)")):
         endless: set[tuple[str, str]] = set()
         for first in pattern.finditer(text):
@@ -48,10 +50,10 @@ def read(text: str) -> Reading:
                     text[after:end].strip() for (_, after), end in zip(marks, ends, strict=True)
                 )
                 stem = text[: marks[0][0]].rstrip()
-                return Reading(text, stem or text, options)
+                return Reading(whole, text, stem or text, options)
             # Behind a later A there is no B either: thousands of them must not cost a search each.
             endless.add(style)
-    return Reading(text, text, ())
+    return Reading(whole, text, text, ())
 
 
 def _marks(text: str, first: re.Match[str], lead: str) -> list[tuple[int, int]]:

@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 from sklearn.feature_extraction.text import TfidfVectorizer
 
-from composer.routing.reading import FORMAT, measured, read, words_of
+from composer.routing.reading import FORMAT, Reading, measured, read, words_of
 from composer.routing.state import State, joined_lines, split_lines
 from composer.types import FloatArray
 
@@ -74,30 +74,33 @@ class Views:
         vectorizer = _fitted(texts) if "words" in names else None
         return cls(tuple(v for v in VIEWS if v in names), vectorizer, centre, scale)
 
-    def texts(self, *texts: str) -> list[str]:
-        """The texts that `transform` hands to `encode` for these, each once: for callers whose
-        vectors are made elsewhere, say by a shared batch."""
-        wanted: list[str] = list(texts) if "embedding" in self.names else []
+    def encoded(self, readings: Sequence[Reading]) -> list[str]:
+        """The texts that `of` hands to `encode` for these, each once: for callers whose vectors
+        are made elsewhere, say by a shared batch."""
+        wanted = [r.whole for r in readings] if "embedding" in self.names else []
         if "stem" in self.names:
-            wanted += [read(text).stem for text in texts]
+            wanted += [r.stem for r in readings]
         return list(dict.fromkeys(wanted))
 
     def transform(self, texts: Sequence[str], encode: Encode) -> Features:
+        """`of` these texts' readings."""
+        return self.of([read(text) for text in texts], encode)
+
+    def of(self, readings: Sequence[Reading], encode: Encode) -> Features:
         """The views of (n,) texts. `encode` is called once, or not at all where no view needs it.
         Words that were not seen in fitting are left out; an empty text has no words."""
         features: dict[View, Any] = {}
-        if wanted := self.texts(*texts):
+        if wanted := self.encoded(readings):
             vectors = np.asarray(encode(wanted), np.float32)  # (w, d)
             place = {text: row for row, text in enumerate(wanted)}
-        readings = [read(text) for text in texts]
         for view in self.names:
             if view == "embedding":
-                features[view] = vectors[[place[text] for text in texts]]
+                features[view] = vectors[[place[r.whole] for r in readings]]
             elif view == "stem":
                 features[view] = vectors[[place[r.stem] for r in readings]]
             elif view == "words":
                 assert self.vectorizer is not None
-                features[view] = self.vectorizer.transform(texts)
+                features[view] = self.vectorizer.transform([r.text for r in readings])
             else:
                 z = np.clip((measured(readings) - self.centre) / self.scale, -4, 4)  # (n, f)
                 features[view] = np.asarray(z / np.float32(np.sqrt(len(FORMAT))), np.float32)

@@ -60,13 +60,20 @@ async def test_a_conversation_keeps_its_expert_without_being_named(
     [
         {"composer": {"session": "s"}},
         {"headers": {"x-composer-session": "s"}},
-        {"prompt_cache_key": "s"},
     ],
 )
 async def test_a_conversation_by_its_name(client: httpx.AsyncClient, named: Any) -> None:
     await ask(client, FIRST, **named)
     assert (await ask(client, EVEN, **named))["expert"] == "team/sort"
     assert (await ask(client, EVEN))["expert"] == "shout"
+
+
+async def test_a_cache_key_holds_no_expert(client: httpx.AsyncClient) -> None:
+    """Clients send one key for all that they ask, so it is no conversation."""
+    await ask(client, FIRST, prompt_cache_key="always")
+    assert (await ask(client, EVEN, prompt_cache_key="always"))["expert"] == "shout"
+    kept = await ask(client, FIRST, ANSWER, EVEN, prompt_cache_key="another")
+    assert kept["expert"] == "team/sort"  # by how it began, whatever the key
 
 
 async def test_a_streamed_turn_counts_too(client: httpx.AsyncClient) -> None:
@@ -123,5 +130,4 @@ def test_the_nearest_name_counts() -> None:
     assert ChatBody.model_validate(body).request("r", caller).session == "ours"
     del body["composer"]
     assert ChatBody.model_validate(body).request("r", caller).session == "header"
-    assert ChatBody.model_validate(body).request("r").session == "key"
-    assert ChatBody.model_validate({"messages": [FIRST]}).request("r").session is None
+    assert ChatBody.model_validate(body).request("r").session is None

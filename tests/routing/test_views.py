@@ -9,6 +9,7 @@ import numpy as np
 import orjson
 import pytest
 
+from composer.routing.reading import read
 from composer.routing.state import State
 from composer.routing.views import VIEWS, Views, rows_of
 from composer.types import FloatArray
@@ -35,8 +36,8 @@ def test_the_stem_is_the_question_without_options() -> None:
     features = views.transform([with_options, without], encode)
     np.testing.assert_array_equal(features["stem"][0], features["embedding"][1])
     np.testing.assert_array_equal(features["stem"][1], features["embedding"][1])
-    assert views.texts(with_options) == [with_options, without]
-    assert views.texts(without) == [without]
+    assert views.encoded([read(with_options)]) == [with_options, without]
+    assert views.encoded([read(without)]) == [without]
 
 
 def test_encode_is_called_once_and_only_where_a_view_needs_it() -> None:
@@ -48,7 +49,7 @@ def test_encode_is_called_once_and_only_where_a_view_needs_it() -> None:
 
     views = Views.fit(TEXTS)
     views.transform([*TEXTS, *TEXTS], counted)
-    assert calls == [views.texts(*TEXTS)]
+    assert calls == [views.encoded([read(text) for text in TEXTS])]
     calls.clear()
     Views.fit(TEXTS, ("words", "format")).transform(TEXTS, counted)
     assert calls == []

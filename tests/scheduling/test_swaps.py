@@ -11,8 +11,9 @@ pytest.importorskip("ortools")
 
 from benchmarks.common import SHARED
 from benchmarks.swapping.batches import arrival_order, batch, grouped
+from benchmarks.swapping.points import Point, below, dominated, least_swaps
+from benchmarks.swapping.rules import OURS
 from benchmarks.swapping.workload import IN_FLIGHT, Cell, arrive, grid, make, popularity, window
-from benchmarks.swaps import OURS, Point, below, dominated, least_swaps
 from composer.scheduling.batch_order import completes, load_seconds, order
 
 needs_data = pytest.mark.skipif(not SHARED.is_dir(), reason="needs the shared routing data")
