@@ -14,6 +14,7 @@ import logging
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from typing import Any
 
 from composer.errors import Conflict, StoreError
 from composer.generations import Generation, Generations
@@ -84,6 +85,15 @@ class Learning:
                 await self._load(routers)
             except StoreError as error:
                 log.warning("what was learnt from feedback is not taken up yet: %s", error)
+
+    def stats(self) -> dict[str, Any]:
+        """For /health: `learnt`, and of each policy that learns the outcomes that its router has
+        seen (whichever process taught it) and the version it stands at."""
+        policies = {
+            policy: {"seen": taught.router.learner.seen, "version": taught.version}
+            for policy, taught in self._taught.items()
+        }
+        return {"learnt": self.learnt, "policies": policies}
 
     async def step(self) -> int:
         """Learns from a page of feedback; returns how many it held. Raises StoreError."""

@@ -40,9 +40,13 @@ class Metrics:
     """`answered` is told of each request's end; `render` is the body of GET /metrics."""
 
     def __init__(
-        self, scheduler: Scheduler, policies: Callable[[], Collection[str]] = tuple
+        self,
+        scheduler: Scheduler,
+        policies: Callable[[], Collection[str]] = tuple,
+        totals: Mapping[str, tuple[str, Callable[[], int]]] | None = None,
     ) -> None:
-        """`policies` are the ids of the present catalog's."""
+        """`policies` are the ids of the present catalog's; `totals` are counts that others keep,
+        by name: what each counts, and how it is read."""
         self.registry = CollectorRegistry()
         self._policies = policies
         self._requests = Counter(
@@ -72,6 +76,7 @@ class Metrics:
             registry=self.registry,
         )
         self.registry.register(_Scheduling(scheduler))
+        self.registry.register(_Totals(totals or {}))
 
     def answered(self, outcome: Outcome) -> None:
         """Once per request, when it has ended."""
@@ -94,6 +99,17 @@ class Metrics:
         if outcome.plan is None:
             return outcome.request.model if outcome.request.model in known else NONE
         return outcome.plan.policy if outcome.plan.policy in known else EXPERT
+
+
+class _Totals(Collector):
+    """Counts that somebody else keeps, read when asked for."""
+
+    def __init__(self, totals: Mapping[str, tuple[str, Callable[[], int]]]) -> None:
+        self._totals = totals
+
+    def collect(self) -> Iterator[Metric]:
+        for name, (what, read) in self._totals.items():
+            yield CounterMetricFamily(f"composer_{name}", what, value=read())
 
 
 class _Scheduling(Collector):

@@ -10,7 +10,6 @@ import asyncio
 import logging
 from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
 from contextlib import AsyncExitStack
-from dataclasses import dataclass
 from datetime import UTC, datetime
 from time import perf_counter
 from typing import Any
@@ -28,6 +27,7 @@ from composer.errors import (
     UnknownModel,
 )
 from composer.generations import Generation, Generations, let_go
+from composer.health import ReloadState, health_of
 from composer.learning import Learning
 from composer.metrics import Metrics
 from composer.pipeline import Outcome, Pipeline
@@ -50,15 +50,6 @@ Build = Callable[[Catalog, Sequence[Generation]], Awaitable[Generation]]
 """The catalog and the live generations whose engines may be shared → the next generation."""
 
 
-@dataclass(slots=True)
-class ReloadState:
-    """How the last change of the registry ended, for /health."""
-
-    at: datetime | None = None
-    ok: bool = True
-    problems: tuple[str, ...] = ()
-
-
 class Service:
     """Everything with a life of its own. Make one by `composer.build.make_service`."""
 
@@ -79,7 +70,22 @@ class Service:
         self.embedder = embedder
         self.scheduler = scheduler
         self.generations = Generations(self._retired)
-        self.metrics = Metrics(scheduler, self._policies)
+        self.learning = Learning(Lessons(store), self.generations)
+        self.promotions = Promotions(Shadows(store), self.generations)
+        self.metrics = Metrics(
+            scheduler,
+            self._policies,
+            {
+                "feedback_learnt": (
+                    "Feedbacks that this process's online routers have learnt from.",
+                    lambda: self.learning.learnt,
+                ),
+                "shadow_left_out": (
+                    "Requests whose choice in shadow could not be made or written.",
+                    lambda: self.promotions.left_out,
+                ),
+            },
+        )
         self.pipeline = Pipeline(
             self.generations,
             scheduler,
@@ -87,8 +93,6 @@ class Service:
             max_wait_s=settings.max_wait_s,
             reads_text=settings.log_content,
         )
-        self.learning = Learning(Lessons(store), self.generations)
-        self.promotions = Promotions(Shadows(store), self.generations)
         self.reload_state = ReloadState()
         self._load = load
         self._build = build
@@ -349,43 +353,21 @@ class Service:
         self.recorder.put(record_of(outcome, content=content, embedding=embedding))
 
     async def health(self) -> dict[str, Any]:
-        """What /health shows. `status` is ok, starting, or degraded: the last reload failed, a
-        runtime expert was left out at boot, a server has failed, or the database is away; a server
-        that is off or on its way is as it should be."""
+        """What /health shows."""
         generation = self.generations.live[-1] if self.generations.live else None
-        engines = generation.engines if generation else {}
-        healths = await asyncio.gather(*(engine.health() for engine in engines.values()))
-        servers = dict(zip(engines, healths, strict=True))
-        recorder = self.recorder.stats()
-        fine = (
-            self.reload_state.ok
-            and not self._left_out
-            and all(server.ok for server in servers.values())
-            and recorder["database_up"]
+        return await health_of(
+            generation,
+            version=self._version,
+            reload=self.reload_state,
+            left_out=self._left_out,
+            rest={
+                "uptime_s": round(perf_counter() - self._started, 1),
+                "requests": {"running": self.generations.holds},
+                "scheduler": self.scheduler.stats(),
+                "recorder": self.recorder.stats(),
+                "learning": self.learning.stats(),
+            },
         )
-        status = "starting" if generation is None else "ok" if fine else "degraded"
-        return {
-            "status": status,
-            "uptime_s": round(perf_counter() - self._started, 1),
-            "catalog": {
-                "version": self._version,
-                "digest": generation.catalog.digest if generation else None,
-                "experts": len(generation.catalog.experts) if generation else 0,
-                "left_out": dict(self._left_out),
-                "reload": {
-                    "at": self.reload_state.at.isoformat() if self.reload_state.at else None,
-                    "ok": self.reload_state.ok,
-                    "problems": list(self.reload_state.problems),
-                },
-            },
-            "servers": {
-                id_: {"state": s.state, **({"reason": s.reason} if s.reason is not None else {})}
-                for id_, s in servers.items()
-            },
-            "requests": {"running": self.generations.holds},
-            "scheduler": self.scheduler.stats(),
-            "recorder": recorder,
-        }
 
     def _spawn(self, work: Any) -> None:
         task: asyncio.Task[None] = asyncio.create_task(work)

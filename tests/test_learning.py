@@ -63,6 +63,9 @@ async def test_feedback_moves_the_router_and_a_restart_goes_on(tmp_path: Path) -
             assert given.status_code == 201
         await learn(service)
         assert router_of(service).learner.seen == 40
+        learning = (await client.get("/health")).json()["learning"]
+        assert learning == {"learnt": 20, "policies": {"auto": {"seen": 40, "version": 1}}}
+        assert "composer_feedback_learnt_total 20.0" in (await client.get("/metrics")).text
         second = await asked(client)
         assert second["composer"]["expert"] == "uppercase"
     async with serving(tmp_path, online(feedback="full", rate=0.5)) as (client, service):

@@ -5,6 +5,7 @@ One path for the file, for cards and for runtime experts: all are data with a pl
 
 from __future__ import annotations
 
+import re
 import types
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -70,6 +71,13 @@ def block_at(place: Place, data: Any) -> tuple[Block | None, list[Problem]]:
             "Write its keys below it, indented, or between { and }.",
         )
     ]
+
+
+def block_named(place: Place, id_: str, data: Any) -> tuple[Block | None, list[Problem]]:
+    """The block at `place` of what the file calls `id_`."""
+    if re.fullmatch(ID, id_) is None:
+        return None, [place.problem(f"{id_!r} cannot be an id", ID_REMEDY)]
+    return block_at(place, data)
 
 
 def validate(

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Collection, Mapping
 from typing import Any
 
-from composer.registry.blocks import ID_REMEDY, Block, Place, block_at, unknown_name, validate
+from composer.registry.blocks import Block, Place, block_at, block_named, unknown_name, validate
 from composer.registry.context import Context
-from composer.registry.specs import ID, DeviceSpec, PlacementSpec
+from composer.registry.specs import DeviceSpec, PlacementSpec
 from composer.types import Device, Placement
 
 
@@ -17,10 +16,7 @@ def make_devices(context: Context, entries: Mapping[str, Any]) -> dict[str, Devi
     devices = {}
     for id_, data in entries.items():
         place = Place(context.file, ("devices", id_))
-        if re.fullmatch(ID, id_) is None:
-            context.problems.append(place.problem(f"{id_!r} cannot be an id", ID_REMEDY))
-            continue
-        block, problems = block_at(place, data)
+        block, problems = block_named(place, id_, data)
         context.problems += problems
         if block is None:
             continue

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from fnmatch import filter as matching
@@ -12,12 +11,12 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from composer.registry.blocks import ID_REMEDY, Block, Place, block_at, unknown_name, validate
+from composer.registry.blocks import Block, Place, block_at, block_named, unknown_name, validate
 from composer.registry.context import Context
 from composer.registry.experts import Prepared
 from composer.registry.families import RouterFamily
 from composer.registry.gather import Entry
-from composer.registry.specs import ID, PolicySpec
+from composer.registry.specs import PolicySpec
 from composer.types import SAFE_PARAMETERS, Component, Policy, Unsure
 
 _SHOWN = 5
@@ -31,12 +30,9 @@ def make_policies(
     policies = {}
     for id_, data in entries.items():
         place = Place(context.file, ("policies", id_))
-        if re.fullmatch(ID, id_) is None:
-            context.problems.append(place.problem(f"{id_!r} cannot be an id", ID_REMEDY))
-            continue
         if id_ in prepared:
             _check_id(context, place, prepared[id_].entry)
-        block, problems = block_at(place, data)
+        block, problems = block_named(place, id_, data)
         context.problems += problems
         if block is not None and (policy := _make_policy(context, id_, block, prepared)):
             policies[id_] = policy

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 import shutil
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -15,11 +14,10 @@ from pydantic import BaseModel
 from composer.adapters.base_model import BaseModelInfo, read_base_model
 from composer.adapters.hub import fetch_base_model, is_hub_name
 from composer.errors import CatalogError
-from composer.registry.blocks import ID_REMEDY, Block, Place, block_at, unknown_name, validate
+from composer.registry.blocks import Block, Place, block_named, unknown_name, validate
 from composer.registry.context import Context
 from composer.registry.devices import make_placement
 from composer.registry.families import SERVER_KEYS, EngineFamily
-from composer.registry.specs import ID
 from composer.types import Device, Placement, Server
 
 
@@ -54,10 +52,7 @@ def make_servers(
     servers = {}
     for id_, data in entries.items():
         place = Place(context.file, ("servers", id_))
-        if re.fullmatch(ID, id_) is None:
-            context.problems.append(place.problem(f"{id_!r} cannot be an id", ID_REMEDY))
-            continue
-        block, problems = block_at(place, data)
+        block, problems = block_named(place, id_, data)
         context.problems += problems
         if block is None:
             continue

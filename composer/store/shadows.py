@@ -18,6 +18,9 @@ from composer.types import Plan
 NEWEST = 20_000
 """Judged decisions that a comparison reads at most."""
 
+PART = 200
+"""Of them, read from the database at a time: others' requests go on between two parts."""
+
 
 @dataclass(frozen=True, slots=True)
 class ShadowChoice:
@@ -99,10 +102,14 @@ class Shadows:
 
         async def run(connection: AsyncConnection) -> list[Compared]:
             found = []
-            for row in await connection.execute(query):
-                plan = plan_of(row.plan)
-                if plan is not None:
-                    found.append(Compared(plan, row.expert, row.score, row.choice, row.scores))
+            async with connection.stream(query) as rows:
+                async for part in rows.partitions(PART):
+                    for row in part:
+                        plan = plan_of(row.plan)
+                        if plan is not None:
+                            found.append(
+                                Compared(plan, row.expert, row.score, row.choice, row.scores)
+                            )
             return found
 
         return await self._store.run(run, "reading choices in shadow")

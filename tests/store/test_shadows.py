@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
+import asyncio
+from collections import Counter
 from datetime import timedelta
+from typing import Any
+
+import pytest
 
 from composer.store import Feedback, Promotion, ShadowChoice, Shadows, Store
+from composer.store.rows import plan_of
+from composer.store.shadows import PART
 from tests.store.records import NOON, failed_record, make_record
 
 
@@ -43,3 +50,33 @@ async def test_a_policy_has_one_promotion_or_none(store: Store) -> None:
     assert (await shadows.promotions())["auto"] == second
     await shadows.undo("auto")
     assert list(await shadows.promotions()) == ["other"]
+
+
+async def test_a_long_comparison_lets_others_go_on(store: Store) -> None:
+    """Turning rows into plans takes this process's time, so it is done a part at a time."""
+    shadows, n = Shadows(store), 3 * PART + 1
+    ids = [f"r{i}" for i in range(n)]
+    await store.add_requests([make_record(id_, created=NOON) for id_ in ids])
+    await shadows.add([ShadowChoice(id_, "auto", "digest", "sort", {}) for id_ in ids])
+    await store.add_feedback(*(Feedback(id_, 1.0, f"fb-{id_}") for id_ in ids))
+    turns = 0
+
+    async def others() -> None:
+        nonlocal turns
+        while True:
+            await asyncio.sleep(0)
+            turns += 1
+
+    task = asyncio.create_task(others())
+    seen: list[int] = []
+    made = plan_of
+
+    def counted(value: Any) -> Any:
+        seen.append(turns)
+        return made(value)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("composer.store.shadows.plan_of", counted)
+        assert len(await shadows.compared("auto", "digest")) == n
+    task.cancel()
+    assert max(Counter(seen).values()) <= PART
