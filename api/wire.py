@@ -247,7 +247,8 @@ def usage_body(usage: Usage) -> dict[str, int]:
 def composer_body(outcome: Outcome) -> dict[str, Any]:
     """Who answered and why: the `composer` field. Of an answer that has ended.
 
-    `expert` wrote the text; `experts` are all that were called for it, best first.
+    `expert` wrote the text; `experts` are all that were called for it, best first; `details` is
+    what the strategy tells of how it came about.
     """
     plan, timings = outcome.plan, outcome.timings
     assert plan is not None
@@ -261,6 +262,7 @@ def composer_body(outcome: Outcome) -> dict[str, Any]:
         "scores": plan.scores,
         "reasons": plan.reasons,
         **({} if plan.confident is None else {"confident": plan.confident}),
+        **({"details": outcome.details} if outcome.details else {}),
         "catalog_version": outcome.catalog_version,
         "cost_usd": outcome.cost_usd,
         "decision_ms": round(timings.decision_ms, 3),

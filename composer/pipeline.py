@@ -258,6 +258,7 @@ class Outcome:
     usage: Usage = field(default_factory=Usage)
     experts: list[str] = field(default_factory=list)
     text: list[str] = field(default_factory=list)
+    details: dict[str, Any] = field(default_factory=dict)
     cost_usd: float | None = 0.0
     status: Status = "running"
     error: str | None = None
@@ -308,6 +309,7 @@ class Answer:
                 if chunk.expert and chunk.expert not in outcome.experts:
                     outcome.experts.append(chunk.expert)
                 outcome.text.append(chunk.text)
+                outcome.details.update(chunk.details)
                 yield chunk
             outcome.end(None)
         except BaseException as error:

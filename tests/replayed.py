@@ -78,6 +78,7 @@ def registry(path: Path) -> str:
 
     neighbours = {"router": {"name": "neighbours"}}
     vote = {"name": "vote", "extractor": "choice", "weights": "majority"}
+    waves = {"name": "vote", "extractor": "choice", "weights": "log_odds", "options": 4, "first": 1}
     return yaml.safe_dump(
         {
             "version": 1,
@@ -88,6 +89,7 @@ def registry(path: Path) -> str:
                 "auto": {**neighbours, "strategy": {"name": "single"}},
                 "near": {**neighbours, "strategy": {"name": "single"}, "tolerance": 1.0},
                 "vote": {**neighbours, "strategy": vote, "k": 3},
+                "waves": {**neighbours, "strategy": waves, "k": 4},
             },
         }
     )

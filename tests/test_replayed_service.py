@@ -19,7 +19,8 @@ from composer.build import families
 from composer.registry import load_catalog
 from composer.service import Service
 from composer.strategies.extract import choice
-from composer.strategies.vote import winner
+from composer.strategies.voting.counting import Weights, log_odds, winner
+from composer.types import Choice
 from tests.replayed import ROOM, TOPICS, WAITS, Recorded, record, registry
 from tests.tiny import ROOT, chat, serving
 
@@ -89,6 +90,28 @@ async def test_a_vote_gives_the_winner_of_the_recorded_answers(
     assert [choice(said(body)) for body in bodies] == won
     assert recorded.right([choice(said(body)) for body in bodies]) == recorded.right(won)
     assert len(TOPICS) <= swaps < len(recorded.query)
+
+
+async def test_one_after_another_gives_the_same_winner_for_fewer_calls(
+    tmp_path: Path, recorded: Recorded
+) -> None:
+    async with serving(tmp_path, registry(recorded.path), **WAITS) as (client, _):
+        bodies = await ask_all(client, recorded.query, "waves")
+    asked = []
+    for i, body in enumerate(bodies):
+        ranked = sorted(body["composer"]["scores"].items(), key=lambda item: -item[1])
+        keys = {rank: choice(recorded.answer[e][i]) for rank, (e, _) in enumerate(ranked)}
+        weights = log_odds([Choice(e, 0.25, quality) for e, quality in ranked], 4)
+        details, spent = body["composer"]["details"], len(body["composer"]["experts"])
+        assert body["composer"]["experts"] == [e for e, _ in ranked[:spent]]
+        assert choice(said(body)) == keys[winner(weights, keys)]
+        assert details["asked"] == spent
+        assert details["stopped"] == ("all_asked" if spent == 4 else "cannot_change")
+        heard = {rank: keys[rank] for rank in range(spent)}
+        rule = Weights(weights, options=4)
+        assert details["probability"] == pytest.approx(rule.probability(heard), abs=5e-3)
+        asked.append(spent)
+    assert 1 < np.mean(asked) < 4
 
 
 async def test_a_tolerant_policy_stays_with_who_is_loaded(

@@ -116,7 +116,9 @@ def _plan(
     return Plan(
         policy=policy.id,
         strategy=policy.strategy.name,
-        choices=tuple(Choice(e, float(w)) for e, w in zip(experts, weights, strict=True)),
+        choices=tuple(
+            Choice(e, float(w), float(q)) for e, w, q in zip(experts, weights, quality, strict=True)
+        ),
         calls=experts,
         scores={scores.experts[i]: round(float(scores.quality[i]), 4) for i in shown},
         reasons=reasons,

@@ -69,7 +69,7 @@ def explored(plan: Plan, scores: Scores, aim: Aim, policy: Policy, draw: float |
     unsure = policy.unsure
     noted = replace(
         noted,
-        choices=(Choice(expert, 1.0),),
+        choices=(Choice(expert, 1.0, float(quality[drawn])),),
         calls=(expert,),
         scores={**plan.scores, expert: round(float(quality[drawn]), 4)},
         reasons={**plan.reasons, "evidence": why},

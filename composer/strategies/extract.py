@@ -58,6 +58,15 @@ def choice(text: str) -> str | None:
     return bracketed[-1] if bracketed else None
 
 
+def literal(text: str) -> str | None:
+    """A value as a program would print it, to the letter: outer white space and one pair of equal
+    quotes off, so that `'ab'` and `ab` are the same. Case and inner spaces count."""
+    value = text.strip()
+    if len(value) > 1 and value[0] in "\"'" and value[-1] == value[0]:
+        return value[1:-1]
+    return value or None
+
+
 def regex(pattern: str) -> Extractor:
     """The last match of `pattern`: its first group where it has one, else all of it.
 
@@ -78,7 +87,12 @@ def regex(pattern: str) -> Extractor:
     return extract
 
 
-EXTRACTORS: dict[str, Extractor] = {"exact": exact, "number": number, "choice": choice}
+EXTRACTORS: dict[str, Extractor] = {
+    "exact": exact,
+    "number": number,
+    "choice": choice,
+    "literal": literal,
+}
 """By the name a policy gives. `regex` is made by `make_extractor` from the policy's pattern."""
 
 

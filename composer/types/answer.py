@@ -13,21 +13,23 @@ from composer.types.values import Priority, Usage, empty
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """One expert of a plan. Weights of a plan sum to 1."""
+    """One expert of a plan. Weights of a plan sum to 1; `quality` is the calibrated probability
+    that it answers well, None where nobody estimated it."""
 
     expert: str
     weight: float
+    quality: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Plan:
     """What will be done for a request, decided before anything runs.
 
-    `calls` are the experts known to be called, best first, so that a scheduler can look
-    ahead. `scores` is expected quality per considered expert (best few, not all);
-    `reasons` says in words and numbers why; `confident` whether the best of them is expected to
-    reach the policy's floor, None where it has none. `learning` is what the router needs again
-    when the outcome is known: recorded, and not shown.
+    `calls` are the experts that will be called, or may be where a strategy stops early, best
+    first, so that a scheduler can look ahead. `scores` is expected quality per considered expert
+    (best few, not all); `reasons` says in words and numbers why; `confident` whether the best of
+    them is expected to reach the policy's floor, None where it has none. `learning` is what the
+    router needs again when the outcome is known: recorded, and not shown.
     """
 
     policy: str
@@ -64,7 +66,7 @@ class Call:
     `stream` is whether the answer is wanted piece by piece; `forward` further allows an engine
     to yield `Chunk.raw`. `max_wait_s` bounds the wait for a lease from `arrived` (the scheduler's
     clock, set at the first attempt, so that a retry keeps its bound); None: no bound. `later`
-    are the servers that the same request is known to call when this one has answered, so that
+    are the servers that the same request is likely to call when this one has answered, so that
     they are rather kept loaded; calls made at once are seen together anyway.
     """
 
@@ -107,6 +109,9 @@ class Chunk:
 
     `raw` is one server-sent event, `data: …\\n\\n`, in OpenAI's shape and ready to be sent, where
     the call allows it (`Call.forward`); text, delta and logprobs are then empty.
+
+    `details` is what a strategy tells of how the answer came about, in plain values: it stands in
+    the answer's `composer` field.
     """
 
     text: str = ""
@@ -117,6 +122,7 @@ class Chunk:
     expert: str = ""
     delta: Mapping[str, Any] = field(default_factory=empty)
     raw: bytes | None = None
+    details: Mapping[str, Any] = field(default_factory=empty)
 
 
 class Ask(Protocol):
@@ -131,7 +137,7 @@ class Ask(Protocol):
         later: Sequence[str] = (),
         verbatim: bool = False,
     ) -> AsyncGenerator[Chunk, None]:
-        """`later` are the experts that this request will surely ask when this one has answered;
+        """`later` are the experts that this request is likely to ask when this one has answered;
         those asked at once need not be named, since the scheduler decides on them together.
         `verbatim`: every chunk is passed on unread, so they may come as the server's own events.
         Without `messages` the expert reads the request's own; without `sampling`, its own."""

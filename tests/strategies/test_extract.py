@@ -36,6 +36,12 @@ from composer.strategies.extract import EXTRACTORS, make_extractor
         ("choice", "I'm not sure", None),
         ("choice", "The answer is I think unclear", None),
         ("choice", "A dog", None),
+        ("literal", " 'Ab  c' ", "Ab  c"),
+        ("literal", "[1, 'x']", "[1, 'x']"),
+        ("literal", "''", ""),
+        ("literal", "'", "'"),
+        ("literal", "'a\"", "'a\""),
+        ("literal", " \n", None),
     ],
 )
 def test_found(name: str, text: str, found: str | None) -> None:
@@ -55,7 +61,7 @@ def test_regex_takes_the_last_match_and_its_first_group() -> None:
         ("regex", None, "needs a pattern"),
         ("regex", "(", "is not a regular expression"),
         ("number", "x", "takes no pattern"),
-        ("words", None, "known are exact, number, choice, regex"),
+        ("words", None, "known are exact, number, choice, literal, regex"),
     ],
 )
 def test_wrong_settings_name_the_remedy(name: str, pattern: str | None, message: str) -> None:

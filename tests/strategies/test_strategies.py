@@ -15,7 +15,8 @@ from pydantic import ValidationError
 from composer.errors import EngineError, Unsupported
 from composer.strategies.base import Strategy
 from composer.strategies.single import Single, SingleSettings
-from composer.strategies.vote import Vote, VoteSettings, settled, winner
+from composer.strategies.vote import Vote, VoteSettings
+from composer.strategies.voting.counting import settled, winner
 from composer.types import (
     Choice,
     Chunk,
@@ -46,6 +47,7 @@ class Experts:
     asked: list[str] = field(default_factory=list)
     closed: list[str] = field(default_factory=list)
     verbatim: list[str] = field(default_factory=list)
+    later: dict[str, list[str]] = field(default_factory=dict)
 
     async def __call__(
         self,
@@ -57,6 +59,7 @@ class Experts:
         verbatim: bool = False,
     ) -> AsyncGenerator[Chunk, None]:
         self.asked.append(expert)
+        self.later[expert] = list(later)
         if verbatim:
             self.verbatim.append(expert)
         answer = self.answers[expert]
@@ -209,7 +212,16 @@ def test_a_vote_gives_one_answer() -> None:
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"extractor": "words"}, {"extractor": "regex"}, {"weights": "loud"}, {"k": 3}]
+    "wrong",
+    [
+        {"extractor": "words"},
+        {"extractor": "regex"},
+        {"weights": "loud"},
+        {"k": 3},
+        {"first": 2, "early_stop": False},
+        {"first": 2, "confidence": 0.9},
+        {"weights": "log_odds", "confidence": 0.9},
+    ],
 )
 def test_wrong_settings_are_refused(wrong: dict[str, object]) -> None:
     with pytest.raises(ValidationError):
