@@ -66,6 +66,7 @@ def create_app(service: Service) -> FastAPI:
     app.add_middleware(
         Edge,
         api_key=service.settings.api_key,
+        keys=lambda: service.generations.current.catalog.keys.values(),
         larger={files_route.PATH: service.settings.max_file_mb * 2**20 + files_route.FORM_BYTES},
     )
     errors.install(app)

@@ -17,7 +17,7 @@ from pydantic import Field, ValidationError
 from api.answering import whole
 from api.errors import WireError, logged, validation_error
 from api.responses import to_json
-from api.schemas import Body, ChatBody, CompletionBody, off
+from api.schemas import Body, Caller, ChatBody, CompletionBody, off
 from api.wire import ChatWire, CompletionWire, Wire
 from composer.batch.base import Line, Reply
 from composer.batch.files import Files
@@ -90,7 +90,9 @@ class WireCodec:
         if body.stream:
             raise RequestError("a batch gives whole answers; leave stream out", param="stream")
         request = dataclasses.replace(
-            body.request(endpoint.prefix + id), priority="batch", max_wait_s=None
+            body.request(endpoint.prefix + id, Caller(key=line.key)),
+            priority="batch",
+            max_wait_s=None,
         )
         return WireAsked(request, endpoint.wire(request))
 

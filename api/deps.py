@@ -29,7 +29,8 @@ def _caller(request: Request) -> Caller:
     """Callers are told apart by their keys, of which a digest is kept."""
     key = request.headers.get("authorization", "").encode("latin-1")
     digest = hashlib.blake2b(key, digest_size=16).hexdigest() if key else ""
-    return Caller(digest, request.headers.get("x-composer-session") or None)
+    session = request.headers.get("x-composer-session") or None
+    return Caller(digest, session, request.state.key)
 
 
 CallerDep = Annotated[Caller, Depends(_caller)]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hmac
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from uuid import uuid4
 
 from starlette.datastructures import Headers, MutableHeaders
@@ -16,6 +16,7 @@ from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from api.errors import HTTP_CODES, INVALID, WireError, logged
+from composer.types import ApiKey
 
 log = logging.getLogger(__name__)
 
@@ -28,18 +29,22 @@ MAX_BODY = 4 * 2**20
 
 class Edge:
     """Gives the request its id (32 hex digits) in `request.state.request_id` and the
-    `x-request-id` header. The id of an answer is the same digits behind OpenAI's prefix."""
+    `x-request-id` header. The id of an answer is the same digits behind OpenAI's prefix.
+    `request.state.key` is the name of the caller's key, "" for one without a name."""
 
     def __init__(
         self,
         app: ASGIApp,
         *,
         api_key: str | None,
+        keys: Callable[[], Iterable[ApiKey]] = tuple,
         max_body: int = MAX_BODY,
         larger: Mapping[str, int] | None = None,
     ) -> None:
-        """`max_body` in bytes; `larger` are the limits of paths that have their own."""
+        """`keys` are those with a name, as they are now. `max_body` in bytes; `larger` are the
+        limits of paths that have their own."""
         self._app = app
+        self._keys = keys
         self._key = None if api_key is None else api_key.encode()
         self._max_body = max_body
         self._larger = larger or {}
@@ -49,7 +54,8 @@ class Edge:
             await self._app(scope, receive, send)
             return
         request_id = uuid4().hex
-        scope.setdefault("state", {})["request_id"] = request_id
+        key = self._key_of(scope)
+        scope.setdefault("state", {}).update(request_id=request_id, key=key or "")
         started = False
 
         async def send_with_id(message: Message) -> None:
@@ -59,7 +65,7 @@ class Edge:
                 MutableHeaders(scope=message)["x-request-id"] = request_id
             await send(message)
 
-        refusal = self._refusal(scope)
+        refusal = self._refusal(scope, known=key is not None)
         if refusal is not None:
             await refusal.response()(scope, receive, send_with_id)
             return
@@ -70,20 +76,34 @@ class Edge:
                 raise  # half an answer is out: only closing the connection tells the client
             await logged(error, request_id).response()(scope, receive, send_with_id)
 
-    def _refusal(self, scope: Scope) -> WireError | None:
+    def _key_of(self, scope: Scope) -> str | None:
+        """The name of the key that the request came with, None for one that opens nothing."""
+        if scope["path"] in OPEN_PATHS:
+            return ""
+        named = tuple(self._keys())
+        if self._key is None and not named:
+            return ""
+        kind, _, key = Headers(scope=scope).get("authorization", "").partition(" ")
+        if kind.lower() != "bearer":
+            return None
+        given = key.strip().encode("latin-1")  # as headers are
+        for one in named:
+            if one.opens(given):
+                return one.id
+        # Compared in constant time, so that timing tells no prefix.
+        whole = self._key is not None and hmac.compare_digest(given, self._key)
+        return "" if whole else None
+
+    def _refusal(self, scope: Scope, *, known: bool) -> WireError | None:
+        if not known:
+            return WireError(
+                401,
+                "a valid key is needed: `Authorization: Bearer <key>`",
+                "authentication_error",
+                "invalid_api_key",
+                headers={"www-authenticate": "Bearer"},
+            )
         headers = Headers(scope=scope)
-        if self._key is not None and scope["path"] not in OPEN_PATHS:
-            kind, _, key = headers.get("authorization", "").partition(" ")
-            # Headers are latin-1; compared in constant time, so that timing tells no prefix.
-            given = key.strip().encode("latin-1")
-            if kind.lower() != "bearer" or not hmac.compare_digest(given, self._key):
-                return WireError(
-                    401,
-                    "a valid key is needed: `Authorization: Bearer <key>`",
-                    "authentication_error",
-                    "invalid_api_key",
-                    headers={"www-authenticate": "Bearer"},
-                )
         length = headers.get("content-length", "")
         # Beyond any limit; and int() itself refuses very long numbers.
         limit = self._limit(scope)

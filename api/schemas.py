@@ -117,10 +117,12 @@ class ComposerField(Body):
 
 @dataclass(frozen=True, slots=True)
 class Caller:
-    """What the headers say of who asks. `id` is a digest; `session` the conversation's name."""
+    """What the headers say of who asks. `id` is a digest; `session` the conversation's name; `key`
+    that of the caller's key."""
 
     id: str = ""
     session: str | None = None
+    key: str = ""
 
 
 NOBODY = Caller()
@@ -204,6 +206,7 @@ class Generation(Ignored, Parameters):
             explore=ours.explore,
             session=ours.session or caller.session,
             caller="/".join((caller.id, self.safety_identifier or self.user or "")),
+            key=caller.key,
             **rest,
         )
 

@@ -209,6 +209,7 @@ async def build_generation(
         for server in catalog.servers.values()
         if (variable := getattr(server.settings, "api_key_env", None)) is not None
     )
+    keys.hide(key.variable for key in catalog.keys.values())
     making_ways = asyncio.create_task(build_ways(catalog, embedder))  # beside the engines
     try:
         for server in catalog.servers.values():

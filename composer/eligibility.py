@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import get_args
 
 import numpy as np
 
 from composer.errors import ContextTooLong, RequestError, Unsupported
-from composer.types import Ability, BoolArray, Expert, FloatArray, Request
+from composer.types import Ability, BoolArray, Catalog, Expert, FloatArray, Request
 
 MOST_CHARS_PER_TOKEN = 16
 """Text that averages more than this is not seen outside of long repeats."""
@@ -64,7 +64,8 @@ class Eligibility:
                 mask[self.position[expert]] = False
         if not mask.any():
             raise Unsupported(
-                "every expert of this policy is excluded; exclude fewer",
+                "every expert of this policy is excluded, by the request or by its key; exclude "
+                "fewer, or ask another policy",
                 param="composer.exclude",
             )
         for ability in sorted(request.needs):
@@ -107,6 +108,26 @@ def check_exclude(exclude: frozenset[str], experts: Mapping[str, Expert]) -> Non
             f"there is no expert {expert!r} to exclude; GET /v1/experts lists them",
             param="composer.exclude",
         )
+
+
+def restricted(request: Request, catalog: Catalog) -> Request:
+    """The request, which excludes whom its key excludes, too. Raises Unsupported where the very
+    model that it names is one of these, or where its key is there no more: whom that excluded is
+    not known then, so nobody may answer."""
+    if not request.key:
+        return request
+    key = catalog.keys.get(request.key)
+    if key is None:
+        raise Unsupported(
+            f"the key {request.key!r} is no longer known here; send the request with one that is"
+        )
+    if request.model in key.exclude:
+        raise Unsupported(
+            f"{request.model!r} does not answer requests with the key {key.id!r}; ask another "
+            "model, or send another key",
+            param="model",
+        )
+    return replace(request, exclude=request.exclude | key.exclude)
 
 
 _FIELD: Mapping[Ability, str] = {

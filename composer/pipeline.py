@@ -18,7 +18,7 @@ from typing import Any, Literal
 import numpy as np
 
 from composer.calling import CallRun, call_of
-from composer.eligibility import check_exclude
+from composer.eligibility import check_exclude, restricted
 from composer.errors import ComposerError, UnknownModel, Unsupported
 from composer.generations import Generation, Generations, Hold, Way
 from composer.routing import conversation
@@ -194,6 +194,7 @@ async def decide(
     its weights are loaded; `answered_last` are its session's experts. Raises RequestError when no
     plan is possible."""
     check_exclude(request.exclude, generation.catalog.experts)
+    request = restricted(request, generation.catalog)
     check_parameters(request, way.policy)
     way.strategy.check(request)
     eligible = way.eligibility.mask(request)

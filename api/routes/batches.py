@@ -8,7 +8,7 @@ from fastapi import Query
 from starlette.responses import Response
 
 from api.batching import BatchBody, BatchesDep
-from api.deps import make_router
+from api.deps import CallerDep, make_router
 from api.responses import Json
 from composer.batch.files import page
 
@@ -16,10 +16,13 @@ router = make_router()
 
 
 @router.post("/v1/batches")
-async def create(body: BatchBody, batches: BatchesDep) -> Response:
+async def create(body: BatchBody, batches: BatchesDep, caller: CallerDep) -> Response:
     """Begin a batch. Its input is checked next; what is wrong in it is told by `errors`."""
     batch = await batches.create(
-        input_file_id=body.input_file_id, endpoint=body.endpoint, metadata=body.metadata
+        input_file_id=body.input_file_id,
+        endpoint=body.endpoint,
+        metadata=body.metadata,
+        key=caller.key,
     )
     return Json(batch.body)
 

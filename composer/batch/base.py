@@ -15,12 +15,14 @@ from composer.types import Request
 
 @dataclass(frozen=True, slots=True)
 class Line:
-    """One request of an input file, `index` counting its requests from 0."""
+    """One request of an input file, `index` counting its requests from 0; `key` names the key of
+    the caller whose it is."""
 
     index: int
     custom_id: str
     url: str
     body: Mapping[str, Any]
+    key: str = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -85,7 +85,12 @@ class Batches:
     # --- for callers ---------------------------------------------------------------------
 
     async def create(
-        self, *, input_file_id: str, endpoint: str, metadata: dict[str, str] | None
+        self,
+        *,
+        input_file_id: str,
+        endpoint: str,
+        metadata: dict[str, str] | None,
+        key: str = "",
     ) -> Batch:
         """Raises NotFound for an unknown file, Conflict for one that is no input, StoreError."""
         if (await asyncio.to_thread(self._files.get, input_file_id)).purpose != "batch":
@@ -101,6 +106,7 @@ class Batches:
             created_ns=now,
             expires_at=now // 10**9 + WINDOW_S,
             metadata=metadata,
+            key=key,
         )
         source = await asyncio.to_thread(self._files.content, input_file_id)
         await to_end(lambda: self._store.add(batch, source))
@@ -220,8 +226,10 @@ class Batches:
         return True
 
     async def _run(self, job: _Job) -> None:
-        id_, endpoint = job.batch.id, job.batch.endpoint
-        lines = await to_end(lambda: Lines(self._store.input(id_), {endpoint}), undo=Lines.close)
+        id_, endpoint, key = job.batch.id, job.batch.endpoint, job.batch.key
+        lines = await to_end(
+            lambda: Lines(self._store.input(id_), {endpoint}, key=key), undo=Lines.close
+        )
         try:
             answers = await to_end(
                 lambda: Answers(self._store.answers(id_), digest=lines.digest, lines=len(lines)),

@@ -75,10 +75,10 @@ class Lines:
     noticed at the next read.
     """
 
-    def __init__(self, path: Path, endpoints: Collection[str]) -> None:
-        """Reads the whole file, so it blocks. Raises InvalidBatch with every problem found, and
-        RequestError for a file that cannot be read."""
-        self._path = path
+    def __init__(self, path: Path, endpoints: Collection[str], *, key: str = "") -> None:
+        """Reads the whole file, so it blocks. `key` is that of every line. Raises
+        InvalidBatch with every problem found, and RequestError for a file that cannot be read."""
+        self._path, self._key = path, key
         self._at, self._sizes = array("q"), array("q")
         self._numbers = array("l")
         self._hashes = array("Q")
@@ -112,7 +112,7 @@ class Lines:
                 "or begin anew"
             )
         parsed = orjson.loads(raw)
-        return Line(index, parsed["custom_id"], parsed["url"], parsed["body"])
+        return Line(index, parsed["custom_id"], parsed["url"], parsed["body"], self._key)
 
     def custom_ids(self) -> Iterator[str]:
         return (self[index].custom_id for index in range(len(self)))

@@ -41,7 +41,8 @@ UNANSWERED: Mapping[Ending, tuple[str, str]] = {
 
 @dataclass(slots=True)
 class Batch:
-    """Times are in Unix seconds, `created_ns` in nanoseconds."""
+    """Times are in Unix seconds, `created_ns` in nanoseconds. `key` names the key that it was made
+    with: whom that excludes answers none of its lines."""
 
     id: str
     endpoint: str
@@ -57,6 +58,7 @@ class Batch:
     total: int = 0
     completed: int = 0
     failed: int = 0
+    key: str = ""
 
     def become(self, status: Status, at: float | None = None) -> None:
         """`at` is when, if not now; the first time counts."""

@@ -22,19 +22,20 @@ from composer.registry.devices import make_devices
 from composer.registry.experts import prepare
 from composer.registry.families import Families
 from composer.registry.gather import gather
+from composer.registry.keys import make_keys
 from composer.registry.policies import make_policies
 from composer.registry.servers import KnownServer, make_servers
 from composer.registry.source import Document, parse_yaml
 from composer.registry.specs import FileSpec
 from composer.registry.stamps import Stamp, Stamps, stamp
-from composer.types import Catalog, Component, Device, Expert, Policy
+from composer.types import ApiKey, Catalog, Component, Device, Expert, Policy
 
 _CACHE = FileCache()
 """Shared by all loads of a process: its keys are the files' own stamps, so it holds no state
 that another load could notice."""
 
 
-_OTHER_KEYS = {"version", "devices", "servers", "policies", "default_policy"}
+_OTHER_KEYS = {"version", "devices", "servers", "policies", "keys", "default_policy"}
 """Top-level keys that are wrong without any expert being lost by it."""
 
 
@@ -138,18 +139,20 @@ def _make_catalog(
     entries = gather(context, file.experts, file.adapters_from, runtime, names)
     prepared = prepare(context, entries, servers, names)
     policies = make_policies(context, file.policies, prepared)
+    keys = make_keys(context, file.keys, [entry.id for entry in entries])
     _check_whole(context, file, [entry.id for entry in entries])
     if context.problems or context.of_runtime:
         return None
     experts = {result.entry.id: result.expert for result in prepared if result.expert is not None}
     return Catalog(
         version=version,
-        digest=_digest(devices, servers, experts, policies, file.default_policy),
+        digest=_digest(devices, servers, experts, policies, keys, file.default_policy),
         servers=MappingProxyType({id_: known.server for id_, known in servers.items()}),
         experts=MappingProxyType(experts),
         policies=MappingProxyType(policies),
         default_policy=file.default_policy,
         devices=MappingProxyType(devices),
+        keys=MappingProxyType(keys),
     )
 
 
@@ -174,6 +177,7 @@ class _Shell:
     experts: Mapping[str, Any]
     adapters_from: object
     policies: Mapping[str, Any]
+    keys: Mapping[str, Any]
     default_policy: str
 
 
@@ -199,6 +203,7 @@ def _shell(document: Document) -> tuple[_Shell, list[Problem]]:
         experts=mapping("experts"),
         adapters_from=block.data.get("adapters_from"),
         policies=mapping("policies"),
+        keys=mapping("keys"),
         default_policy=default if isinstance(default, str) else "",
     ), problems
 
@@ -236,11 +241,13 @@ def _digest(
     servers: Mapping[str, KnownServer],
     experts: Mapping[str, Expert],
     policies: Mapping[str, Policy],
+    keys: Mapping[str, ApiKey],
     default_policy: str,
 ) -> str:
     """`sha256:…` over what is served, equal on every machine for equal content: adapters count
-    by their digest, servers by their settings as written, paths as servers see them likewise. A
-    base model counts by its name, so replacing its weights in place needs a restart."""
+    by their digest, servers by their settings as written, paths as servers see them likewise; a
+    caller's key counts by whom it excludes. A base model counts by its name, so replacing its
+    weights in place needs a restart."""
     content = {
         "devices": {id_: device.memory_gb for id_, device in devices.items()},
         "servers": {
@@ -253,6 +260,7 @@ def _digest(
         },
         "experts": {id_: _expert_content(expert) for id_, expert in experts.items()},
         "policies": {id_: _policy_content(policy) for id_, policy in policies.items()},
+        "keys": {id_: sorted(key.exclude) for id_, key in keys.items()},
         "default_policy": default_policy,
     }
     text = json.dumps(content, sort_keys=True, ensure_ascii=True, separators=(",", ":"))

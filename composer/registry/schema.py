@@ -16,6 +16,7 @@ from composer.registry.specs import (
     ExpertSpec,
     FileSpec,
     Id,
+    KeySpec,
     PlacementSpec,
     PolicySpec,
     Text,
@@ -47,6 +48,7 @@ def registry_json_schema(families: Families) -> dict[str, Any]:
         experts=dict[Id, ExpertSpec],
         adapters_from=Text | list[Text | AdaptersFrom],
         policies=dict[Id, policy],  # type: ignore[valid-type]
+        keys=dict[Id, KeySpec],
     )
     schema = file.model_json_schema()
     for keyed in (
@@ -54,6 +56,7 @@ def registry_json_schema(families: Families) -> dict[str, Any]:
         "servers",
         "experts",
         "policies",
+        "keys",
     ):  # by id: another kind of key is a mistake
         schema["properties"][keyed]["additionalProperties"] = False
     return {"$schema": DIALECT, **schema}

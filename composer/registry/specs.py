@@ -22,6 +22,7 @@ from composer.types import Ability
 ID = r"^[a-z0-9][a-z0-9._/-]{0,63}$"
 DIGEST = r"^sha256:[0-9a-f]{64}$"
 SERVER_PATH = r"^/"
+VARIABLE = r"^[A-Za-z_][A-Za-z0-9_]*$"
 PARAMETER = r"^\+?[a-z][a-z0-9_]{0,63}$"
 
 Id = Annotated[str, Field(pattern=ID)]
@@ -42,6 +43,16 @@ class HubAdapter(Spec):
         description="Commit hash, tag or branch; a commit hash stays the same and is not asked "
         "for again.",
     )
+
+
+class KeySpec(Spec):
+    """A caller's own key. Whoever sends it gets no answer from the experts excluded here."""
+
+    key_env: str = Field(
+        pattern=VARIABLE,
+        description="The environment variable that holds the key: it never stands in this file.",
+    )
+    exclude: tuple[Text, ...] = Field((), description="Ids of experts that must not answer.")
 
 
 class DeviceSpec(Spec):
@@ -305,4 +316,9 @@ class FileSpec(Spec):
     experts: dict[str, Any] = Field(default_factory=dict, description="Experts by id.")
     adapters_from: Any = Field((), description="Folders of adapters, each with its card.")
     policies: dict[str, Any] = Field(description="Named ways of answering, by id.")
+    keys: dict[str, Any] = Field(
+        default_factory=dict,
+        description="Callers' keys by name, beside COMPOSER_API_KEY. Where there is any key, "
+        "requests need one.",
+    )
     default_policy: Id = Field("auto", description="The policy for requests that name none.")

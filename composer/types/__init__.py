@@ -18,6 +18,7 @@ from composer.types.answer import (
 from composer.types.catalog import (
     SAFE_PARAMETERS,
     Adapter,
+    ApiKey,
     Catalog,
     Component,
     Cost,
@@ -43,6 +44,7 @@ __all__ = [
     "SAFE_PARAMETERS",
     "Ability",
     "Adapter",
+    "ApiKey",
     "Ask",
     "BoolArray",
     "Call",

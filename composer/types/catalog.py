@@ -3,6 +3,8 @@ no request."""
 
 from __future__ import annotations
 
+import hashlib
+import hmac
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -194,6 +196,23 @@ class Policy:
 
 
 @dataclass(frozen=True, slots=True)
+class ApiKey:
+    """A caller's key with a name, and the experts that must not answer its requests. The key itself
+    stands in the environment `variable`; `digest` is its sha256, None while that is not set."""
+
+    id: str
+    variable: str
+    digest: bytes | None
+    exclude: frozenset[str]
+
+    def opens(self, given: bytes) -> bool:
+        """Whether this is the key. In constant time."""
+        if self.digest is None:
+            return False
+        return hmac.compare_digest(hashlib.sha256(given).digest(), self.digest)
+
+
+@dataclass(frozen=True, slots=True)
 class Catalog:
     """One frozen snapshot. `version` counts up by one per snapshot within a process;
     `digest` is equal for equal content across processes."""
@@ -205,3 +224,4 @@ class Catalog:
     policies: Mapping[str, Policy]
     default_policy: str = "auto"
     devices: Mapping[str, Device] = field(default_factory=empty)
+    keys: Mapping[str, ApiKey] = field(default_factory=empty)

@@ -55,8 +55,8 @@ class Request:
     `parameters` names those of them that are beyond OpenAI's core. `max_wait_s` is the caller's
     own bound on the wait for a lease; it can only tighten the policy's. `quality` and `max_cost`
     (at most one) take the place of the policy's aim. `session` is the caller's own name for the
-    conversation; `caller` tells callers apart, and is no secret. `explore` False: no expert is
-    tried out on it.
+    conversation; `caller` tells callers apart, and is no secret; `key` names the caller's key among
+    the catalog's, "" for one without a name. `explore` False: no expert is tried out on it.
     """
 
     id: str
@@ -76,6 +76,7 @@ class Request:
     explore: bool = True
     session: str | None = None
     caller: str = ""
+    key: str = ""
 
     @property
     def text(self) -> str:

@@ -29,6 +29,7 @@ from composer.strategies.vote import Vote, VoteSettings
 from composer.types import (
     SAFE_PARAMETERS,
     Adapter,
+    ApiKey,
     BoolArray,
     Call,
     Catalog,
@@ -289,6 +290,7 @@ class World:
         self.engine.capacity = capacity
         self.experts = experts
         self.allowed: frozenset[str] | None = None
+        self.keys: tuple[ApiKey, ...] = ()
         self.scheduler = make_scheduler(settings)
         self.store = FakeStore()
         self.recorder = FakeRecorder()
@@ -326,6 +328,7 @@ class World:
             servers={"box": Server("box", "fake", FakeSettings())},
             experts=experts,
             policies=policies(list(experts), self.allowed),
+            keys={key.id: key for key in self.keys},
         )
         return Loaded(catalog, {})
 

@@ -597,10 +597,10 @@ async def test_a_cancel_while_a_wrong_input_is_read_is_done(
     """What is wrong with the input is told all the same."""
     reading, go_on = threading.Event(), threading.Event()
 
-    def slowly(*given: Any) -> Lines:
+    def slowly(*given: Any, **named: Any) -> Lines:
         reading.set()
         assert go_on.wait(WAIT_S)
-        return Lines(*given)
+        return Lines(*given, **named)
 
     monkeypatch.setattr(jobs, "Lines", slowly)
     slowly.close = Lines.close  # type: ignore[attr-defined]
