@@ -12,7 +12,7 @@ import numpy.typing as npt
 
 from composer.routing.artefact import EmbedderStamp
 from composer.routing.families import FAMILIES
-from composer.routing.family import decided
+from composer.routing.family import decided, predicted
 from composer.routing.learned import Scored
 from composer.routing.outcomes import Outcomes
 from composer.routing.views import Encode
@@ -24,6 +24,7 @@ from router_training.intervals import Difference, Interval, Verdict, paired, ver
 from router_training.measures import earned
 from router_training.progress import Progress, silent
 from router_training.scorecard import Yardstick, baseline_cards
+from router_training.suited import suited
 from router_training.train import Workshop, same_experts
 
 BAR = "tuned kNN"
@@ -87,7 +88,9 @@ def compare(
     seed: int = 0,
     progress: Progress = silent,
 ) -> Comparison:
-    """Questions of `dev` without an outcome are left out. Raises TrainingError."""
+    """Questions of `dev` without an outcome are left out, and so are families that are not for this
+    kind of table. Raises TrainingError."""
+    families, _ = suited(train, families)
     dev = same_experts(dev, train.experts)
     dev = dev.rows(np.asarray(dev.known.any(axis=1), np.bool_))
     wanted = list(dict.fromkeys(["neighbours", *families]))
@@ -97,11 +100,13 @@ def compare(
     methods = []
     for family in families:
         model = workshop.model(workshop.choose(family), embedder)
-        raw = model.family.predict(features)
-        quality, uncertainty = model.calibration.quality(raw)
+        said = predicted(model.family, features)
+        quality, uncertainty = model.calibration.quality(said.quality, said.signs)
         told = workshop.card(model, dev, Scored(quality, uncertainty, cost))
         chosen = workshop.choose(family)
-        methods.append(_method(family, chosen, raw, quality, cost, dev, workshop.yardstick, told))
+        methods.append(
+            _method(family, chosen, said.quality, quality, cost, dev, workshop.yardstick, told)
+        )
     bar = workshop.choose("neighbours", calibrated=False)
     raw = workshop.fit(bar).predict(features)
     told = {"dev": workshop.judge(raw, cost, dev), "dev_promises": None}

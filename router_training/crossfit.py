@@ -13,7 +13,7 @@ from pydantic import BaseModel
 
 from composer.routing.families import FAMILIES
 from composer.routing.families.blend import Blend, BlendSettings, Member
-from composer.routing.family import Family, decided
+from composer.routing.family import Family, Predicted, decided, predicted
 from composer.routing.outcome_calibration import OutcomeCalibration
 from composer.routing.outcomes import IntArray, Outcomes
 from composer.routing.reading import read
@@ -25,6 +25,7 @@ from router_training.groups import groups_of
 from router_training.measures import earned
 from router_training.progress import Progress, silent
 from router_training.split import folds, parts
+from router_training.suited import grid_of
 
 FOLDS = 5
 
@@ -88,7 +89,8 @@ class Trial:
 @dataclass(frozen=True, slots=True, eq=False)
 class Chosen:
     """A family with the settings chosen for it. `raw` (n, E) are its out-of-fold predictions,
-    `quality` the same calibrated on the other folds, `values` (n,) what these decide."""
+    `quality` the same calibrated on the other folds, `values` (n,) what these decide; `signs`
+    (n, J), where the family has such, of whether a question is anybody's."""
 
     family: str
     settings: BaseModel
@@ -97,6 +99,7 @@ class Chosen:
     values: Float64
     trials: tuple[Trial, ...]
     members: tuple[Chosen, ...] = ()
+    signs: FloatArray | None = None
 
 
 class CrossFit:
@@ -120,7 +123,7 @@ class CrossFit:
         """`fold` (n,) as `folds_by_stem` makes it. Every question has a known outcome."""
         self.features, self.outcomes, self.fold = features, outcomes, fold
         self._criterion, self._seed, self._progress = criterion, seed, progress
-        self._raw: dict[str, FloatArray] = {}
+        self._apart: dict[str, list[Predicted]] = {}
         self._chosen: dict[tuple[str, bool], Chosen] = {}
         self._fitted: dict[str, Family] = {}
 
@@ -135,9 +138,9 @@ class CrossFit:
             if kind is Blend:
                 self._chosen[key] = self._stacked(calibrated)
             else:
-                grid = list(kind.grid())
-                if family not in self._raw:
-                    self._raw[family] = out_of_fold(
+                grid = list(grid_of(kind, self.outcomes))
+                if family not in self._apart:
+                    self._apart[family] = out_of_fold(
                         kind,
                         grid,
                         self.features,
@@ -146,7 +149,7 @@ class CrossFit:
                         self._seed,
                         self._progress,
                     )
-                self._chosen[key] = self._best(family, grid, self._raw[family], calibrated)
+                self._chosen[key] = self._best(family, grid, self._apart[family], calibrated)
         return self._chosen[key]
 
     def fit(self, chosen: Chosen) -> Family:
@@ -169,12 +172,12 @@ class CrossFit:
         return self._fitted[key]
 
     def _best(
-        self, family: str, grid: Sequence[BaseModel], raw: FloatArray, calibrated: bool
+        self, family: str, grid: Sequence[BaseModel], apart: Sequence[Predicted], calibrated: bool
     ) -> Chosen:
-        """`raw` (S, n, E) for the S settings of the grid."""
-        quality = list(raw)
+        """`apart` (S,): what was said with each of the settings of the grid."""
+        quality = [one.quality for one in apart]
         if calibrated:
-            quality = [calibrated_apart(one, self.outcomes, self.fold) for one in raw]
+            quality = [calibrated_apart(one, self.outcomes, self.fold) for one in apart]
         values = np.stack([self._criterion.values(q, self.outcomes) for q in quality])  # (S, n)
         best = int(values.mean(axis=1).argmax())
         trials = []
@@ -185,7 +188,13 @@ class CrossFit:
         # The best one is behind itself by 0 ± 0, so there always is one.
         number = next(i for i, t in enumerate(trials) if t.behind <= t.error)
         return Chosen(
-            family, grid[number], raw[number], quality[number], values[number], tuple(trials)
+            family,
+            grid[number],
+            apart[number].quality,
+            quality[number],
+            values[number],
+            tuple(trials),
+            signs=apart[number].signs,
         )
 
     def _stacked(self, calibrated: bool) -> Chosen:
@@ -195,7 +204,7 @@ class CrossFit:
         every fold takes six times as long: on mix10's training part that gave 75.2 % and a Brier
         score of .1519, this 75.8 and .1522."""
         grid: list[BlendSettings] = []
-        raw: list[FloatArray] = []
+        blended: list[Predicted] = []
         members: list[tuple[Chosen, ...]] = []
         for tried in Blend.grid():
             own = tuple(self.choose(m.family, calibrated=calibrated) for m in tried.members)
@@ -209,9 +218,9 @@ class CrossFit:
                 weights = Blend.of([], apart[:, seen], self.outcomes.rows(seen), settings)
                 said[held] = weights.weighed(apart[:, held])
             grid.append(settings)
-            raw.append(said)
+            blended.append(Predicted(said, None))
             members.append(own)
-        best = self._best(Blend.name, grid, np.stack(raw), calibrated)
+        best = self._best(Blend.name, grid, blended, calibrated)
         return replace(best, members=members[grid.index(cast(BlendSettings, best.settings))])
 
 
@@ -258,10 +267,11 @@ def out_of_fold(
     fold: IntArray,
     seed: int,
     progress: Progress = silent,
-) -> FloatArray:
-    """(S, n, E) for S settings: what is said of each question by a fit on the other folds. An
-    expert that was asked nothing there is given the mean of the others."""
+) -> list[Predicted]:
+    """(S,) for S settings: what is said of each question by a fit on the other folds. An expert
+    that was asked nothing there is given the mean of the others."""
     out = np.empty((len(grid), *outcomes.quality.shape), np.float32)
+    signs: list[FloatArray | None] = [None] * len(grid)
     label, step = f"{kind.name}: {len(grid)} settings", 0
     batches = [list(grid)] if hasattr(kind, "fit_all") else [[one] for one in grid]
     total = len(np.unique(fold)) * len(batches)
@@ -275,27 +285,39 @@ def out_of_fold(
         done = 0
         for batch in batches:
             for fitted in fit_all(kind, part, some, batch, seed):
-                out[done][np.ix_(held, asked)] = fitted.predict(rest)
+                said = predicted(fitted, rest)
+                out[done][np.ix_(held, asked)] = said.quality
+                if said.signs is not None:
+                    own = signs[done]
+                    if own is None:
+                        own = np.full((len(outcomes), said.signs.shape[1]), np.nan, np.float32)
+                    own[held], signs[done] = said.signs, own
                 done += 1
             step += 1
             progress(label, step, total)
-    return out
+    # A fold with too few questions that are nobody's has no signs, and so has none of them.
+    whole = [None if own is None or np.isnan(own).any() else own for own in signs]
+    return [Predicted(*both) for both in zip(out, whole, strict=True)]
 
 
-def calibration_of(raw: FloatArray, outcomes: Outcomes) -> OutcomeCalibration:
+def calibration_of(
+    raw: FloatArray, outcomes: Outcomes, signs: FloatArray | None = None
+) -> OutcomeCalibration:
     """One map for all experts, from out-of-fold predictions: it leaves decisions alone. With a map
     for each expert the kernel decides worse on the training parts of zeroeval without o1-mini (83.8
     against 85.6 %), of its small pool (58.7, 59.1) and slightly better on mix10 (76.1, 75.8), and
     no Brier score is lower: families start from each expert's mean, and what is left to mend is
     mostly noise."""
-    return OutcomeCalibration.fit(raw, outcomes, shared=True)
+    return OutcomeCalibration.fit(raw, outcomes, shared=True, signs=signs)
 
 
-def calibrated_apart(raw: FloatArray, outcomes: Outcomes, fold: IntArray) -> FloatArray:
+def calibrated_apart(said: Predicted, outcomes: Outcomes, fold: IntArray) -> FloatArray:
     """(n, E) each fold calibrated on the others."""
-    out = np.empty_like(raw)
+    out = np.empty_like(said.quality)
     for seen, held in parts(fold):
-        out[held] = calibration_of(raw[seen], outcomes.rows(seen)).quality(raw[held])[0]
+        own, other = (None if said.signs is None else said.signs[rows] for rows in (seen, held))
+        fitted = calibration_of(said.quality[seen], outcomes.rows(seen), own)
+        out[held] = fitted.quality(said.quality[held], other)[0]
     return out
 
 

@@ -16,7 +16,7 @@ One question a row (wide), in CSV, JSON lines or parquet:
 or one outcome a row (long): `query`, `expert`, `score`, and of the above `cost`, `in_chars`,
 `out_chars`, `answer` without a model, and the rest as it is. Rows of one `query_id`, or without ids
 of one text, are one question; several outcomes of one expert on it are averaged. Other columns are
-left alone, with a note.
+left alone, with a note. A table of intents (`query`, `intent`) is read by `intents.py`.
 """
 
 from __future__ import annotations
@@ -35,6 +35,7 @@ from router_training.cells import listed
 from router_training.draft import Draft, from_long, from_wide, is_long, is_wide
 from router_training.errors import DataError
 from router_training.groups import groups_of
+from router_training.intents import from_intents, of_intents
 from router_training.pricing import prices_for
 from router_training.tables import Table, read_table
 
@@ -146,6 +147,8 @@ def load(
             draft = from_wide(table, price)
         elif is_long(table):
             draft = from_long(table, price)
+        elif of_intents(table):
+            return _intents(table, experts)
         else:
             raise _no_outcomes(table)
     return _dataset(table.file, draft, experts)
@@ -171,15 +174,23 @@ def _of_split(table: Table, split: str | None) -> Table:
 
 
 def _no_outcomes(table: Table) -> DataError:
-    if "intent" in table.columns:
-        remedy = "This is a table of intents: read it by `read_intents`."
-    else:
-        remedy = (
-            "Write columns `score|MODEL` for one question a row, or `expert` and `score` for one "
-            "outcome a row."
-        )
+    remedy = (
+        "Write columns `score|MODEL` for one question a row, `expert` and `score` for one outcome "
+        "a row, or `query` and `intent` where experts are intents."
+    )
     return DataError.of(
         table.file, f"there are no scores among the columns {listed(list(table.columns))}", remedy
+    )
+
+
+def _intents(table: Table, experts: Sequence[str] | None) -> Dataset:
+    outcomes = from_intents(table, experts=experts)
+    ids = table.columns.get("query_id", outcomes.text)
+    nothing = np.zeros(len(table), np.bool_)
+    outside = int((~outcomes.in_scope).sum())
+    notes = (f"{outside} questions are out of scope",) if outside else ()
+    return Dataset(
+        outcomes, None, tuple("" if id is None else str(id) for id in ids), nothing, notes
     )
 
 

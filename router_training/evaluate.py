@@ -38,6 +38,7 @@ MEASURES = (
     "brier_base_rate",
     "ece",
     "budget_acc",
+    "scope",
 )
 
 TIMED = 100
@@ -136,7 +137,12 @@ def evaluate(
         scored = model.score(outcomes.text, embedder.encode)
         cost = None if scored.cost is None else scored.cost[:, columns]
         card = scorecard(
-            outcomes, yardstick, scored.quality[:, columns], expected_cost=cost, seed=seed
+            outcomes,
+            yardstick,
+            scored.quality[:, columns],
+            expected_cost=cost,
+            threshold=model.manifest.metrics.get("threshold"),
+            seed=seed,
         )
         latency = timed(model, outcomes.text, encode_anew or embedder.encode)
         judged.append(Judged(folder.resolve().name, model.manifest.family, card, latency))

@@ -12,7 +12,7 @@ from composer.routing.outcomes import Outcomes
 from router_training.cells import texts
 from router_training.errors import DataError, Problems
 from router_training.groups import groups_of
-from router_training.tables import name_of, read_table
+from router_training.tables import Table, name_of, read_table
 
 OUT_OF_SCOPE = "oos"
 
@@ -27,7 +27,18 @@ def read_intents(
     the training part; without it the file's own, by name. Dense: 150 intents of 15,000 queries
     are 9 MB. Raises DataError.
     """
-    table = read_table(Path(path))
+    return from_intents(read_table(Path(path)), experts=experts, out_of_scope=out_of_scope)
+
+
+def of_intents(table: Table) -> bool:
+    """Whether a table is one of intents."""
+    return {"query", "intent"} <= table.columns.keys()
+
+
+def from_intents(
+    table: Table, *, experts: Sequence[str] | None = None, out_of_scope: str = OUT_OF_SCOPE
+) -> Outcomes:
+    """As `read_intents`, of a table that is read."""
     lacking = [name for name in ("query", "intent") if name not in table.columns]
     if lacking:
         raise DataError.of(
@@ -62,6 +73,6 @@ def read_intents(
         quality=quality,
         cost=np.full_like(quality, np.nan),
         category=tuple(domains),
-        benchmark=(name_of(Path(path)),) * len(table),
+        benchmark=(name_of(Path(table.file)),) * len(table),
         group=groups_of(queries, [None] * len(table)),
     )

@@ -16,6 +16,7 @@ from router_training import baselines as base
 from router_training import measures
 from router_training.curves import aiq, budget_acc, operating_points, pair
 from router_training.intervals import paired
+from router_training.rejection import scope_card
 
 COVERAGE = 0.8
 
@@ -46,11 +47,13 @@ def scorecard(
     predicted: npt.NDArray[np.floating],
     *,
     expected_cost: npt.NDArray[np.floating] | None = None,
+    threshold: float | None = None,
     seed: int = 0,
 ) -> dict[str, Any]:
     """`predicted` (n, E) is calibrated quality; the best of it is chosen, of the experts with a
     known outcome. `expected_cost` (n, E), US dollars, is what a router thinks an answer will cost;
-    without it there are no budgets. Questions without a known outcome are left out.
+    without it there are no budgets. Below `threshold` a question counts as turned away in `scope`
+    (see `scope_card`), and nowhere else. Questions without a known outcome are left out.
 
     Plain values for JSON. None: a score, length or price is missing, or the measure means nothing
     here (`apgr` and `cpt` are of pools of two).
@@ -84,6 +87,7 @@ def scorecard(
         "brier_base_rate": measures.brier(yardstick.rates, outcomes),
         "ece": measures.ece(predicted, outcomes),
         "acc_at_80_coverage": measures.selective(quality, confidence, COVERAGE),
+        "scope": scope_card(outcomes, confidence, chosen, threshold, seed=seed),
     }
 
 

@@ -13,7 +13,7 @@ from composer.routing.artefact import DataStamp, EmbedderStamp, ExpertStamp, Man
 from composer.routing.costs import VIEWS as COST_VIEWS
 from composer.routing.costs import CostModel
 from composer.routing.families import FAMILIES
-from composer.routing.family import Family
+from composer.routing.family import Family, decided
 from composer.routing.learned import LearnedModel, Scored
 from composer.routing.outcomes import Outcomes
 from composer.routing.views import Encode, View, Views, rows_of
@@ -33,10 +33,12 @@ from router_training.crossfit import (
 from router_training.errors import TrainingError
 from router_training.intervals import paired
 from router_training.knob import curve_of, kept_promises
-from router_training.measures import brier
+from router_training.measures import brier, earned
 from router_training.progress import Progress, silent
+from router_training.rejection import rejectable, threshold_of
 from router_training.scorecard import Yardstick, scorecard
 from router_training.split import parts
+from router_training.suited import grid_of, suited
 from router_training.yardsticks import yardstick_values
 
 BEST = "best"
@@ -62,9 +64,11 @@ def train(
     quality there is. The manifest's metrics tell what was chosen and why, and what it reached.
     Raises TrainingError.
     """
-    families = list(FAMILIES) if router == BEST else [router]
+    families, left = suited(outcomes, list(FAMILIES)) if router == BEST else ([router], {})
     workshop = Workshop(outcomes, families, encode, budgets=budgets, seed=seed, progress=progress)
     chosen, choice = workshop.best(families) if router == BEST else (workshop.choose(router), None)
+    if choice is not None:
+        choice = {**choice, "left_out": left}
     model = workshop.model(chosen, embedder, source=source, choice=choice)
     if dev is not None:
         judged = workshop.judged(model, same_experts(dev, outcomes.experts), encode)
@@ -96,7 +100,8 @@ class Workshop:
         self.yardstick = Yardstick.fit(self.outcomes)
         names: set[View] = set(COST_VIEWS) if self.outcomes.priced else set()
         for kind in kinds:
-            names |= {view for settings in kind.grid() for view in kind.views(settings)}
+            grid = grid_of(kind, self.outcomes)
+            names |= {view for settings in grid for view in kind.views(settings)}
         self.views = Views.fit(self.outcomes.text, names)
         self.features = self.views.transform(self.outcomes.text, encode)
         self.fold = folds_by_stem(self.outcomes, seed)
@@ -209,16 +214,18 @@ class Workshop:
             manifest,
             self.views.only(names),
             family,
-            calibration_of(chosen.raw, outcomes),
+            calibration_of(chosen.raw, outcomes, chosen.signs),
             self.costs,
         )
 
     def _metrics(self, chosen: Chosen, choice: Mapping[str, Any] | None) -> dict[str, Any]:
+        threshold = self._threshold(chosen)
         card = scorecard(
             self.outcomes,
             self.yardstick,
             chosen.quality,
             expected_cost=self.expected_cost,
+            threshold=threshold,
             seed=self.seed,
         )
         tried = [
@@ -234,10 +241,21 @@ class Workshop:
             "seed": self.seed,
             "budgets": list(self.budgets),
             "cross_fitted": card,
+            "threshold": threshold,
             "settings_tried": tried,
             "yardstick": yardstick_values(self.yardstick),
         }
         return metrics if choice is None else {**metrics, "choice": dict(choice)}
+
+    def _threshold(self, chosen: Chosen) -> float | None:
+        """On the best quality, below which a request is better turned away; None where the outcomes
+        have nothing to turn away."""
+        outcomes = self.outcomes
+        if not rejectable(outcomes):
+            return None
+        best = decided(chosen.quality, outcomes.known)
+        right = earned(outcomes.quality, best) == 1
+        return threshold_of(earned(chosen.quality, best), right, outcomes.in_scope)
 
     def judged(self, model: LearnedModel, dev: Outcomes, encode: Encode) -> dict[str, Any]:
         """What a model reaches on questions that decided nothing. Raises TrainingError."""
@@ -246,7 +264,8 @@ class Workshop:
 
     def card(self, model: LearnedModel, dev: Outcomes, scored: Scored) -> dict[str, Any]:
         """The same from what it said of them."""
-        card = self.judge(scored.quality, scored.cost, dev)
+        threshold = model.manifest.metrics["threshold"]
+        card = self.judge(scored.quality, scored.cost, dev, threshold=threshold)
         curve, promises = model.manifest.curve, None
         if curve is not None and scored.cost is not None:
             promises = kept_promises(
@@ -255,12 +274,22 @@ class Workshop:
         return {"dev": card, "dev_promises": promises}
 
     def judge(
-        self, quality: FloatArray, expected_cost: FloatArray | None, dev: Outcomes
+        self,
+        quality: FloatArray,
+        expected_cost: FloatArray | None,
+        dev: Outcomes,
+        *,
+        threshold: float | None = None,
     ) -> dict[str, Any]:
         """The scorecard of decisions by `quality` (n, E). Raises TrainingError."""
         try:
             return scorecard(
-                dev, self.yardstick, quality, expected_cost=expected_cost, seed=self.seed
+                dev,
+                self.yardstick,
+                quality,
+                expected_cost=expected_cost,
+                threshold=threshold,
+                seed=self.seed,
             )
         except ValueError as error:
             raise TrainingError(f"the questions to judge on: {error}") from error

@@ -4,12 +4,17 @@ A family is numbers only. What makes a router of it is the same for all: views o
 (`views.py`), calibration, the cost of an answer, the folder they are kept in (`artefact.py`), and
 `learned.py`, which serves any of them. Adding a family is its file and a line in
 `families/__init__.py`, over which the tests are parametrised.
+
+Three things more a family may have. `suits`, a set of `Kind`: what it is for, if not tables of
+outcomes alone. `grid_of_intents(outcomes)`: its grid for tables of intents. And, if it also sees
+whether a question is anybody's, `predict_with_signs`: as `predict`, and (n, J) signs or None.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, ClassVar, Protocol, Self
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal, Protocol, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -19,6 +24,9 @@ from composer.routing.outcomes import Outcomes
 from composer.routing.state import State as State
 from composer.routing.views import Features, View
 from composer.types import FloatArray, Tier
+
+Kind = Literal["outcomes", "intents"]
+"""A table's: any outcomes, or those where experts are intents (`Outcomes.of_intents`)."""
 
 
 class Family(Protocol):
@@ -56,6 +64,23 @@ class Family(Protocol):
     def restore(cls, state: State, settings: Any) -> Self:
         """The inverse of `state`: predicts the same to the last bit."""
         ...
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Predicted:
+    """`quality` (n, E) as `predict` says; `signs` (n, J) of whether a question is anybody's (see
+    `scope.py`), None from a family that has none."""
+
+    quality: FloatArray
+    signs: FloatArray | None
+
+
+def predicted(family: Family, features: Features) -> Predicted:
+    """All that a family says of these questions."""
+    together: Any = getattr(family, "predict_with_signs", None)
+    if together is None:
+        return Predicted(family.predict(features), None)
+    return Predicted(*together(features))
 
 
 def decided(quality: FloatArray, known: npt.NDArray[np.bool_]) -> npt.NDArray[np.intp]:

@@ -25,7 +25,7 @@ from composer.routing.base import Embedder, Exploration, Query, Scores
 from composer.routing.costs import CostModel
 from composer.routing.curve import Curve
 from composer.routing.families import FAMILIES
-from composer.routing.family import Family, State
+from composer.routing.family import Family, State, predicted
 from composer.routing.outcome_calibration import OutcomeCalibration
 from composer.routing.reading import Reading, read
 from composer.routing.views import Encode, Features, Views
@@ -151,7 +151,8 @@ class LearnedModel:
         return self.score_features(self.views.of(readings, encode))
 
     def score_features(self, features: Features) -> Scored:
-        quality, uncertainty = self.calibration.quality(self.family.predict(features))
+        said = predicted(self.family, features)
+        quality, uncertainty = self.calibration.quality(said.quality, said.signs)
         cost = None if self.costs is None else self.costs.predict(features)
         return Scored(quality, uncertainty, cost)
 

@@ -47,6 +47,21 @@ class Outcomes:
         """Whether every known outcome has its cost, so that budgets mean something."""
         return bool(self.known.any()) and not bool(np.isnan(self.cost[self.known]).any())
 
+    @property
+    def of_intents(self) -> bool:
+        """Whether every question is one expert's alone or nobody's, as where experts are intents:
+        all outcomes are known and 0 or 1, at most one of a question is 1, and most have one."""
+        right = self.quality == 1
+        if not bool((right | (self.quality == 0)).all()):
+            return False
+        owners = right.sum(axis=1)
+        return bool(owners.max(initial=0) == 1 and owners.mean() > 0.5 and len(self.experts) > 1)
+
+    @property
+    def in_scope(self) -> npt.NDArray[np.bool_]:
+        """(n,) whether somebody was right."""
+        return np.asarray((np.nan_to_num(self.quality) > 0).any(axis=1), np.bool_)
+
     def rows(self, chosen: npt.NDArray[np.integer] | npt.NDArray[np.bool_]) -> Outcomes:
         """Some of the questions, by number or mask."""
         numbers = np.arange(len(self))[chosen]

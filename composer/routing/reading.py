@@ -155,3 +155,21 @@ def words_of(text: str) -> list[str]:
         for token in _TOKEN.findall(text[:MAX_CHARS].lower())
     ]
     return single + [f"{a} {b}" for a, b in pairwise(single)]
+
+
+PIECES = range(2, 6)
+MAX_PIECED = 2_000
+"""Characters of a text that are cut into pieces: there are four times as many."""
+
+
+def pieces_of(text: str) -> list[str]:
+    """Pieces of 2 to 5 characters of each word in lower case, a space at either end of it: what
+    wordings have in common whose words differ by an ending or a slip."""
+    pieces: list[str] = []
+    for word in text[:MAX_PIECED].lower().split():
+        padded = f" {word} "
+        for size in PIECES:
+            pieces += [padded[i : i + size] for i in range(max(1, len(padded) - size + 1))]
+            if size >= len(padded):  # the word is one piece, and so it would be again
+                break
+    return pieces

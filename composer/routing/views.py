@@ -1,5 +1,5 @@
-"""Several ways to look at a query, as features: embedding, question without options, words, format.
-Knows no outcome: nothing here is fitted on labels."""
+"""Several ways to look at a query, as features: embedding, question without options, words, pieces
+of words, format. Knows no outcome: nothing here is fitted on labels."""
 
 from __future__ import annotations
 
@@ -11,25 +11,31 @@ import numpy as np
 import numpy.typing as npt
 from sklearn.feature_extraction.text import TfidfVectorizer
 
-from composer.routing.reading import FORMAT, Reading, measured, read, words_of
+from composer.routing.reading import FORMAT, Reading, measured, pieces_of, read, words_of
 from composer.routing.state import State, joined_lines, split_lines
 from composer.types import FloatArray
 
-View = Literal["embedding", "stem", "words", "format"]
+View = Literal["embedding", "stem", "words", "chars", "format"]
 """`embedding` (n, d): the query's unit vector. `stem` (n, d): that of the question without its
-answer options. `words` (n, v): TF-IDF of words and pairs of words, sparse, unit rows. `format`
-(n, f): lengths, shares of digits, signs of code and of mathematics, standardised, cut at ±4 and
-divided by √f, so that its rows are about as long as those of the other views."""
+answer options. `words` (n, v): TF-IDF of words and pairs of words, sparse, unit rows. `chars`
+(n, v): the same of pieces of words. `format` (n, f): lengths, shares of digits, signs of code and
+of mathematics, standardised, cut at ±4 and divided by √f, so that its rows are about as long as
+those of the other views."""
 
 VIEWS: tuple[View, ...] = get_args(View)
 
 Features = Mapping[View, Any]
-"""View → (n, …) float32 array, or CSR matrix for `words`. Some of the views that were fitted."""
+"""View → (n, …) float32 array, or CSR matrix for those of LEXICAL. Some of the views that were
+fitted."""
 
 Encode = Callable[[Sequence[str]], FloatArray]
 """(n,) texts → (n, d) unit rows."""
 
-MAX_WORDS = 30_000
+LEXICAL: Mapping[View, tuple[Callable[[str], list[str]], int]] = {
+    "words": (words_of, 30_000),
+    "chars": (pieces_of, 60_000),
+}
+"""Views that count the terms of a text: how it is cut into them, and how many are known."""
 
 NO_WORD = " "
 """The vocabulary of texts without a word in them. No text holds it, so its column is 0."""
@@ -49,12 +55,12 @@ def count_of(features: Features) -> int:
 class Views:
     """Fitted once, then only read: `transform` is safe from many threads.
 
-    `vectorizer` is None without the view `words`; `centre` and `scale` (f,) are those of `format`,
+    `vectorizers` are of the views in LEXICAL; `centre` and `scale` (f,) are those of `format`,
     empty without it.
     """
 
     names: tuple[View, ...]
-    vectorizer: TfidfVectorizer | None
+    vectorizers: Mapping[View, TfidfVectorizer]
     centre: FloatArray
     scale: FloatArray
 
@@ -71,8 +77,8 @@ class Views:
             rows = measured([read(text) for text in texts])
             centre, spread = rows.mean(axis=0), rows.std(axis=0)
             scale = np.where(spread > 1e-6, spread, 1).astype(np.float32)
-        vectorizer = _fitted(texts) if "words" in names else None
-        return cls(tuple(v for v in VIEWS if v in names), vectorizer, centre, scale)
+        vectorizers = {view: _fitted(view, texts) for view in LEXICAL if view in names}
+        return cls(tuple(v for v in VIEWS if v in names), vectorizers, centre, scale)
 
     def encoded(self, readings: Sequence[Reading]) -> list[str]:
         """The texts that `of` hands to `encode` for these, each once: for callers whose vectors
@@ -98,9 +104,8 @@ class Views:
                 features[view] = vectors[[place[r.whole] for r in readings]]
             elif view == "stem":
                 features[view] = vectors[[place[r.stem] for r in readings]]
-            elif view == "words":
-                assert self.vectorizer is not None
-                features[view] = self.vectorizer.transform([r.text for r in readings])
+            elif view in LEXICAL:
+                features[view] = self.vectorizers[view].transform([r.text for r in readings])
             else:
                 z = np.clip((measured(readings) - self.centre) / self.scale, -4, 4)  # (n, f)
                 features[view] = np.asarray(z / np.float32(np.sqrt(len(FORMAT))), np.float32)
@@ -111,7 +116,8 @@ class Views:
         kept = tuple(view for view in self.names if view in names)
         empty = np.empty(0, np.float32)
         centre, scale = (self.centre, self.scale) if "format" in kept else (empty, empty)
-        return Views(kept, self.vectorizer if "words" in kept else None, centre, scale)
+        vectorizers = {view: fitted for view, fitted in self.vectorizers.items() if view in kept}
+        return Views(kept, vectorizers, centre, scale)
 
     def state(self) -> State:
         arrays: dict[str, npt.NDArray[Any]] = {}
@@ -119,9 +125,9 @@ class Views:
         if "format" in self.names:
             arrays |= {"centre": self.centre, "scale": self.scale}
             values["format"] = [name for name, _ in FORMAT]
-        if self.vectorizer is not None:
-            arrays["words"] = joined_lines(tuple(self.vectorizer.get_feature_names_out()))
-            arrays["idf"] = np.asarray(self.vectorizer.idf_, np.float32)
+        for view, vectorizer in self.vectorizers.items():
+            arrays[view] = joined_lines(tuple(vectorizer.get_feature_names_out()))
+            arrays[_idf(view)] = np.asarray(vectorizer.idf_, np.float32)
         return State(arrays, values)
 
     @classmethod
@@ -131,24 +137,32 @@ class Views:
         names = tuple(v for v in VIEWS if v in state.values["names"])
         if "format" in names and state.values["format"] != [name for name, _ in FORMAT]:
             raise ValueError("these views measure other format features; train the router anew")
-        vectorizer = None
-        if "words" in names:
-            vectorizer = _vectorizer(vocabulary=list(split_lines(state.arrays["words"])))
-            vectorizer.idf_ = np.asarray(state.arrays["idf"], np.float32)
+        vectorizers: dict[View, TfidfVectorizer] = {}
+        for view in names:
+            if view in LEXICAL:
+                known = list(split_lines(state.arrays[view]))
+                vectorizers[view] = _vectorizer(view, vocabulary=known)
+                vectorizers[view].idf_ = np.asarray(state.arrays[_idf(view)], np.float32)
         empty = np.empty(0, np.float32)
         centre, scale = state.arrays.get("centre", empty), state.arrays.get("scale", empty)
-        return cls(names, vectorizer, centre, scale)
+        return cls(names, vectorizers, centre, scale)
 
 
-def _vectorizer(**settings: Any) -> TfidfVectorizer:
-    return TfidfVectorizer(analyzer=words_of, sublinear_tf=True, dtype=np.float32, **settings)
+def _idf(view: View) -> str:
+    return "idf" if view == "words" else f"idf.{view}"  # so named when there was but one
 
 
-def _fitted(texts: Sequence[str]) -> TfidfVectorizer:
-    """On a vocabulary of words that stand in two texts, or in any where there are none such."""
+def _vectorizer(view: View, **settings: Any) -> TfidfVectorizer:
+    terms_of, _ = LEXICAL[view]
+    return TfidfVectorizer(analyzer=terms_of, sublinear_tf=True, dtype=np.float32, **settings)
+
+
+def _fitted(view: View, texts: Sequence[str]) -> TfidfVectorizer:
+    """On a vocabulary of terms that stand in two texts, or in any where there are none such."""
+    _, most = LEXICAL[view]
     for least in (2, 1):
         try:
-            return _vectorizer(min_df=least, max_features=MAX_WORDS).fit(texts)
-        except ValueError:  # how sklearn says that no word is left
+            return _vectorizer(view, min_df=least, max_features=most).fit(texts)
+        except ValueError:  # how sklearn says that no term is left
             continue
-    return _vectorizer(vocabulary=[NO_WORD]).fit(texts)
+    return _vectorizer(view, vocabulary=[NO_WORD]).fit(texts)

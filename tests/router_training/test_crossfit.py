@@ -11,6 +11,7 @@ import pytest
 from pydantic import BaseModel
 
 from composer.routing.families import FAMILIES
+from composer.routing.family import Predicted
 from composer.routing.outcomes import Outcomes
 from composer.routing.views import Features, Views
 from composer.types import FloatArray
@@ -90,12 +91,13 @@ def ready(outcomes: Outcomes) -> tuple[Features, Outcomes, Any]:
 @pytest.mark.usefixtures("_fake")
 def test_predictions_come_from_fits_that_had_not_seen_the_question() -> None:
     features, outcomes, fold = ready(table(100))
-    raw = out_of_fold(Fake, [Noise()], features, outcomes, fold, 0)  # type: ignore[type-abstract]
+    said = out_of_fold(Fake, [Noise()], features, outcomes, fold, 0)  # type: ignore[type-abstract]
+    assert said[0].signs is None
     for held, seen in zip(np.unique(fold), Fake.seen, strict=True):
         assert not seen & set(outcomes.group[fold == held].tolist())
         mean = np.nanmean(outcomes.quality[fold != held], axis=0)
         np.testing.assert_allclose(
-            raw[0][fold == held], np.broadcast_to(mean, (sum(fold == held), 3))
+            said[0].quality[fold == held], np.broadcast_to(mean, (sum(fold == held), 3))
         )
 
 
@@ -127,7 +129,7 @@ def test_an_expert_asked_in_one_fold_alone_is_given_the_others_mean() -> None:
     quality[fold != 2, 1] = np.nan
     outcomes = replace(outcomes, quality=quality)
     kind = FAMILIES["category"]
-    raw = out_of_fold(kind, list(kind.grid())[:1], features, outcomes, fold, 0)[0]
+    raw = out_of_fold(kind, list(kind.grid())[:1], features, outcomes, fold, 0)[0].quality
     assert np.isfinite(raw).all()
     seen = quality[fold != 2]
     np.testing.assert_allclose(raw[fold == 2, 1], np.nanmean(seen), rtol=1e-6)
@@ -137,10 +139,11 @@ def test_calibration_leaves_decisions_alone_and_knows_nothing_of_its_own_fold() 
     _, outcomes, fold = ready(table(200))
     noise = np.random.default_rng(0).uniform(0.05, 0.6, outcomes.quality.shape)
     raw = np.asarray(noise + 0.3 * outcomes.quality, np.float32)
-    before = calibrated_apart(raw, outcomes, fold)
+    said = Predicted(raw, None)
+    before = calibrated_apart(said, outcomes, fold)
     changed = outcomes.quality.copy()
     changed[fold == 1] = 1 - changed[fold == 1]
-    after = calibrated_apart(raw, replace(outcomes, quality=changed), fold)
+    after = calibrated_apart(said, replace(outcomes, quality=changed), fold)
     np.testing.assert_array_equal(before[fold == 1], after[fold == 1])
     assert (before[fold == 0] != after[fold == 0]).any()
     np.testing.assert_array_equal(before.argmax(axis=1), raw.argmax(axis=1))

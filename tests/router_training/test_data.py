@@ -222,7 +222,7 @@ def test_not_more_problems_than_can_be_read(tmp_path: Path) -> None:
         (["query,score|a"], "there are no rows"),
         (["text,score|a", "x,1"], "query: there is no such column"),
         (["query,answer", "x,1"], "there are no scores among the columns query, answer"),
-        (["query,intent", "x,y"], "`read_intents`"),
+        (["query,intent", "x,oos"], "every query is out of scope"),
         (["query,score|a,score|a", "x,1,0"], "stands there twice"),
         (["query,score|", "x,1"], "the column names no model"),
         (["query,expert,score,score|a", "x,a,1,1"], "both"),

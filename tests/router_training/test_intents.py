@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from router_training.data import load
 from router_training.errors import DataError
 from router_training.intents import read_intents
 from tests.router_training.helpers import write_csv
@@ -45,3 +46,15 @@ def test_no_intents(tmp_path: Path) -> None:
         read_intents(write_csv(tmp_path / "t.csv", "query,intent", "x,oos"))
     with pytest.raises(DataError, match=":2: intent: there is nothing"):
         read_intents(write_csv(tmp_path / "t.csv", "query,intent", "x,", "y,a"))
+
+
+def test_it_is_read_as_any_outcomes_are(tmp_path: Path) -> None:
+    path = write_csv(
+        tmp_path / "bank.csv", "query,intent,split", "a,x,train", "b,oos,train", "c,y,dev"
+    )
+    found = load(path)
+    assert found.outcomes.experts == ("x", "y")
+    assert found.notes == ("1 questions are out of scope",)
+    assert found.ids == ("a", "b", "c")
+    part = load(path, split="dev", experts=found.outcomes.experts)
+    assert part.outcomes.quality.tolist() == [[0, 1]]

@@ -8,6 +8,7 @@ from composer.routing.families.blend import Blend
 from composer.routing.families.category import Category
 from composer.routing.families.clusters import Clusters
 from composer.routing.families.kernel import Kernel
+from composer.routing.families.margin import Margin
 from composer.routing.families.neighbours import Neighbours
 from composer.routing.families.predictor import Predictor
 from composer.routing.families.skills import Skills
@@ -15,5 +16,5 @@ from composer.routing.family import Family
 
 FAMILIES: Mapping[str, type[Family]] = {
     family.name: family
-    for family in (Neighbours, Clusters, Predictor, Kernel, Category, Skills, Blend)
+    for family in (Neighbours, Clusters, Predictor, Kernel, Category, Skills, Margin, Blend)
 }

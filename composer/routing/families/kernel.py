@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, get_args
 
 import numpy as np
 from pydantic import BaseModel, Field, model_validator
@@ -20,6 +20,7 @@ from composer.routing.families.common import (
 )
 from composer.routing.families.labels import VIEWS, Labels, kinds_of
 from composer.routing.families.points import Centres, Points, Table, solved, table_of
+from composer.routing.family import Kind
 from composer.routing.outcomes import IntArray, Outcomes
 from composer.routing.state import State, packed, part_of
 from composer.routing.views import Features, View
@@ -27,6 +28,9 @@ from composer.types import FloatArray, Tier
 
 FOLDS = 5
 """Parts in which it is found how far each ridge is to be followed."""
+
+MOST_EXACT = 10_000
+"""Labelled questions of intents that are all centres: 0.4 GB to fit, twenty seconds on one core."""
 
 CATEGORY_FOLDS = 4
 """Parts of the questions in which the classifier of kinds is cross-fitted."""
@@ -44,7 +48,7 @@ class KernelSettings(FamilySettings):
     `ridges`. One ridge is followed as it is. Of several, cross-fitting finds how far each of them
     and the specialities by kind are followed, with the experts counting by their `closeness` to
     the best (see `followed`). The difficulty has `difficulty_ridge`. `sharpness` is the inverse
-    penalty of the classifier of kinds.
+    penalty of the classifier of kinds. Up to `exact` labelled questions every one is a centre.
     """
 
     ridges: tuple[float, ...] = (3.0, 10.0, 100.0)
@@ -55,9 +59,11 @@ class KernelSettings(FamilySettings):
     embedding: float = Field(1.0, ge=0)
     stem: float = Field(0.5, ge=0)
     words: float = Field(0.5, ge=0)
+    chars: float = Field(0.0, ge=0)
     format: float = Field(0.5, ge=0)
     category: float = Field(0.5, ge=0)
     sharpness: float = Field(8.0, gt=0)
+    exact: int = Field(4_000, ge=1)
 
     @model_validator(mode="after")
     def _some(self) -> KernelSettings:
@@ -69,7 +75,7 @@ class KernelSettings(FamilySettings):
 
     def weights(self) -> dict[str, float]:
         """Of the views that count, by name."""
-        of = {view: float(getattr(self, view)) for view in (*VIEWS, "category")}
+        of = {view: float(getattr(self, view)) for view in (*VIEWS, "chars", "category")}
         return {view: weight for view, weight in of.items() if weight > 0}
 
 
@@ -93,6 +99,7 @@ class Kernel:
         "and Seeger, NIPS 2000. The views and the predicted category are ours"
     )
     settings: ClassVar[type[BaseModel]] = KernelSettings
+    suits: ClassVar[frozenset[Kind]] = frozenset({"outcomes", "intents"})
 
     weights: Mapping[str, float]
     centres: Centres
@@ -107,10 +114,29 @@ class Kernel:
         return [KernelSettings(closeness=closeness) for closeness in (0.02, 0.05, None)]
 
     @classmethod
+    def grid_of_intents(cls, outcomes: Outcomes) -> Sequence[KernelSettings]:
+        """Plain kernel ridge on every question: of intents there is no kind but themselves, and no
+        difficulty. Above MOST_EXACT questions landmarks, with which it is not the best."""
+        plain = KernelSettings(
+            ridges=(0.1,),
+            closeness=None,
+            prior=None,
+            difficulty_ridge=0.1,
+            embedding=0.6,
+            stem=0.0,
+            words=0.2,
+            chars=0.2,
+            format=0.0,
+            category=0.0,
+            exact=MOST_EXACT,
+        )
+        return [plain, plain.model_copy(update={"embedding": 1.2})]
+
+    @classmethod
     def views(cls, settings: KernelSettings) -> frozenset[View]:
-        if settings.category > 0:
-            return frozenset(VIEWS)
-        return frozenset(view for view in VIEWS if view in settings.weights())
+        weights = settings.weights()
+        own = frozenset(view for view in get_args(View) if view in weights)
+        return own | frozenset(VIEWS) if "category" in weights else own
 
     @classmethod
     def fit(
@@ -139,10 +165,11 @@ class Kernel:
                 if chosen.sharpness not in labelled:
                     labelled[chosen.sharpness] = _labelled(features, outcomes, chosen, seed)
                 labels, posterior = labelled[chosen.sharpness]
-            key = repr((weights, chosen.category and chosen.sharpness))
+            key = repr((weights, chosen.category and chosen.sharpness, chosen.exact))
             if key not in tables:
                 tables.clear()  # one at a time: they are large
-                tables[key] = table_of(Points.of(features, posterior, weights), seed)
+                points = Points.of(features, posterior, weights)
+                tables[key] = table_of(points, chosen.exact, seed)
             centres, table = tables[key]
             same = key + repr(chosen.model_copy(update={"closeness": None}))
             if same not in pieces:

@@ -17,6 +17,7 @@ from composer.routing.families.common import (
     softmax,
     teaching,
 )
+from composer.routing.family import Kind
 from composer.routing.outcomes import Outcomes
 from composer.routing.state import State
 from composer.routing.views import Features, View, count_of
@@ -43,6 +44,7 @@ class Neighbours:
     tier: ClassVar[Tier] = "supported"
     paper: ClassVar[str] = "Rethinking Predictive Modeling for LLM Routing: kNN, arXiv 2505.12601"
     settings: ClassVar[type[BaseModel]] = NeighboursSettings
+    suits: ClassVar[frozenset[Kind]] = frozenset({"outcomes", "intents"})
 
     rows: FloatArray
     quality: FloatArray
@@ -63,6 +65,12 @@ class Neighbours:
             (160, 20),
         )
         return [NeighboursSettings(k=k, prior=prior) for k, prior in tried]
+
+    @classmethod
+    def grid_of_intents(cls, outcomes: Outcomes) -> Sequence[NeighboursSettings]:
+        """Few neighbours, the nearest of whom count most: most questions are another's."""
+        tried = ((20, 0.05), (10, 0.05), (40, 0.05), (10, None), (1, None))
+        return [NeighboursSettings(k=k, temperature=temperature) for k, temperature in tried]
 
     @classmethod
     def views(cls, settings: NeighboursSettings) -> frozenset[View]:

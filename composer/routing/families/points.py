@@ -9,15 +9,12 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from scipy.sparse import csr_matrix
+from scipy.sparse import csr_matrix, hstack
 
 from composer.routing.families.common import chunks
 from composer.routing.state import State
-from composer.routing.views import Features, count_of
+from composer.routing.views import LEXICAL, Features, count_of
 from composer.types import FloatArray
-
-EXACT_ROWS = 4_000
-"""Labelled questions up to which every one is a centre."""
 
 LANDMARKS = 2_000
 """Centres of the Nyström approximation where there are more: on mmlu_pro's 5,700 questions 1,500
@@ -39,8 +36,8 @@ SPARSE = ("data", "indices", "indptr")
 @dataclass(frozen=True, slots=True, eq=False)
 class Points:
     """Queries where squared distances are Σ_v w_v ‖x_v − z_v‖² / Σ_v w_v: `dense` (n, D) the dense
-    views scaled by the roots of their shares, `words` (n, v) CSR or None, likewise; `length` (n,)
-    squared."""
+    views scaled by the roots of their shares, `words` (n, v) CSR the lexical ones, or None;
+    `length` (n,) squared."""
 
     dense: FloatArray
     words: csr_matrix | None
@@ -56,10 +53,11 @@ class Points:
             sides["category"] = np.sqrt(posterior)
         root = {view: np.float32(np.sqrt(weight / total)) for view, weight in weights.items()}
         n = count_of(features)
-        parts = [sides[view] * root[view] for view in weights if view != "words"]
+        parts = [sides[view] * root[view] for view in weights if view not in LEXICAL]
         joined = np.ascontiguousarray(np.hstack([np.zeros((n, 0), np.float32), *parts]), np.float32)
         length = np.einsum("nd,nd->n", joined, joined)
-        words = csr_matrix(sides["words"] * root["words"]) if "words" in weights else None
+        terms = [sides[view] * root[view] for view in weights if view in LEXICAL]
+        words = csr_matrix(hstack(terms, format="csr")) if terms else None
         if words is not None:
             length = length + np.asarray(words.multiply(words).sum(axis=1)).ravel()
         return cls(joined, words, np.asarray(length, np.float32))
@@ -126,9 +124,10 @@ class Table:
         return Table(self.questions[chosen], self.centres)
 
 
-def table_of(points: Points, seed: int) -> tuple[Centres, Table]:
+def table_of(points: Points, exact: int, seed: int) -> tuple[Centres, Table]:
+    """Every question is a centre up to `exact` of them, else LANDMARKS are."""
     n = len(points.length)
-    if n <= EXACT_ROWS:
+    if n <= exact:
         centres = Centres.of(points)
         whole = points.distances(centres)
         return centres, Table(whole, whole)
@@ -147,7 +146,8 @@ def solved(
 
     if table.centres is table.questions:
         kernel = np.exp(-gamma * table.questions)
-        return [_filled_in(_exact(kernel, ridge), target) for ridge in ridges]
+        found = {ridge: _filled_in(_exact(kernel, ridge), target) for ridge in set(ridges)}
+        return [found[ridge] for ridge in ridges]
     inner = np.exp(-gamma * table.centres)
     inner[np.diag_indices_from(inner)] += JITTER
     root = cholesky(inner, lower=True, overwrite_a=True, check_finite=False)  # (m, m)

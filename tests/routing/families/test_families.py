@@ -31,6 +31,8 @@ CASES: tuple[tuple[str, Mapping[str, Any]], ...] = (
     ("category", {}),
     ("skills", {}),
     ("skills", {"overall": True, "prior": 0.0, "sharpness": None, "nearest": 1}),
+    ("margin", {}),
+    ("margin", {"cost": 0.1, "embedding": 3.0}),
     ("blend", {"folds": 3, "members": [{"family": "neighbours"}, {"family": "category"}]}),
 )
 
@@ -82,7 +84,7 @@ def test_restores_to_the_last_bit(name: str, changes: Mapping[str, Any]) -> None
     values = orjson.loads(orjson.dumps(state.values))
     arrays = {n: np.ascontiguousarray(a).copy() for n, a in state.arrays.items()}
     assert {a.dtype for a in arrays.values()} <= {
-        np.dtype(t) for t in ("float32", "int32", "int64", "uint8")
+        np.dtype(t) for t in ("float32", "float16", "int32", "int64", "uint8")
     }
     settings = FAMILIES[name].settings.model_validate(changes)
     restored = FAMILIES[name].restore(State(arrays, values), settings)

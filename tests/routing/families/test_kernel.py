@@ -58,14 +58,13 @@ def test_fit_all_is_fit_for_each() -> None:
 def test_landmarks_come_near_to_all_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     at = world(400, missing=0.2)
     exact = Kernel.fit(at.features, at.outcomes, KernelSettings(), 0)
-    monkeypatch.setattr(points, "EXACT_ROWS", 100)
     monkeypatch.setattr(points, "LANDMARKS", 200)
-    some = Kernel.fit(at.features, at.outcomes, KernelSettings(), 0)
+    some = Kernel.fit(at.features, at.outcomes, KernelSettings(exact=100), 0)
     assert len(some.alpha) == 200
     a, b = exact.predict(at.new), some.predict(at.new)
     assert np.corrcoef(a.ravel(), b.ravel())[0, 1] > 0.97
     monkeypatch.setattr(points, "LANDMARKS", 400)
-    every = Kernel.fit(at.features, at.outcomes, KernelSettings(), 0)
+    every = Kernel.fit(at.features, at.outcomes, KernelSettings(exact=100), 0)
     np.testing.assert_allclose(every.predict(at.new), a, atol=5e-3)
 
 

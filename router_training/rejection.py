@@ -1,0 +1,96 @@
+"""Turning away what is nobody's: the threshold on confidence, and what it does. Knows no router."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from composer.routing.outcomes import Outcomes
+from composer.routing.scope import SHARE
+from router_training.intervals import paired
+from router_training.measures import auroc, earned
+
+Bools = npt.NDArray[np.bool_]
+Floats = npt.NDArray[np.floating]
+
+
+def rejectable(outcomes: Outcomes) -> bool:
+    """Whether there is something to turn away: intents, and questions that are nobody's."""
+    return outcomes.of_intents and not bool(outcomes.in_scope.all())
+
+
+def threshold_of(confidence: Floats, right: Bools, in_scope: Bools, share: float = SHARE) -> float:
+    """The confidence below which turning away makes most requests end well, were `share` of them
+    nobody's: (n,) confidence in the best expert, whether it is right, and whether anybody is. In
+    the middle between the two nearest values seen. Both kinds of question are there."""
+    order = np.argsort(confidence, kind="stable")
+    sure, good, inside = confidence[order], right[order], in_scope[order]
+    gained = np.where(inside, 0.0, share / (~inside).sum())  # by turning this one away
+    lost = np.where(inside & good, (1 - share) / inside.sum(), 0.0)
+    value = np.concatenate([[0.0], np.cumsum(gained - lost)])  # of the first i
+    edge = np.concatenate([[True], np.diff(sure) > 0, [sure[-1] < 1]])  # equals go together
+    best = int(np.where(edge, value, -np.inf).argmax())
+    if best == 0:
+        return 0.0
+    above = float(sure[best]) if best < len(sure) else 1.0
+    return (float(sure[best - 1]) + above) / 2
+
+
+def auroc_interval(
+    confidence: Floats, in_scope: Bools, *, seed: int = 0, resamples: int = 1000
+) -> list[float]:
+    """The 95 % bootstrap interval of the AUROC: either kind of question is drawn for itself. Both
+    are there."""
+    rng = np.random.default_rng(seed)
+    inside, outside = confidence[in_scope], confidence[~in_scope]
+    drawn = np.empty(resamples)
+    for draw in range(resamples):
+        ours = inside[rng.integers(len(inside), size=len(inside))]
+        others = np.sort(outside[rng.integers(len(outside), size=len(outside))])
+        below, ties = (np.searchsorted(others, ours, side) for side in ("left", "right"))
+        drawn[draw] = (below + ties).mean() / (2 * len(others))
+    return [float(edge) for edge in np.quantile(drawn, [0.025, 0.975])]
+
+
+def scope_card(
+    outcomes: Outcomes,
+    confidence: Floats,
+    chosen: npt.NDArray[np.integer],
+    threshold: float | None,
+    *,
+    seed: int = 0,
+) -> dict[str, Any] | None:
+    """Of (n,) experts chosen with this confidence: `in_scope_acc` without turning anything away,
+    `auroc` of the confidence for being somebody's, and at the threshold `overall_acc` (an expert
+    that is right, or nobody for what is nobody's), `in_scope_kept_acc` and `out_of_scope_found`;
+    with 95 % intervals over questions. None where nothing is to be turned away; without a threshold
+    what needs one is None. Plain values."""
+    if not rejectable(outcomes):
+        return None
+    inside = outcomes.in_scope
+    right = earned(outcomes.quality, chosen) == 1
+    in_scope = paired(right[inside].astype(float), outcomes.group[inside], seed=seed)
+    card: dict[str, Any] = {
+        "in_scope_acc": float(right[inside].mean()),
+        "in_scope_ci95": None if in_scope is None else [in_scope.low, in_scope.high],
+        "auroc": auroc(confidence, inside),
+        "auroc_ci95": auroc_interval(confidence, inside, seed=seed),
+        "threshold": threshold,
+        "overall_acc": None,
+        "overall_ci95": None,
+        "in_scope_kept_acc": None,
+        "out_of_scope_found": None,
+    }
+    if threshold is None:
+        return card
+    kept = confidence >= threshold
+    well = np.where(inside, right & kept, ~kept)
+    overall = paired(well.astype(float), outcomes.group, seed=seed)
+    return card | {
+        "overall_acc": float(well.mean()),
+        "overall_ci95": None if overall is None else [overall.low, overall.high],
+        "in_scope_kept_acc": float(well[inside].mean()),
+        "out_of_scope_found": float(well[~inside].mean()),
+    }
