@@ -35,6 +35,7 @@ from composer.registry import (
 )
 from composer.routing.base import Embedder, Router
 from composer.routing.learned import LearnedRouter
+from composer.routing.llm import LlmRouter
 from composer.routing.neighbours import NeighboursRouter
 from composer.routing.online import OnlineRouter
 from composer.scheduling.base import Place
@@ -56,7 +57,7 @@ LOOK_S = 5.0
 """How long a boot or a reload waits for a server that somebody else runs."""
 
 ROUTERS: Mapping[str, type[Router]] = {
-    c.name: c for c in (NeighboursRouter, LearnedRouter, OnlineRouter)
+    c.name: c for c in (NeighboursRouter, LearnedRouter, OnlineRouter, LlmRouter)
 }
 STRATEGIES: Mapping[str, type[Strategy]] = {c.name: c for c in (Single, Vote)}
 ENGINES: Mapping[str, type[Engine]] = {
@@ -124,12 +125,29 @@ def _check_routers(loaded: Loaded, file: str) -> None:
             aims = policy.quality is not None or policy.max_cost is not None
             router = ROUTERS[policy.router.name]
             router.check(experts, policy.router.settings, needs_curve=aims)
+            _check_asked(catalog, router.asks(policy.router.settings))
         except ValueError as error:
             message, _, remedy = str(error).partition("; ")
             path = f"policies.{policy.id}.router"
             problems.append(Problem(file, path, message, f"{remedy[:1].upper()}{remedy[1:]}."))
     if problems:
         raise RegistryError(problems, loaded.watched)
+
+
+def _check_asked(catalog: Catalog, asked: str | None) -> None:
+    """Raises ValueError ("what is wrong; the remedy") for an expert that no router can ask."""
+    if asked is None:
+        return
+    if asked not in catalog.experts:
+        known = ", ".join(sorted(catalog.experts)[:8]) + (", …" if len(catalog.experts) > 8 else "")
+        raise ValueError(
+            f"it asks {asked!r}, and there is no such expert; name one of {known}, or add it"
+        )
+    if catalog.experts[asked].prompt is not None:
+        raise ValueError(
+            f"it asks {asked!r}, which reads only what its `prompt` template makes of a request; "
+            "name an expert that follows free instructions"
+        )
 
 
 def make_embedder(settings: Settings) -> TextEmbedder:

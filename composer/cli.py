@@ -111,6 +111,12 @@ def route(
         name = f"[bold]{expert} ←[/]" if expert in chosen else expert
         table.add_row(name, f"{score:.3f}", escape(str(why.get("nearest", ""))))
     out.print(table)
+    if (asked := plan["reasons"].get("asked")) is not None:
+        _say(
+            f"while serving, this router asks {asked['expert']!r} first; no engine runs here, so "
+            "it decided without",
+            "yellow",
+        )
     rule = plan["reasons"]["rule"]
     if rule == "below_threshold":
         rule = f"the best quality is below the threshold of {plan['reasons']['threshold']:g}"

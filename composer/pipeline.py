@@ -77,12 +77,17 @@ class Pipeline:
         other._scheduler = scheduler
         return other
 
-    async def plan(self, request: Request) -> Planned:
+    async def plan(self, request: Request) -> Planned | None:
         """The decision alone, for whoever orders requests before they run. What is resident now
-        says nothing about then, so it does not count. Raises as `decide`; nothing is recorded."""
+        says nothing about then, so it does not count. None where the decision itself takes a call,
+        which is the request's own: it is made in its turn. Raises as `decide`; nothing is
+        recorded."""
         started = perf_counter()
         with self._generations.hold() as generation:
-            plan = await decide(request, generation, way_of(request, generation))
+            way = way_of(request, generation)
+            if way.router is not None and way.router.asked is not None:
+                return None
+            plan = await decide(request, generation, way)
             return Planned(generation.catalog.digest, plan, _ms_since(started))
 
     async def answer(self, request: Request, planned: Planned | None = None) -> Answer:
@@ -100,8 +105,9 @@ class Pipeline:
             else:
                 outcome.session = self._sessions.of(request, way.policy)
                 last = () if outcome.session is None else self._sessions.experts(outcome.session)
+                ask = self._ask(request, hold.generation, way.policy, outcome, routing=True)
                 outcome.plan = await decide(
-                    request, hold.generation, way, self._scheduler.resident, last
+                    request, hold.generation, way, self._scheduler.resident, last, ask
                 )
                 outcome.timings.decision_ms = _ms_since(outcome.started)
             ask = self._ask(request, hold.generation, way.policy, outcome)
@@ -120,8 +126,18 @@ class Pipeline:
         self._ended(outcome)
 
     def _ask(
-        self, request: Request, generation: Generation, policy: Policy, outcome: Outcome
+        self,
+        request: Request,
+        generation: Generation,
+        policy: Policy,
+        outcome: Outcome,
+        *,
+        routing: bool = False,
     ) -> Ask:
+        """`routing`: for the router's own questions. Of the request they have what orders and
+        bounds its calls, and nothing of how it wants to be answered (tools, formats, a stream)."""
+        if routing:
+            request = dataclasses.replace(request, prompt=None, extra={}, stream=False)
         timings = outcome.timings
         catalog = generation.catalog
 
@@ -150,6 +166,8 @@ class Pipeline:
             )
             engine = generation.engines[catalog.experts[expert].server]
             entry: dict[str, Any] = {"id": call.id, "expert": expert}
+            if routing:
+                entry["routing"] = True
             timings.calls.append(entry)
             run = CallRun(self._scheduler, call, entry)
             try:
@@ -157,6 +175,8 @@ class Pipeline:
                     async for chunk in chunks:
                         if chunk.usage is not None:
                             outcome.spend(catalog.experts[expert], chunk.usage)
+                            if routing:  # no part of the answer, whose usage is its chunks'
+                                outcome.usage = outcome.usage + chunk.usage
                         yield chunk if chunk.expert else dataclasses.replace(chunk, expert=expert)
             finally:
                 timings.queue_ms += run.queue_ms
@@ -189,10 +209,11 @@ async def decide(
     way: Way,
     resident: Callable[[str], bool] = lambda server: True,
     answered_last: Collection[str] = (),
+    ask: Ask | None = None,
 ) -> Plan:
-    """The plan for a request that goes this way, nothing run. `resident` says of a server whether
-    its weights are loaded; `answered_last` are its session's experts. Raises RequestError when no
-    plan is possible."""
+    """The plan for a request that goes this way, nothing run but what its router asks by `ask`.
+    `resident` says of a server whether its weights are loaded; `answered_last` are its session's
+    experts. Raises RequestError when no plan is possible."""
     check_exclude(request.exclude, generation.catalog.experts)
     request = restricted(request, generation.catalog)
     check_parameters(request, way.policy)
@@ -207,8 +228,10 @@ async def decide(
             calls=(expert,),
             reasons={"rule": "named"},
         )
-    query = Query(request.text, request.turns[:-1])
-    scores, turns_read = await conversation.score(way.router, query, eligible)
+    query = Query(request.text, request.turns[:-1], patient=request.priority == "batch")
+    if way.router.asked in request.exclude:
+        ask = None
+    scores, turns_read = await conversation.score(way.router, query, eligible, ask)
     aim = aim_of(
         way.policy,
         way.cost,

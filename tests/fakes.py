@@ -27,6 +27,7 @@ from composer.strategies.single import Single
 from composer.types import (
     Ability,
     Adapter,
+    Ask,
     BoolArray,
     Call,
     Catalog,
@@ -137,6 +138,7 @@ class FakeRouter:
     needs_texts: ClassVar[bool] = True
     path_fields: ClassVar[tuple[str, ...]] = ()
     curve: Curve | None = None
+    asked: str | None = None
 
     def __init__(self, experts: Sequence[str]) -> None:
         self.experts = tuple(experts)
@@ -145,7 +147,7 @@ class FakeRouter:
     def build(cls, experts: Sequence[Expert], settings: Any, embedder: Any) -> FakeRouter:
         return cls([expert.id for expert in experts])
 
-    async def score(self, query: Query, eligible: BoolArray) -> Scores:
+    async def score(self, query: Query, eligible: BoolArray, ask: Ask | None = None) -> Scores:
         quality = np.array([0.9 if e in query.text else 0.1 for e in self.experts], np.float32)
         quality[~eligible] = np.nan
         return Scores(self.experts, quality, np.zeros_like(quality), {})

@@ -8,9 +8,11 @@ from typing import Any
 
 import httpx
 import pytest
+import yaml
 from typer.testing import CliRunner
 
 from composer.cli import app
+from tests.tiny import TINY, registry
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -146,6 +148,22 @@ def test_settings_that_are_wrong_are_told_in_words(monkeypatch: pytest.MonkeyPat
     monkeypatch.setenv("COMPOSER_ADAPTER_ROOTS", '["./examples"]')
     monkeypatch.setenv("COMPOSER_PORT", "99999")
     assert "COMPOSER_PORT: Input should be less than or equal to 65535" in run("check")[2]
+
+
+def test_route_says_that_the_router_s_llm_was_not_asked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = yaml.safe_load(registry("uppercase", "reverse"))
+    config["experts"]["wise"] = {"server": "tiny"}
+    config["policies"]["auto"]["router"] = {"name": "llm", "expert": "wise"}
+    config["policies"]["auto"]["experts"] = ["*", "!wise"]
+    file = tmp_path / "experts.yaml"
+    file.write_text(yaml.safe_dump(config))
+    monkeypatch.setenv("COMPOSER_ADAPTER_ROOTS", json.dumps([str(TINY)]))
+    status, out, err = run("route", "spell fox backwards", "--experts", str(file))
+    assert status == 0, err
+    assert "policy auto → reverse" in out
+    assert "asks 'wise' first; no engine runs here" in err
 
 
 def test_route_with_an_unknown_policy_names_it() -> None:

@@ -21,6 +21,7 @@ from composer.routing.outcomes import Outcomes
 from composer.settings import Settings
 from composer.types import Tier
 from router_training.train import train
+from tests.engines.scripted import Scripted, chooses, serve
 from tests.tiny import ASKED, ROOT, chat, registry, serving
 
 ROUTER_CASES: list[dict[str, Any]] = [
@@ -31,6 +32,8 @@ ROUTER_CASES: list[dict[str, Any]] = [
     {"name": "learned", "artefact": "./router"},
     {"name": "online", "base": {}},
     {"name": "online", "base": {"artefact": "./router"}, "feedback": "full"},
+    {"name": "llm", "expert": "wise"},
+    {"name": "llm", "expert": "wise", "method": "elimination", "candidates": 2},
 ]
 STRATEGY_CASES: list[dict[str, Any]] = [
     {"name": "single"},
@@ -83,14 +86,21 @@ async def client(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[http
             "router": router,
             "strategy": strategy,
             "k": 1 if strategy["name"] == "single" else 3,
+            "experts": ["*", "!wise"],
         }
         for r, router in enumerate(ROUTER_CASES)
         for s, strategy in enumerate(STRATEGY_CASES)
     }
+    config["policies"]["auto"]["experts"] = ["*", "!wise"]
     folder: Path = tmp_path_factory.mktemp("families")
     train_on_examples(config["experts"], folder / "router")
-    async with serving(folder, yaml.safe_dump(config)) as (client, _):
-        yield client
+    # What only a capable LLM could write is scripted.
+    script = chooses("reverse", instruction="write the word backwards")
+    async with serve(Scripted(script=script)) as fake:
+        config["servers"]["scripted"] = fake.server
+        config["experts"]["wise"] = {"server": "scripted", "context_window": 4096}
+        async with serving(folder, yaml.safe_dump(config)) as (client, _):
+            yield client
 
 
 @pytest.mark.asyncio(loop_scope="module")

@@ -115,7 +115,7 @@ class Runner:
         self, lines: Lines, section: Sequence[int], watch: Watch
     ) -> dict[int, Planned]:
         """What cannot be planned is left out: when its turn comes it fails as any request
-        would, and is recorded."""
+        would, and is recorded. So is what takes a call to be planned, which is decided then."""
         planned: dict[int, Planned] = {}
         todo = iter(section)
 
@@ -125,13 +125,15 @@ class Runner:
                     return
                 try:
                     asked = self.codec.read(lines[index], "0" * 32)
-                    planned[index] = await self._pipeline.plan(asked.request)
+                    plan = await self._pipeline.plan(asked.request)
                 except EngineUnavailable:
                     raise
                 except ComposerError:
                     watch.planned("")
-                else:
-                    watch.planned(planned[index].plan.best)
+                    continue
+                if plan is not None:
+                    planned[index] = plan
+                watch.planned("" if plan is None else plan.plan.best)
 
         await _together(some() for _ in range(PLANNING))
         return planned

@@ -9,17 +9,19 @@ from typing import Any, ClassVar, Protocol, runtime_checkable
 from pydantic import BaseModel
 
 from composer.routing.curve import Curve
-from composer.types import BoolArray, Expert, FloatArray, Tier, empty
+from composer.types import Ask, BoolArray, Expert, FloatArray, Tier, empty
 
 
 @dataclass(frozen=True, slots=True)
 class Query:
     """What can be read of a request. `text` is the caller's last words, untouched, and all that a
     router reads; `earlier` are their turns before it, oldest first, of which `conversation` makes
-    queries that need none."""
+    queries that need none. `patient`: nobody waits for the decision (a batch), so an LLM that the
+    router asks may take its time."""
 
     text: str
     earlier: tuple[str, ...] = ()
+    patient: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +43,8 @@ class Scores:
     was not eligible; `uncertainty` (E,) its standard deviation. `reasons` holds, for the
     best few experts only, what the router saw (say `{"similarity": 0.83, "nearest": "…"}`).
     `cost` (E,) is expected US dollars of the call, None where the router does not know.
-    `exploration` None: the best is always taken.
+    `exploration` None: the best is always taken. `told` is what holds for all experts together and
+    is shown among the plan's reasons, such as what an LLM was asked.
     """
 
     experts: tuple[str, ...]
@@ -50,6 +53,7 @@ class Scores:
     reasons: Mapping[str, Mapping[str, Any]]
     cost: FloatArray | None = None
     exploration: Exploration | None = None
+    told: Mapping[str, Any] = field(default_factory=empty)
 
 
 @runtime_checkable
@@ -84,6 +88,12 @@ class Router(Protocol):
     experts: tuple[str, ...]
 
     @classmethod
+    def asks(cls, settings: Any) -> str | None:
+        """The expert whose LLM it asks about each query, whether it is one of those scored or not;
+        None where it needs none."""
+        ...
+
+    @classmethod
     def check(cls, experts: Sequence[Expert], settings: Any, *, needs_curve: bool = False) -> None:
         """Raises ValueError ("what is wrong; the remedy") when the experts cannot be scored this
         way, or `needs_curve` (the policy aims at a quality or a spend) and there will be none.
@@ -102,10 +112,18 @@ class Router(Protocol):
         ...
 
     @property
+    def asked(self) -> str | None:
+        """As `asks` said of its settings."""
+        ...
+
+    @property
     def curve(self) -> Curve | None:
         """What each weight on cost reaches on average, where that was measured."""
         ...
 
-    async def score(self, query: Query, eligible: BoolArray) -> Scores:
-        """`eligible` (E,) in the order of `experts`; at least one is True."""
+    async def score(self, query: Query, eligible: BoolArray, ask: Ask | None = None) -> Scores:
+        """`eligible` (E,) in the order of `experts`; at least one is True. `ask` calls the expert
+        `asked` on behalf of the request, whose timings and cost the call counts in; None where no
+        engine runs, or the request excludes that expert. Without an answer it can use a router
+        decides as well as it can, and says so in `told`: it never fails for that."""
         ...

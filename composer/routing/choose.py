@@ -113,6 +113,7 @@ def _plan(
         evidence = {e: dict(scores.reasons[e]) for e in experts if e in scores.reasons}
         reasons = {**reasons, "evidence": evidence}
     floor = policy.unsure
+    reasons = {**reasons, **scores.told}
     return Plan(
         policy=policy.id,
         strategy=policy.strategy.name,

@@ -10,15 +10,19 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 
 from composer.routing.base import Query, Router, Scores
-from composer.types import BoolArray
+from composer.types import Ask, BoolArray
 
 READ_CHARS = 1000
 """Of a joined reading: the 256 tokens that the default embedder reads, at four characters a token.
 It reads the beginning of a text, so what is longer would lose its last turn."""
+
+ASKED_CHARS = 6000
+"""Of a reading for an LLM."""
 
 UNDERSTOOD = 2 / 3
 """Gain from which on a reading needs no more words: its best expert is at least twice as likely
@@ -28,7 +32,9 @@ right as wrong. Chosen on conversations of its own, where 0.55 to 0.88 do better
 GAP = " … "
 
 
-async def score(router: Router, query: Query, eligible: BoolArray) -> tuple[Scores, int]:
+async def score(
+    router: Router, query: Query, eligible: BoolArray, ask: Ask | None = None
+) -> tuple[Scores, int]:
     """The scores of the reading that is taken, and how many of the user's turns it reaches back.
 
     It is the shortest that is `UNDERSTOOD`, else the one that tells the eligible experts apart
@@ -41,14 +47,28 @@ async def score(router: Router, query: Query, eligible: BoolArray) -> tuple[Scor
     The shortest, not the clearest: whoever answered before is as clear as ever from the words that
     he was asked with, so a reading that repeats them outdoes a change of subject in few words.
 
+    A router that asks an LLM is given all turns and nothing else: an LLM knows what a follow-up
+    follows, and three readings would be three calls. Where it cannot be asked (`ask` None) the
+    router falls back, and is read as any other.
+
     `eligible` (E,). The readings are scored at once: an embedder makes one batch of them.
     """
+    if router.asked is not None and ask is not None:
+        turns = [turn for turn in query.earlier if turn.strip()]
+        text = joined([*turns, query.text], ASKED_CHARS) if turns else query.text
+        return await router.score(_read(query, text), eligible, ask), len(turns) + 1
     found = readings(query)
-    scored = await asyncio.gather(*(router.score(Query(text), eligible) for text, _ in found))
+    scored = await asyncio.gather(
+        *(router.score(_read(query, text), eligible) for text, _ in found)
+    )
     gains = [_gain(scores) for scores in scored]
     understood = (i for i, gain in enumerate(gains) if gain >= UNDERSTOOD)
     best = next(understood, int(np.argmax(gains)))  # argmax: the first of equal ones
     return scored[best], found[best][1]
+
+
+def _read(query: Query, text: str) -> Query:
+    return replace(query, text=text, earlier=())
 
 
 def readings(query: Query) -> list[tuple[str, int]]:

@@ -29,7 +29,7 @@ from composer.routing.family import Family, State, predicted
 from composer.routing.outcome_calibration import OutcomeCalibration
 from composer.routing.reading import Reading, read
 from composer.routing.views import Encode, Features, Views
-from composer.types import BoolArray, Expert, FloatArray, Tier
+from composer.types import Ask, BoolArray, Expert, FloatArray, Tier
 
 EXPLAINED = 5
 """Experts of a decision whose reasons are told."""
@@ -167,6 +167,7 @@ class LearnedRouter:
     settings: ClassVar[type[BaseModel]] = LearnedSettings
     needs_texts: ClassVar[bool] = False
     path_fields: ClassVar[tuple[str, ...]] = ("artefact", "shadow.artefact")
+    asked: str | None = None
 
     def __init__(
         self,
@@ -191,6 +192,10 @@ class LearnedRouter:
         has only some of them."""
         whole = len(self._columns) == len(self.model.experts)
         return self.model.manifest.curve if whole else None
+
+    @classmethod
+    def asks(cls, settings: LearnedSettings) -> str | None:
+        return None
 
     @classmethod
     def digest(cls, settings: LearnedSettings) -> str:
@@ -241,7 +246,7 @@ class LearnedRouter:
             shadow = cls.build(experts, other, embedder)
         return cls(ids, model, columns, embedder, settings, shadow)
 
-    async def score(self, query: Query, eligible: BoolArray) -> Scores:
+    async def score(self, query: Query, eligible: BoolArray, ask: Ask | None = None) -> Scores:
         readings = [read(query.text)]
         wanted = self.model.views.encoded(readings)
         vectors = await asyncio.gather(*(self._embedder.embed(text) for text in wanted))

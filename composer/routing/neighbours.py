@@ -15,7 +15,7 @@ from composer.routing.base import Embedder, Query, Scores
 from composer.routing.calibrate import Calibration, Evidence, evidence
 from composer.routing.index import FlatIndex, Index, Rows, build_index
 from composer.routing.metric import IntArray, apply_metric, fit_metric
-from composer.types import BoolArray, Expert, FloatArray, Tier
+from composer.types import Ask, BoolArray, Expert, FloatArray, Tier
 
 Source = Literal["examples", "description", "skills", "name"]
 
@@ -128,6 +128,7 @@ class NeighboursRouter:
     needs_texts: ClassVar[bool] = True
     path_fields: ClassVar[tuple[str, ...]] = ()
     curve: ClassVar[None] = None
+    asked: ClassVar[None] = None
 
     def __init__(
         self,
@@ -158,6 +159,10 @@ class NeighboursRouter:
         rows = embedder.encode(texts.text)
         ids = tuple(expert.id for expert in experts)
         return cls.of_rows(ids, texts, rows, settings, embedder)
+
+    @classmethod
+    def asks(cls, settings: NeighboursSettings) -> None:
+        return None
 
     @classmethod
     def digest(cls, settings: NeighboursSettings) -> str:
@@ -205,7 +210,7 @@ class NeighboursRouter:
         )
         return cls(experts, texts, w, index, shown, calibration, embedder)
 
-    async def score(self, query: Query, eligible: BoolArray) -> Scores:
+    async def score(self, query: Query, eligible: BoolArray, ask: Ask | None = None) -> Scores:
         if self._embedder is None:
             raise ValueError(
                 "this router was built from rows; it has no embedder to read text with"

@@ -21,7 +21,7 @@ from composer.routing.learned import LearnedRouter, LearnedSettings
 from composer.routing.learners import BanditLearner, FullLearner, Learner, Observed
 from composer.routing.neighbours import NeighboursRouter, NeighboursSettings
 from composer.routing.state import State
-from composer.types import BoolArray, Expert, FloatArray, Tier
+from composer.types import Ask, BoolArray, Expert, FloatArray, Tier
 
 
 class OnlineSettings(BaseModel):
@@ -81,6 +81,7 @@ class OnlineRouter:
 
     def __init__(self, base: Router, settings: OnlineSettings, embedder: Embedder) -> None:
         self.experts = base.experts
+        self.asked = base.asked
         self.base = base
         self._settings = settings
         self._embedder = embedder
@@ -93,6 +94,10 @@ class OnlineRouter:
     def curve(self) -> Curve | None:
         """None: what a weight on cost reaches changes with what is learnt."""
         return None
+
+    @classmethod
+    def asks(cls, settings: OnlineSettings) -> str | None:
+        return _base(settings).asks(settings.base)
 
     @classmethod
     def digest(cls, settings: OnlineSettings) -> str:
@@ -121,9 +126,9 @@ class OnlineRouter:
         base = _base(settings).build(experts, settings.base, embedder)
         return cls(base, settings, embedder)
 
-    async def score(self, query: Query, eligible: BoolArray) -> Scores:
+    async def score(self, query: Query, eligible: BoolArray, ask: Ask | None = None) -> Scores:
         scored, vector = await asyncio.gather(
-            self.base.score(query, eligible), self._embedder.embed(query.text)
+            self.base.score(query, eligible, ask), self._embedder.embed(query.text)
         )
         context, learner = self.context(vector), self.learner
         quality, spread = learner.quality(context, scored.quality)
@@ -143,7 +148,9 @@ class OnlineRouter:
             },
         }
         exploration = Exploration(self._settings.floor, spread is not None, learning)
-        return Scores(self.experts, quality, uncertainty, told, scored.cost, exploration)
+        return Scores(
+            self.experts, quality, uncertainty, told, scored.cost, exploration, scored.told
+        )
 
     def context(self, vector: FloatArray) -> FloatArray:
         """(d,) → (m,): a constant, and the projected vector."""

@@ -30,6 +30,7 @@ from composer.types import (
     SAFE_PARAMETERS,
     Adapter,
     ApiKey,
+    Ask,
     BoolArray,
     Call,
     Catalog,
@@ -159,8 +160,8 @@ def _text(call: Call) -> str:
 class ExplainingRouter(FakeRouter):
     """Gives its reasons in numpy's numbers, as a router may; the edge must cope."""
 
-    async def score(self, query: Query, eligible: BoolArray) -> Scores:
-        scores = await super().score(query, eligible)
+    async def score(self, query: Query, eligible: BoolArray, ask: Ask | None = None) -> Scores:
+        scores = await super().score(query, eligible, ask)
         best = scores.experts[int(np.nanargmax(scores.quality))]
         reasons = {best: {"similarity": np.float32(0.5), "nearest": query.text}}
         return dataclasses.replace(scores, reasons=reasons)

@@ -12,21 +12,23 @@ from hypothesis import strategies as st
 
 from composer.routing.base import Query, Scores
 from composer.routing.conversation import GAP, READ_CHARS, joined, readings, score
-from composer.types import BoolArray
+from composer.types import Ask, BoolArray
 
 EXPERTS = ("add", "reverse", "sort")
 ALL = np.ones(3, np.bool_)
 
 
 class Router:
-    """Quality of each expert by the text asked; what it was asked, in order."""
+    """Quality of each expert by the text read; what it read, in order."""
+
+    asked: str | None = None
 
     def __init__(self, known: Mapping[str, tuple[float, float, float]]) -> None:
         self.known = known
-        self.asked: list[str] = []
+        self.texts: list[str] = []
 
-    async def score(self, query: Query, eligible: BoolArray) -> Scores:
-        self.asked.append(query.text)
+    async def score(self, query: Query, eligible: BoolArray, ask: Ask | None = None) -> Scores:
+        self.texts.append(query.text)
         await asyncio.sleep(0)
         quality = np.array(self.known.get(query.text, (0.02, 0.01, 0.01)), np.float32)
         quality[~eligible] = np.nan
@@ -43,7 +45,7 @@ async def read(router: Router, *turns: str, eligible: BoolArray = ALL) -> tuple[
 async def test_a_first_turn_is_scored_once_and_as_it_is() -> None:
     router = Router({"reverse fox": (0.0, 0.9, 0.0)})
     assert await read(router, "reverse fox") == ("reverse", 1)
-    assert router.asked == ["reverse fox"]
+    assert router.texts == ["reverse fox"]
 
 
 async def test_a_follow_up_that_says_nothing_is_read_with_what_it_follows() -> None:
