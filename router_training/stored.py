@@ -7,8 +7,10 @@ import asyncio
 from collections.abc import Mapping
 from typing import Any
 
+from composer.routing.conversation import read_then
+from composer.store import Record
 from composer.store.reading import Census, Reading
-from composer.types import last_user_text
+from composer.types import user_texts
 from router_training.errors import DataError
 from router_training.tables import Table
 
@@ -20,8 +22,9 @@ def table_of(url: str) -> tuple[Table, list[str]]:
     """One row an outcome, as `data.py` describes them, and notes on what could not be used.
 
     An outcome is a request with feedback that one expert answered; its score is the mean of its
-    feedbacks', its cost the request's. `benchmark`, `category`, `group` and `split` are labels of
-    the feedback. Blocks; not to be called where an event loop runs.
+    feedbacks', its cost the request's. Its query is what the router read: of a conversation, as
+    many turns as the decision reached back. `benchmark`, `category`, `group` and `split` are labels
+    of the feedback. Blocks; not to be called where an event loop runs.
     Raises StoreError for a database that cannot be read, DataError for one without outcomes.
     """
     return asyncio.run(_table_of(url))
@@ -41,7 +44,7 @@ async def _table_of(url: str) -> tuple[Table, list[str]]:
             elif len(record.experts) != 1:
                 several += 1
             else:
-                text = last_user_text(record.messages)
+                text = _text(record)
                 for item in feedback:
                     labels.setdefault(text, {}).update(item.labels or {})
                 row: Mapping[str, Any] = {
@@ -67,6 +70,12 @@ async def _table_of(url: str) -> tuple[Table, list[str]]:
     if not n:
         raise DataError.of(file, *_nothing(census, notes))
     return Table(file, columns, range(1, n + 1)), notes
+
+
+def _text(record: Record) -> str:
+    assert record.messages is not None
+    turns_read = None if record.plan is None else record.plan.reasons.get("turns_read")
+    return read_then(user_texts(record.messages), turns_read)
 
 
 def _nothing(census: Census, notes: list[str]) -> tuple[str, str]:

@@ -87,6 +87,16 @@ def readings(query: Query) -> list[tuple[str, int]]:
     return found
 
 
+def read_then(turns: Sequence[str], turns_read: int | None) -> str:
+    """The reading that was taken of a conversation, oldest turn first, from how many turns it
+    reached back. None: nobody chose one, as where a request names its expert; then all turns, since
+    a follow-up alone may say nothing."""
+    found = readings(Query(turns[-1], tuple(turns[:-1])))
+    if turns_read is None:
+        return found[-1][0]
+    return next(text for text, reach in reversed(found) if reach <= max(turns_read, 1))
+
+
 def joined(turns: Sequence[str], room: int = READ_CHARS) -> str:
     """Turns in their order, a line each, in about `room` characters. The first and the last are
     always there, cut in their middle where both are long; of those between them the latest that

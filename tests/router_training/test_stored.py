@@ -12,6 +12,7 @@ import sqlalchemy as sa
 
 from composer.errors import StoreError
 from composer.store import Feedback, Record, Store, reading
+from composer.types import Plan
 from router_training.data import load
 from router_training.errors import DataError
 from tests.router_training.helpers import NAN
@@ -31,7 +32,7 @@ def fill(url: str, records: list[Record], feedback: list[Feedback]) -> None:
 
 def asked(id: str, text: str | None, *experts: str, **changes: Any) -> Record:
     messages = None if text is None else ({"role": "user", "content": text},)
-    return make_record(id, messages=messages, experts=experts, answer="yes", **changes)
+    return make_record(id, **{"messages": messages, "experts": experts, "answer": "yes", **changes})
 
 
 @pytest.fixture
@@ -73,6 +74,21 @@ def test_what_callers_said_of_single_experts(url: str) -> None:
         "1 requests with feedback failed or were cancelled",
     )
     assert load(url, split="dev").outcomes.text == ("one",)
+
+
+def test_a_conversation_is_read_as_far_back_as_the_router_read_it(url: str) -> None:
+    turns = ("please plural fox", "and hen", "and this one: cat")
+    messages = tuple({"role": "user", "content": turn} for turn in turns)
+    reached = {"alone": 1, "two": 2, "all": 3, "named": None}
+    plans = {
+        id: Plan("auto", "single", (), (), reasons={} if n is None else {"turns_read": n})
+        for id, n in reached.items()
+    }
+    records = [asked(id, "", "a", messages=messages, plan=plan) for id, plan in plans.items()]
+    fill(url, records, [Feedback.checked(id, 1.0) for id in plans])
+    assert sorted(load(url).outcomes.text) == sorted(
+        {turns[-1], "and hen\nand this one: cat", "\n".join(turns)}
+    )
 
 
 def test_many_pages(url: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 import pytest
 
+from composer.routing.explore import propensities
 from composer.routing.judging import judged
 from composer.types import Choice, Plan
 
@@ -49,6 +50,46 @@ def test_the_better_shadow_is_seen_and_the_worse_one_too() -> None:
     assert better.better
     assert better.low < 0.5 < better.high
     assert worse.high < 0
+
+
+def world(n: int, seed: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(n, 3) true success rates, and what the one that serves and the shadow make of them: each
+    expert is good at some questions, and the shadow knows better at which."""
+    rng = np.random.default_rng(seed)
+    truth = rng.choice([0.25, 0.55, 0.85], (n, 3))
+    return truth, truth + rng.normal(0, 0.6, (n, 3)), truth + rng.normal(0, 0.3, (n, 3))
+
+
+def simulated(n: int, seed: int, *, floor: float = 0.15) -> list[Row]:
+    """A log as a service keeps it."""
+    rng, ids = np.random.default_rng(seed), ("a", "b", "c")
+    truth, serving, shadow = world(n, seed)
+    rows = []
+    for i, (greedy, choice) in enumerate(zip(serving.argmax(1), shadow.argmax(1), strict=True)):
+        chances = propensities(serving[i], None, int(greedy), floor)
+        drawn = int(rng.choice(3, p=chances))
+        made = row(ids[drawn], 0.0, float(chances[drawn]), greedy=ids[greedy])
+        scores = dict(zip(ids, np.clip(serving[i], 0, 1).tolist(), strict=True))
+        score = float(rng.random() < truth[i, drawn])
+        plan = replace(made.plan, scores=scores)
+        rows.append(replace(made, plan=plan, score=score, choice=ids[choice]))
+    return rows
+
+
+@pytest.mark.slow
+def test_the_interval_holds_the_truth_in_95_of_100_logs() -> None:
+    truth, serving, shadow = world(1_000_000, 1001)
+    each = np.arange(len(truth))
+    gain = float((truth[each, shadow.argmax(1)] - truth[each, serving.argmax(1)]).mean())
+    found = [judged(simulated(800, seed), seed=seed) for seed in range(150)]
+    assert gain > 0.04
+    assert all(one.unsupported == 0 for one in found)
+    assert np.median([one.effective for one in found]) > 50
+    differences = np.array([one.difference for one in found])
+    error = differences.std() / np.sqrt(len(found))
+    assert abs(differences.mean() - gain) < 3 * error
+    assert 0.89 <= np.mean([one.low <= gain <= one.high for one in found]) <= 0.99
+    assert np.mean([one.low > gain for one in found]) <= 0.07
 
 
 def test_without_exploring_a_shadow_cannot_win() -> None:

@@ -36,7 +36,7 @@ class Clusters:
 
     name: ClassVar[str] = "clusters"
     tier: ClassVar[Tier] = "supported"
-    paper: ClassVar[str] = "The Avengers: A Simple Recipe for Uniting Smaller LMs, arXiv 2505.19797"
+    paper: ClassVar[str] = "The Avengers: A Simple Recipe (without its votes), arXiv 2505.19797"
     settings: ClassVar[type[BaseModel]] = ClustersSettings
 
     centres: FloatArray

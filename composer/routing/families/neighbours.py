@@ -42,7 +42,7 @@ class Neighbours:
 
     name: ClassVar[str] = "neighbours"
     tier: ClassVar[Tier] = "supported"
-    paper: ClassVar[str] = "Rethinking Predictive Modeling for LLM Routing: kNN, arXiv 2505.12601"
+    paper: ClassVar[str] = "Rethinking Predictive Modeling for LLM Routing, arXiv 2505.12601"
     settings: ClassVar[type[BaseModel]] = NeighboursSettings
     suits: ClassVar[frozenset[Kind]] = frozenset({"outcomes", "intents"})
 
