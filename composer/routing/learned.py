@@ -56,8 +56,10 @@ class LearnedSettings(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     artefact: Path = Field(description="The folder that `router-training train --out` wrote.")
-    names: Mapping[str, str] = Field(
-        {}, description="Expert id → its name in the artefact, where the two differ."
+    names: Mapping[str, str | None] = Field(
+        {},
+        description="Expert id → its name in the artefact, where the two differ; null for one that "
+        "it does not know: its quality is 0, so that it answers as the default expert alone.",
     )
     shadow: ShadowSettings | None = Field(
         None, description="An artefact that may be promoted once it proved better."
@@ -190,7 +192,7 @@ class LearnedRouter:
     def curve(self) -> Curve | None:
         """That of the artefact, which holds for all its experts together: None where the policy
         has only some of them."""
-        whole = len(self._columns) == len(self.model.experts)
+        whole = sorted(self._columns) == list(range(len(self.model.experts)))
         return self.model.manifest.curve if whole else None
 
     @classmethod
@@ -225,6 +227,11 @@ class LearnedRouter:
                 f"{settings.artefact} was trained without; train it again with prices, or leave "
                 "them out"
             )
+        if len(manifest.experts) in columns:
+            raise ArtefactError(
+                "`quality` and `max_cost` need the cost of every expert, and `names` says of one "
+                "that the artefact does not know it; leave that expert out, or the aim"
+            )
         if left := [e.id for i, e in enumerate(manifest.experts) if i not in columns]:
             raise ArtefactError(
                 "`quality` and `max_cost` hold for all the artefact's experts together, and the "
@@ -256,11 +263,14 @@ class LearnedRouter:
             return np.stack([known[text] for text in texts])
 
         scored = await asyncio.to_thread(self.model.score_read, readings, encode)
-        quality = scored.quality[0, self._columns]
-        uncertainty = scored.uncertainty[0, self._columns]
+        # One more column, for those whom the artefact does not know.
+        quality = np.append(scored.quality[0], np.float32(0))[self._columns]
+        uncertainty = np.append(scored.uncertainty[0], np.float32(0))[self._columns]
         quality[~eligible] = np.nan
         uncertainty[~eligible] = np.nan
-        cost = None if scored.cost is None else scored.cost[0, self._columns]
+        cost = None
+        if scored.cost is not None:
+            cost = np.append(scored.cost[0], scored.cost[0].max())[self._columns]
         tried = self._settings.shadow
         exploration = None if tried is None else Exploration(tried.explore, thompson=False)
         return Scores(self.experts, quality, uncertainty, self._reasons(quality), cost, exploration)
@@ -275,7 +285,7 @@ class LearnedRouter:
                 "mean_quality": round(stamps[self._columns[i]].quality, 4),
             }
             for i in best
-            if not np.isnan(quality[i])
+            if not np.isnan(quality[i]) and self._columns[i] < len(stamps)
         }
 
 
@@ -291,11 +301,14 @@ def check_embedder(manifest: Manifest, embedder: Embedder | EmbedderStamp, folde
 
 
 def _columns(manifest: Manifest, experts: Sequence[Expert], settings: LearnedSettings) -> list[int]:
-    """Where each expert stands in the artefact."""
-    place = {stamp.id: column for column, stamp in enumerate(manifest.experts)}
+    """Where each expert stands in the artefact, behind all of its own where `names` says that it
+    is unknown there."""
+    place: dict[str | None, int] = {s.id: column for column, s in enumerate(manifest.experts)}
+    place[None] = len(place)
     names = [settings.names.get(expert.id, expert.id) for expert in experts]
-    if unknown := sorted(set(names) - place.keys()):
-        known = ", ".join(sorted(place)[:8]) + (", …" if len(place) > 8 else "")
+    if unknown := sorted(name for name in set(names) - place.keys() if name is not None):
+        theirs = sorted(stamp.id for stamp in manifest.experts)
+        known = ", ".join(theirs[:8]) + (", …" if len(theirs) > 8 else "")
         raise ArtefactError(
             f"the artefact {settings.artefact} knows nothing of {unknown[0]!r} (it knows {known}); "
             "train it again with that expert's outcomes, leave the expert out of the policy, or "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from composer.settings import Settings
 from router_training import load_router
 from router_training.train import train
 from tests.replayed import TOPICS, WAITS, Recorded, registry
+from tests.router_training.intent_tables import INTENTS, intents
 from tests.tiny import ROOT, chat, serving
 
 pytestmark = pytest.mark.usefixtures("short_grids")
@@ -100,6 +102,40 @@ async def test_a_policy_serves_what_was_trained(
         modest = await answer(client, asked[0], quality=0.5)
         assert modest["expert"] == cheapest
         assert modest["reasons"]["aim"]["quality"] == 0.5
+
+
+async def test_intents_go_to_their_experts_and_what_is_nobodys_to_the_default(
+    tmp_path: Path, embedder: Any
+) -> None:
+    asked, strange = intents(12, 6, seed=4), 0
+    recorded = Recorded(tmp_path / "asked.csv", [*asked.text], [], {})
+    with recorded.path.open("w", newline="") as file:
+        rows = csv.writer(file)
+        rows.writerow(["query", "in_chars", *(f"answer|{model}" for model in EXPERTS)])
+        rows.writerows([text, len(text), *EXPERTS] for text in asked.text)
+    stamp = EmbedderStamp(id=embedder.id, digest=embedder.digest, dim=embedder.dim)
+    model = train(intents(120, 30), "margin", embedder.encode, stamp)
+    model.artefact().save(tmp_path / "router")
+    threshold = model.manifest.metrics["threshold"]
+    config = yaml.safe_load(served(recorded))
+    *specialists, general = EXPERTS
+    names = dict(zip(specialists, INTENTS, strict=False)) | {general: None}
+    router = config["policies"]["auto"]["router"] | {"names": names}
+    rejecting = {"threshold": threshold, "default_expert": general}
+    config["policies"]["auto"] |= {"router": router, **rejecting}
+    offline = load_router(tmp_path / "router", embedder)
+    quality = offline.score(asked.text).quality[:, : len(specialists)]
+    async with serving(tmp_path, yaml.safe_dump(config), **WAITS) as (client, _):
+        for text, row in zip(asked.text, quality, strict=True):
+            told = await answer(client, text)
+            if row.max() < threshold:
+                assert told["expert"] == general
+                assert told["reasons"]["rule"] == "below_threshold"
+                strange += 1
+            else:
+                assert told["expert"] == specialists[int(row.argmax())]
+                assert told["scores"][told["expert"]] == pytest.approx(row.max(), abs=1e-4)
+    assert 4 <= strange <= 12  # those that are nobody's, and perhaps the intent without an expert
 
 
 async def test_aims_need_costs(tmp_path: Path, recorded: Recorded, embedder: Any) -> None:

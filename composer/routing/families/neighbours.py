@@ -69,8 +69,7 @@ class Neighbours:
     @classmethod
     def grid_of_intents(cls, outcomes: Outcomes) -> Sequence[NeighboursSettings]:
         """Few neighbours, the nearest of whom count most: most questions are another's."""
-        tried = ((20, 0.05), (10, 0.05), (40, 0.05), (10, None), (1, None))
-        return [NeighboursSettings(k=k, temperature=temperature) for k, temperature in tried]
+        return [NeighboursSettings(k=k, temperature=0.05) for k in (20, 10, 40)]
 
     @classmethod
     def views(cls, settings: NeighboursSettings) -> frozenset[View]:
