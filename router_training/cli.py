@@ -11,6 +11,7 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
+from router_training.commands import collect
 from router_training.console import (
     Data,
     Experts,
@@ -235,6 +236,9 @@ def _card_line(card: dict[str, Any]) -> str:
         f"ECE {number(card['ece'])}",
     ]
     return ", ".join(parts)
+
+
+app.command()(collect.collect)
 
 
 def main() -> None:

@@ -108,7 +108,7 @@ def told_plainly() -> Iterator[None]:
     except OSError as error:
         refuse(f"{error.filename or 'a file'}: {error.strerror or error}; see that it can be used")
     except KeyboardInterrupt:
-        err.print("stopped; vectors made so far are kept")
+        err.print("stopped; answers and vectors got so far are kept, and the same command goes on")
         raise typer.Exit(130) from None
 
 

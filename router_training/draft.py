@@ -85,7 +85,7 @@ def from_wide(table: Table, prices: Prices | None) -> Draft:
     read = set(_OF_QUESTION) | {
         prefix + expert for prefix in (SCORE, COST, OUT, ANSWER) for expert in experts
     }
-    question = _questions(table, problems)
+    question = questions_of(table, problems)
     problems.settle()
     return Draft(
         experts=experts,
@@ -106,7 +106,7 @@ def from_long(table: Table, prices: Prices | None) -> Draft:
     in_chars = _optional(table, "in_chars", problems, _CHARS)
     cost = _cost(table, "", np.array(names), in_chars, prices, problems)
     answers = texts(table, "answer", problems)
-    question = _questions(table, problems)
+    question = questions_of(table, problems)
     has_ids = "query_id" in table.columns
     keys = [
         id if has_ids and id else text
@@ -175,7 +175,7 @@ def _optional(table: Table, column: str, problems: Problems, remedy: str) -> Flo
     return numbers(table, column, problems, remedy=remedy)
 
 
-def _questions(table: Table, problems: Problems) -> dict[str, Any]:
+def questions_of(table: Table, problems: Problems) -> dict[str, Any]:
     """The Draft's fields that belong to a row's question."""
     if "query" not in table.columns:
         problems.add(None, "query", "there is no such column", "Add it, with the question's text.")
@@ -198,15 +198,8 @@ def _questions(table: Table, problems: Problems) -> dict[str, Any]:
 
 def _with_options(stem: str, cell: Any, line: int, problems: Problems) -> str:
     """The question with its options below it, one a line: `A. first`, `B. second` …"""
-    if cell is None:
-        return stem
-    options = cell
-    if isinstance(cell, str):
-        try:
-            options = orjson.loads(cell)
-        except orjson.JSONDecodeError:
-            options = None
-    if not isinstance(options, list) or not all(isinstance(o, str | int | float) for o in options):
+    options = options_of(cell)
+    if options is None:
         problems.add(
             line, "choices", "not a JSON list of options", 'Write it so: ["first", "second"].'
         )
@@ -218,6 +211,21 @@ def _with_options(stem: str, cell: Any, line: int, problems: Problems) -> str:
     return "\n".join(
         [stem, *(f"{name}. {option}" for name, option in zip(names, options, strict=False))]
     )
+
+
+def options_of(cell: Any) -> list[str] | None:
+    """Of a cell of `choices`, none for an empty one; None where it is no list of options."""
+    if cell is None:
+        return []
+    options = cell
+    if isinstance(cell, str):
+        try:
+            options = orjson.loads(cell)
+        except orjson.JSONDecodeError:
+            return None
+    if not isinstance(options, list) or not all(isinstance(o, str | int | float) for o in options):
+        return None
+    return [str(option) for option in options]
 
 
 def _merged(

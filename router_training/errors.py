@@ -1,4 +1,5 @@
-"""What is wrong with the data a router should be trained on. Knows no format."""
+"""What is wrong with the data a router should be trained on, or with who should answer for it.
+Knows no format."""
 
 from __future__ import annotations
 
@@ -54,3 +55,22 @@ class TrainingError(ComposerError):
     remedy"."""
 
     code = "cannot_train"
+
+
+class AskError(TrainingError):
+    """A call of an expert got no answer. Raised itself where no call of any expert can get one:
+    nobody is there, the key is wrong, there is no such expert."""
+
+    code = "cannot_ask"
+
+
+class AskRefused(AskError):
+    """This call will not be answered as it stands (too long, not able): asking again is no use."""
+
+    code = "ask_refused"
+
+
+class AskFailed(AskError):
+    """The expert's server failed, or had no room for as long as was waited: it may answer later."""
+
+    code = "ask_failed"

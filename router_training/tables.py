@@ -151,21 +151,10 @@ def _read_jsonl(path: Path) -> Table:
 
 
 def _read_parquet(path: Path) -> Table:
-    try:
-        import duckdb  # 24 MB and no dependencies; pyarrow is twice that
-    except ImportError as error:
-        raise DataError.of(
-            str(path),
-            "parquet files need the package duckdb",
-            "Install it: pip install 'composer[training]'.",
-        ) from error
+    duckdb = parquet_engine(path)
     if not path.exists():  # else the path is read as a pattern
         raise FileNotFoundError(path)
-    settings: dict[str, str | bool | int | float | list[str]] = {
-        "threads": 1,
-        "autoinstall_known_extensions": False,
-    }
-    with duckdb.connect(config=settings) as connection:
+    with duckdb.connect(config=dict(PARQUET_CONFIG)) as connection:
         try:
             found = connection.execute("SELECT * FROM read_parquet(?)", [str(path)])
             names = [column[0] for column in found.description or ()]
@@ -177,6 +166,25 @@ def _read_parquet(path: Path) -> Table:
             ) from error
     columns = {name: [_cell(row[i]) for row in rows] for i, name in enumerate(names)}
     return Table(str(path), columns, range(1, len(rows) + 1))
+
+
+PARQUET_CONFIG: Mapping[str, str | bool | int] = {
+    "threads": 1,
+    "autoinstall_known_extensions": False,
+}
+
+
+def parquet_engine(path: Path) -> Any:
+    """The module duckdb. Raises DataError, naming the file that needs it, where it is missing."""
+    try:
+        import duckdb  # 24 MB and no dependencies; pyarrow is twice that
+    except ImportError as error:
+        raise DataError.of(
+            str(path),
+            "parquet files need the package duckdb",
+            "Install it: pip install 'composer[training]'.",
+        ) from error
+    return duckdb
 
 
 def _cell(value: Any) -> Any:
