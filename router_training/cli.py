@@ -11,7 +11,7 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
-from router_training.commands import collect
+from router_training.commands import collect, profile
 from router_training.console import (
     Data,
     Experts,
@@ -19,6 +19,7 @@ from router_training.console import (
     Pool,
     Prices,
     Seed,
+    Skills,
     Split,
     bars,
     named_experts,
@@ -61,6 +62,7 @@ def train(
     experts: Experts = None,
     pool: Pool = None,
     prices: Prices = None,
+    skills: Skills = None,
     split: Split = None,
     dev_split: Annotated[
         str | None, typer.Option(help="As --split, for --dev; default: dev.", show_default=False)
@@ -76,7 +78,7 @@ def train(
         if dev is None and dev_split is not None:
             refuse("--dev-split needs --dev; name the file to judge on")
         names = named_experts(data, experts, pool)
-        outcomes = outcomes_of(data, names, split, prices)
+        outcomes = outcomes_of(data, names, split, prices, skills=skills)
         judged = None
         if dev is not None:
             judged = outcomes_of(dev, names or outcomes.experts, dev_split, prices, judging=True)
@@ -180,6 +182,7 @@ def compare(
     experts: Experts = None,
     pool: Pool = None,
     prices: Prices = None,
+    skills: Skills = None,
     split: Split = None,
     dev_split: Annotated[str | None, typer.Option(help="As --split, for --dev.")] = None,
     router: Annotated[
@@ -197,7 +200,7 @@ def compare(
         from router_training.tables import name_of
 
         names = named_experts(data, experts, pool)
-        outcomes = outcomes_of(data, names, split, prices)
+        outcomes = outcomes_of(data, names, split, prices, skills=skills)
         judged = outcomes_of(dev, outcomes.experts, dev_split, prices, judging=True)
         with bars(as_json) as progress:
             embedding = open_embedding(progress)
@@ -239,6 +242,7 @@ def _card_line(card: dict[str, Any]) -> str:
 
 
 app.command()(collect.collect)
+app.command()(profile.profile)
 
 
 def main() -> None:

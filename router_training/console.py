@@ -8,6 +8,7 @@ import logging
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
@@ -44,6 +45,10 @@ Prices = Annotated[
     Path | None,
     typer.Option(help="List prices; default: models.csv beside the data, if there is one."),
 ]
+Skills = Annotated[
+    Path | None,
+    typer.Option(help="Which skills the questions ask for: a profile that `profile` wrote."),
+]
 Split = Annotated[str | None, typer.Option(help="Only rows whose column `split` says so.")]
 Seed = Annotated[int, typer.Option(help="Of folds, fits and intervals.")]
 Json = Annotated[
@@ -72,14 +77,20 @@ def outcomes_of(
     prices: Path | None,
     *,
     judging: bool = False,
+    skills: Path | None = None,
 ) -> Outcomes:
-    """Notes go to standard error. What is contaminated is not judged on."""
+    """Notes go to standard error. What is contaminated is not judged on. `skills`: a profile to
+    annotate the questions with."""
     from router_training.data import load
     from router_training.errors import DataError
 
     data = load(source, experts=experts, split=split, prices=prices)
     for note in data.notes:
         err.print(f"{source}: {note}", style="dim", markup=False, highlight=False, soft_wrap=True)
+    if skills is not None:
+        from router_training.profiles import annotated, read_profile
+
+        data = replace(data, outcomes=annotated(data.outcomes, read_profile(skills).annotations))
     if not judging or not data.contaminated.any():
         return data.outcomes
     left = ~data.contaminated

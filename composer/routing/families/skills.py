@@ -98,15 +98,14 @@ class Skills:
         features, outcomes = teaching(features, outcomes)
         rows = np.asarray(features[settings.view], np.float32)
         names, asks = skills_of(rows, outcomes, settings.least, seed)
-        known = outcomes.known
-        signed = np.where(known, 2 * np.nan_to_num(outcomes.quality) - 1, 0)  # (n, E)
+        profile, count = profile_of(np.asarray(outcomes.quality, np.float32), asks)
         sums = asks.T.astype(np.float32) @ rows  # (K, d)
         length = np.linalg.norm(sums, axis=1, keepdims=True)
         fitted = cls(
             names=names,
             centres=np.asarray(sums / np.maximum(length, 1e-12), np.float32),
-            profile=np.asarray(signed.T @ asks, np.float32),
-            count=np.asarray(known.T.astype(np.float64) @ asks, np.float32),
+            profile=profile,
+            count=count,
             mean=expert_means(np.asarray(outcomes.quality, np.float32)),
             kept=np.ones(len(outcomes.experts), np.bool_),
             chosen=settings,
@@ -182,6 +181,15 @@ def skills_of(
     if not often.any():
         return (ANY,), np.ones((len(asked), 1), np.bool_)
     return tuple(np.array(names)[often].tolist()), asks[:, often]
+
+
+def profile_of(quality: FloatArray, asks: BoolArray) -> tuple[FloatArray, FloatArray]:
+    """Outcomes (n, E), NaN where missing, and the skills of each question (n, K) → P_m[k]
+    and the number of outcomes that it is of, (E, K) each."""
+    known = ~np.isnan(quality)
+    signed = np.where(known, 2 * np.nan_to_num(quality) - 1, 0)  # (n, E)
+    profile = np.asarray(signed.T.astype(np.float64) @ asks, np.float32)
+    return profile, np.asarray(known.T.astype(np.float64) @ asks, np.float32)
 
 
 def nearest_weights(cosine: FloatArray, settings: SkillsSettings) -> FloatArray:
