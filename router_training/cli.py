@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -119,6 +120,8 @@ def train(
     for title, key in (("cross-fitted on train", "cross_fitted"), ("dev", "dev")):
         if (card := metrics.get(key)) is not None:
             say(f"{title}: {_card_line(card)}")
+            if card["scope"] is not None:
+                say(f"{title}: {_scope_line(card['scope'])}")
     say(f"{len(manifest.experts)} experts, {manifest.data.questions} questions → {out_folder}")
 
 
@@ -173,6 +176,9 @@ def evaluate(
             f"{j.latency.decision_ms:.1f}, without embedding {j.latency.without_embedding_ms:.1f}",
         )
     out.print(table)
+    for j in result.artefacts:
+        if (scope := j.card["scope"]) is not None:
+            say(f"{j.name}: {_scope_line(scope)}")
 
 
 @app.command()
@@ -238,6 +244,20 @@ def _card_line(card: dict[str, Any]) -> str:
         f"Brier {number(card['brier'])} (base rate {number(card['brier_base_rate'])})",
         f"ECE {number(card['ece'])}",
     ]
+    return ", ".join(parts)
+
+
+def _scope_line(scope: Mapping[str, Any]) -> str:
+    parts = [
+        f"in scope {percent(scope['in_scope_acc'], scope['in_scope_ci95'])}",
+        f"AUROC of confidence {scope['auroc']:.4f}",
+    ]
+    if scope["threshold"] is not None:
+        parts.append(
+            f"turned away below {scope['threshold']:.3f}: "
+            f"{percent(scope['overall_acc'], scope['overall_ci95'])} of all end well, "
+            f"{percent(scope['out_of_scope_found'], None)} of what is nobody's is found"
+        )
     return ", ".join(parts)
 
 

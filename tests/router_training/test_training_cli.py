@@ -15,6 +15,7 @@ from router_training.cli import app
 from router_training.embedding import Embedding
 from router_training.progress import Progress
 from router_training.vectors import KeptVectors
+from tests.router_training.intent_tables import intents, write_intents
 from tests.router_training.synthetic import table, write_table
 from tests.routing.helpers import WordEmbedder
 
@@ -75,6 +76,27 @@ def test_train_evaluate_compare(data: Path, dev: Path, tmp_path: Path) -> None:
     assert status == 0, err
     assert out.startswith("## t, all: 3 experts")
     assert "| tuned kNN |" in out
+
+
+def test_a_table_of_intents(tmp_path: Path) -> None:
+    data = write_intents(tmp_path / "bank.train.csv", intents())
+    dev = write_intents(tmp_path / "bank.dev.csv", intents(60, 20, seed=2))
+    folder = tmp_path / "router"
+    status, out, err = run(
+        "train", "--router", "margin", "--data", data, "--dev", dev, "--out", folder
+    )
+    assert status == 0, err
+    assert "40 questions are out of scope" in err
+    assert "dev: in scope" in out
+    assert "of what is nobody's is found" in out
+    status, out, _ = run("evaluate", "--artefact", folder, "--data", dev, "--json", "-")
+    assert status == 0
+    scope = json.loads(out)["artefacts"][0]["scope"]
+    assert (
+        scope["threshold"]
+        == json.loads((folder / "manifest.json").read_text())["metrics"]["threshold"]
+    )
+    assert scope["auroc"] > 0.8
 
 
 def test_json_alone_on_standard_output(data: Path, dev: Path, tmp_path: Path) -> None:
