@@ -13,7 +13,7 @@ import numpy.typing as npt
 from composer.routing.artefact import EmbedderStamp
 from composer.routing.families import FAMILIES
 from composer.routing.family import decided, predicted
-from composer.routing.learned import Scored
+from composer.routing.model import Scored
 from composer.routing.outcomes import Outcomes
 from composer.routing.views import Encode
 from composer.types import FloatArray

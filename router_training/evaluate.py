@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from composer.routing.artefact import ArtefactError
-from composer.routing.learned import LearnedModel
+from composer.routing.model import LearnedModel
 from composer.routing.outcomes import Outcomes
 from composer.routing.views import Encode
 from composer.types import FloatArray
@@ -136,6 +136,8 @@ def evaluate(
         columns = [model.experts.index(expert) for expert in first]
         scored = model.score(outcomes.text, embedder.encode)
         cost = None if scored.cost is None else scored.cost[:, columns]
+        if cost is not None and np.isnan(cost).any():
+            cost = None  # an expert joined without a price
         card = scorecard(
             outcomes,
             yardstick,

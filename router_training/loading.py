@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from composer.routing.artefact import Artefact, EmbedderStamp
-from composer.routing.learned import LearnedModel, Scored, check_embedder
+from composer.routing.model import LearnedModel, Scored, check_embedder
 from router_training.vectors import Model
 
 

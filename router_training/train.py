@@ -14,7 +14,8 @@ from composer.routing.costs import VIEWS as COST_VIEWS
 from composer.routing.costs import CostModel
 from composer.routing.families import FAMILIES
 from composer.routing.family import Family, decided
-from composer.routing.learned import LearnedModel, Scored
+from composer.routing.joining import JoinPrior, Newcomers
+from composer.routing.model import LearnedModel, Scored
 from composer.routing.outcomes import Outcomes
 from composer.routing.views import Encode, View, Views, rows_of
 from composer.types import FloatArray
@@ -98,7 +99,8 @@ class Workshop:
         self.outcomes = by_stem(_usable(outcomes))
         self.seed = seed
         self.yardstick = Yardstick.fit(self.outcomes)
-        names: set[View] = set(COST_VIEWS) if self.outcomes.priced else set()
+        names: set[View] = {"embedding"}  # by which experts join
+        names |= set(COST_VIEWS) if self.outcomes.priced else set()
         for kind in kinds:
             grid = grid_of(kind, self.outcomes)
             names |= {view for settings in grid for view in kind.views(settings)}
@@ -199,6 +201,7 @@ class Workshop:
         names = set(type(family).views(chosen.settings))
         if self.costs is not None:
             names |= set(COST_VIEWS)
+        prior = JoinPrior.fit(chosen.quality, outcomes, self.features["embedding"], seed=self.seed)
         manifest = Manifest(
             family=chosen.family,
             settings=chosen.settings.model_dump(mode="json"),
@@ -216,6 +219,7 @@ class Workshop:
             family,
             calibration_of(chosen.raw, outcomes, chosen.signs),
             self.costs,
+            Newcomers(prior, {}),
         )
 
     def _metrics(self, chosen: Chosen, choice: Mapping[str, Any] | None) -> dict[str, Any]:

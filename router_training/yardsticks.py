@@ -26,17 +26,19 @@ def yardstick_values(yardstick: Yardstick) -> dict[str, Any]:
 
 
 def yardstick_of(manifest: Manifest, experts: Sequence[str]) -> Yardstick:
-    """That of a manifest which training wrote, with its experts in another order. Raises
-    ArtefactError where it has none."""
+    """That of a manifest which training wrote, with its experts in another order; one that joined
+    has its expected mean quality everywhere. Raises ArtefactError where it has none."""
     values = manifest.metrics.get(PLACE)
-    own = [expert.id for expert in manifest.experts]
+    own = list(manifest.known)
+    late = np.array([stamp.quality for stamp in manifest.joined])
     try:
         if not isinstance(values, Mapping):
             raise TypeError("there is none")
         columns = [own.index(expert) for expert in experts]
-        rates = np.asarray(values["rates"], np.float64)[columns]
+        rates = np.concatenate([np.asarray(values["rates"], np.float64), late])[columns]
         rows = {(str(b), str(c)): row for row, (b, c) in enumerate(values["categories"])}
-        quality = np.asarray(values["category_rates"], np.float64)[:, columns]
+        trained = np.asarray(values["category_rates"], np.float64)
+        quality = np.hstack([trained, np.tile(late, (len(trained), 1))])[:, columns]
         best = list(experts).index(values["best"])
     except (KeyError, TypeError, ValueError, IndexError) as error:
         raise ArtefactError(

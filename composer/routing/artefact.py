@@ -30,7 +30,7 @@ from composer.routing.family import State
 FORMAT = 1
 MANIFEST, ARRAYS = "manifest.json", "arrays.safetensors"
 
-Part = Literal["views", "family", "calibration", "costs"]
+Part = Literal["views", "family", "calibration", "costs", "joining", "joined"]
 
 
 class ArtefactError(ValueError):
@@ -58,6 +58,22 @@ class ExpertStamp(BaseModel):
     cost: float | None = None
 
 
+class JoinedStamp(BaseModel):
+    """An expert that joined after training, which then was not repeated. `quality` is its expected
+    mean quality on such questions; `outcomes` are those seen of it, `claims` the texts that say
+    what it is for; `cost` is its mean cost in those outcomes; `like` are the known experts that it
+    resembles most, and how far (1: wholly)."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    id: str
+    quality: float
+    cost: float | None = None
+    outcomes: int = 0
+    claims: int = 0
+    like: dict[str, float] = {}
+
+
 class DataStamp(BaseModel):
     """What it was fitted on. `digest` is the sha256 of texts and outcomes in order."""
 
@@ -69,7 +85,8 @@ class DataStamp(BaseModel):
 
 
 class Manifest(BaseModel):
-    """Everything of an artefact that is not an array."""
+    """Everything of an artefact that is not an array. `experts` are those of the outcomes, whose
+    `curve` and `metrics` these are; `joined` came later."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -78,11 +95,17 @@ class Manifest(BaseModel):
     settings: dict[str, Any]
     embedder: EmbedderStamp
     experts: tuple[ExpertStamp, ...] = Field(min_length=1)
+    joined: tuple[JoinedStamp, ...] = ()
     data: DataStamp
     curve: Curve | None = None
     metrics: dict[str, Any] = {}
     values: dict[Part, Any] = {}
     arrays_sha256: str = ""
+
+    @property
+    def known(self) -> tuple[str, ...]:
+        """All experts by their names, in the order of the scores: those that joined come last."""
+        return (*(stamp.id for stamp in self.experts), *(stamp.id for stamp in self.joined))
 
 
 class Artefact:
@@ -94,7 +117,7 @@ class Artefact:
 
     @property
     def experts(self) -> tuple[str, ...]:
-        return tuple(expert.id for expert in self.manifest.experts)
+        return self.manifest.known
 
     def save(self, folder: Path) -> Manifest:
         """Writes it as a whole or not at all; takes the place of an artefact that is there.

@@ -1,14 +1,13 @@
-"""Serves what training made: an artefact of any family as a router. Knows no family by name but
-through `families.FAMILIES`, and fits nothing."""
+"""Serves what training made: an artefact of any family as a router. Knows nothing of what is in it
+but its manifest, and fits nothing."""
 
 from __future__ import annotations
 
 import asyncio
 import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
@@ -17,18 +16,13 @@ from composer.routing.artefact import (
     MANIFEST,
     Artefact,
     ArtefactError,
-    EmbedderStamp,
-    Manifest,
+    JoinedStamp,
     read_manifest,
 )
 from composer.routing.base import Embedder, Exploration, Query, Scores
-from composer.routing.costs import CostModel
 from composer.routing.curve import Curve
-from composer.routing.families import FAMILIES
-from composer.routing.family import Family, State, predicted
-from composer.routing.outcome_calibration import OutcomeCalibration
-from composer.routing.reading import Reading, read
-from composer.routing.views import Encode, Features, Views
+from composer.routing.model import LearnedModel, check_embedder
+from composer.routing.reading import read
 from composer.types import Ask, BoolArray, Expert, FloatArray, Tier
 
 EXPLAINED = 5
@@ -61,6 +55,11 @@ class LearnedSettings(BaseModel):
         description="Expert id → its name in the artefact, where the two differ; null for one that "
         "it does not know: its quality is 0, so that it answers as the default expert alone.",
     )
+    unknown: Literal["refuse", "join"] = Field(
+        "refuse",
+        description="What to do with an expert that the artefact does not know: refuse the policy, "
+        "or have it join by its examples, description and skills.",
+    )
     shadow: ShadowSettings | None = Field(
         None, description="An artefact that may be promoted once it proved better."
     )
@@ -70,7 +69,9 @@ class LearnedSettings(BaseModel):
         """What the shadow would be served with."""
         if self.shadow is None:
             return None
-        return LearnedSettings(artefact=self.shadow.artefact, names=self.names)
+        return LearnedSettings(
+            artefact=self.shadow.artefact, names=self.names, unknown=self.unknown
+        )
 
     @property
     def exchanged(self) -> LearnedSettings:
@@ -79,84 +80,6 @@ class LearnedSettings(BaseModel):
             return self
         shadow = self.shadow.model_copy(update={"artefact": self.artefact})
         return self.model_copy(update={"artefact": self.shadow.artefact, "shadow": shadow})
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Scored:
-    """(n, E) each, in the order of the artefact's experts: calibrated expected quality, its
-    standard deviation, and expected US dollars of the call, None where no price was known."""
-
-    quality: FloatArray
-    uncertainty: FloatArray
-    cost: FloatArray | None
-
-
-class LearnedModel:
-    """Views, family, calibration and costs in a row: texts in, scores out. Only read."""
-
-    def __init__(
-        self,
-        manifest: Manifest,
-        views: Views,
-        family: Family,
-        calibration: OutcomeCalibration,
-        costs: CostModel | None,
-    ) -> None:
-        self.manifest = manifest
-        self.experts = tuple(expert.id for expert in manifest.experts)
-        self.views = views
-        self.family = family
-        self.calibration = calibration
-        self.costs = costs
-
-    @classmethod
-    def of(cls, artefact: Artefact) -> LearnedModel:
-        """Raises ArtefactError for a family that this program does not know, or settings or
-        arrays that the family cannot be restored from."""
-        manifest, states = artefact.manifest, artefact.states
-        kind = FAMILIES.get(manifest.family)
-        if kind is None:
-            known = ", ".join(sorted(FAMILIES))
-            raise ArtefactError(
-                f"the artefact's family {manifest.family!r} is not known here (known: {known}); "
-                "train it again, or update this program"
-            )
-        try:
-            settings = kind.settings.model_validate(manifest.settings)
-            return cls(
-                manifest,
-                Views.restore(states["views"]),
-                kind.restore(states["family"], settings),
-                OutcomeCalibration.restore(states["calibration"]),
-                CostModel.restore(states["costs"]) if "costs" in states else None,
-            )
-        except (KeyError, ValueError) as error:
-            raise ArtefactError(
-                f"the artefact's {manifest.family} cannot be restored ({error}); train it again"
-            ) from error
-
-    def artefact(self) -> Artefact:
-        states: dict[Any, State] = {
-            "views": self.views.state(),
-            "family": self.family.state(),
-            "calibration": self.calibration.state(),
-        }
-        if self.costs is not None:
-            states["costs"] = self.costs.state()
-        return Artefact(self.manifest, states)
-
-    def score(self, texts: Sequence[str], encode: Encode) -> Scored:
-        return self.score_features(self.views.transform(texts, encode))
-
-    def score_read(self, readings: Sequence[Reading], encode: Encode) -> Scored:
-        """As `score`, of texts that were read before."""
-        return self.score_features(self.views.of(readings, encode))
-
-    def score_features(self, features: Features) -> Scored:
-        said = predicted(self.family, features)
-        quality, uncertainty = self.calibration.quality(said.quality, said.signs)
-        cost = None if self.costs is None else self.costs.predict(features)
-        return Scored(quality, uncertainty, cost)
 
 
 class LearnedRouter:
@@ -190,9 +113,9 @@ class LearnedRouter:
 
     @property
     def curve(self) -> Curve | None:
-        """That of the artefact, which holds for all its experts together: None where the policy
-        has only some of them."""
-        whole = sorted(self._columns) == list(range(len(self.model.experts)))
+        """That of the artefact, which holds for the experts that it was trained on, together: None
+        where the policy lacks one, or has one that joined."""
+        whole = sorted(self._columns) == list(range(len(self.model.manifest.experts)))
         return self.model.manifest.curve if whole else None
 
     @classmethod
@@ -214,9 +137,10 @@ class LearnedRouter:
         cls, experts: Sequence[Expert], settings: LearnedSettings, *, needs_curve: bool = False
     ) -> None:
         """Reads the manifest only. Raises ValueError (ArtefactError) where an expert is unknown to
-        the artefact, the folder is none, or a curve is needed that it does not have."""
+        the artefact (and may not join, or has no text to join by), the folder is none, or a curve
+        is needed that it does not have."""
         manifest = read_manifest(settings.artefact)
-        columns = _columns(manifest, experts, settings)
+        new = _new(manifest.known, experts, settings)
         if (shadow := settings.of_shadow) is not None:
             cls.check(experts, shadow, needs_curve=needs_curve)
         if not needs_curve:
@@ -227,12 +151,20 @@ class LearnedRouter:
                 f"{settings.artefact} was trained without; train it again with prices, or leave "
                 "them out"
             )
-        if len(manifest.experts) in columns:
+        names = [settings.names.get(expert.id, expert.id) for expert in experts]
+        if None in names:
             raise ArtefactError(
                 "`quality` and `max_cost` need the cost of every expert, and `names` says of one "
                 "that the artefact does not know it; leave that expert out, or the aim"
             )
-        if left := [e.id for i, e in enumerate(manifest.experts) if i not in columns]:
+        late = [*(stamp.id for stamp in manifest.joined if stamp.id in names), *new]
+        if late:
+            raise ArtefactError(
+                "`quality` and `max_cost` hold for the experts that the artefact was trained on, "
+                f"together, and {late[0]!r} joined later; train it again with that one's outcomes, "
+                "or leave them out"
+            )
+        if left := [stamp.id for stamp in manifest.experts if stamp.id not in names]:
             raise ArtefactError(
                 "`quality` and `max_cost` hold for all the artefact's experts together, and the "
                 f"policy leaves out {left[0]!r}; train one for the policy's experts, or leave "
@@ -244,10 +176,15 @@ class LearnedRouter:
         cls, experts: Sequence[Expert], settings: LearnedSettings, embedder: Embedder
     ) -> LearnedRouter:
         artefact = Artefact.load(settings.artefact)
-        columns = _columns(artefact.manifest, experts, settings)
         check_embedder(artefact.manifest, embedder, settings.artefact)
         ids = tuple(expert.id for expert in experts)
         model = LearnedModel.of(artefact)
+        for name, claims in _new(model.experts, experts, settings).items():
+            model = model.joined(name, claims, embedder.encode)
+        # Behind all of its own, whom `names` says that it does not know.
+        place: dict[str | None, int] = {name: i for i, name in enumerate(model.experts)}
+        place[None] = len(place)
+        columns = [place[settings.names.get(id_, id_)] for id_ in ids]
         shadow = None
         if (other := settings.of_shadow) is not None:
             shadow = cls.build(experts, other, embedder)
@@ -270,48 +207,59 @@ class LearnedRouter:
         uncertainty[~eligible] = np.nan
         cost = None
         if scored.cost is not None:
-            cost = np.append(scored.cost[0], scored.cost[0].max())[self._columns]
+            cost = np.append(scored.cost[0], np.nanmax(scored.cost[0]))[self._columns]
+        if cost is not None and np.isnan(cost).any():
+            cost = None  # one of them joined without a price
         tried = self._settings.shadow
         exploration = None if tried is None else Exploration(tried.explore, thompson=False)
         return Scores(self.experts, quality, uncertainty, self._reasons(quality), cost, exploration)
 
     def _reasons(self, quality: FloatArray) -> Mapping[str, Mapping[str, Any]]:
-        """How far the query moves the best few from their mean quality."""
+        """How far the query moves the best few from their mean quality, and what is known of those
+        that joined."""
         best = np.argsort(-np.nan_to_num(quality, nan=-np.inf), kind="stable")[:EXPLAINED]
-        stamps = self.model.manifest.experts
-        return {
-            self.experts[i]: {
-                "family": self.model.manifest.family,
-                "mean_quality": round(stamps[self._columns[i]].quality, 4),
-            }
-            for i in best
-            if not np.isnan(quality[i]) and self._columns[i] < len(stamps)
-        }
+        manifest = self.model.manifest
+        stamps = (*manifest.experts, *manifest.joined)
+        told: dict[str, dict[str, Any]] = {}
+        for i in best:
+            if np.isnan(quality[i]) or self._columns[i] == len(stamps):
+                continue
+            stamp = stamps[self._columns[i]]
+            mean = {"family": manifest.family, "mean_quality": round(stamp.quality, 4)}
+            if isinstance(stamp, JoinedStamp):
+                mean["joined"] = {"outcomes": stamp.outcomes, "claims": stamp.claims}
+            told[self.experts[i]] = mean
+        return told
 
 
-def check_embedder(manifest: Manifest, embedder: Embedder | EmbedderStamp, folder: Path) -> None:
-    """Raises ArtefactError where the artefact was fitted on another embedder's vectors."""
-    asked = manifest.embedder
-    if (asked.digest, asked.dim) != (embedder.digest, embedder.dim):
-        raise ArtefactError(
-            f"{folder} was trained on vectors of {asked.id} ({asked.digest[:12]}), and this "
-            f"service embeds with {embedder.id} ({embedder.digest[:12]}); set COMPOSER_EMBEDDER, "
-            "or train it again"
-        )
+def _new(
+    known: Sequence[str], experts: Sequence[Expert], settings: LearnedSettings
+) -> dict[str, tuple[str, ...]]:
+    """By name, what the experts say of themselves that the artefact does not know. Raises
+    ArtefactError where they may not join, or one of them says nothing."""
+    new: dict[str, tuple[str, ...]] = {}
+    for expert in experts:
+        name = settings.names.get(expert.id, expert.id)
+        if name is None or name in known:
+            continue
+        if settings.unknown == "refuse":
+            some = ", ".join(sorted(known)[:8]) + (", …" if len(known) > 8 else "")
+            raise ArtefactError(
+                f"the artefact {settings.artefact} knows nothing of {name!r} (it knows {some}); "
+                "train it again with that expert's outcomes, leave the expert out of the policy, "
+                "give its name there in `names` (null: it answers as the default expert alone), or "
+                "let it join (`unknown: join`)"
+            )
+        new[name] = claims_of(expert)
+        if not new[name]:
+            raise ArtefactError(
+                f"the artefact {settings.artefact} knows nothing of {name!r}, which says nothing "
+                "of itself to join by; give it `examples` or a `description`"
+            )
+    return new
 
 
-def _columns(manifest: Manifest, experts: Sequence[Expert], settings: LearnedSettings) -> list[int]:
-    """Where each expert stands in the artefact, behind all of its own where `names` says that it
-    is unknown there."""
-    place: dict[str | None, int] = {s.id: column for column, s in enumerate(manifest.experts)}
-    place[None] = len(place)
-    names = [settings.names.get(expert.id, expert.id) for expert in experts]
-    if unknown := sorted(name for name in set(names) - place.keys() if name is not None):
-        theirs = sorted(stamp.id for stamp in manifest.experts)
-        known = ", ".join(theirs[:8]) + (", …" if len(theirs) > 8 else "")
-        raise ArtefactError(
-            f"the artefact {settings.artefact} knows nothing of {unknown[0]!r} (it knows {known}); "
-            "train it again with that expert's outcomes, leave the expert out of the policy, or "
-            "give its name there in `names`"
-        )
-    return [place[name] for name in names]
+def claims_of(expert: Expert) -> tuple[str, ...]:
+    """The texts by which an expert joins: what it says it is for, each once."""
+    texts = (*expert.examples, expert.description, *expert.skills)
+    return tuple(dict.fromkeys(text.strip() for text in texts if text.strip()))

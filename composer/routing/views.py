@@ -111,6 +111,12 @@ class Views:
                 features[view] = np.asarray(z / np.float32(np.sqrt(len(FORMAT))), np.float32)
         return features
 
+    def embedding(self) -> Views:
+        """With the view `embedding`, which needs no fit."""
+        names = {*self.names, "embedding"}
+        kept = tuple(view for view in VIEWS if view in names)
+        return Views(kept, self.vectorizers, self.centre, self.scale)
+
     def only(self, names: Collection[View]) -> Views:
         """Some of the views, as they were fitted."""
         kept = tuple(view for view in self.names if view in names)

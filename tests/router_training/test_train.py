@@ -13,7 +13,7 @@ import pytest
 from composer.routing.artefact import ArtefactError
 from composer.routing.families import FAMILIES
 from composer.routing.family import decided
-from composer.routing.learned import LearnedModel
+from composer.routing.model import LearnedModel
 from router_training import load_router
 from router_training.errors import TrainingError
 from router_training.measures import earned
