@@ -1,6 +1,6 @@
 """Routing of follow-up turns: the whole conversation against its last message.
 
-    .venv/bin/python benchmarks/conversations.py [--json FILE] [--quick]
+    .venv/bin/python benchmarks/conversations.py [--family NAME] [--json FILE] [--quick]
 
 The sixty conversations of tests/data/conversations.yaml, three turns each over the ten tiny skills,
 turn after turn through the default policy of experts.yaml with the service's own embedder; nothing
@@ -12,6 +12,9 @@ is answered. Each system sees the same turns:
 - composer, stay S: besides, an expert keeps its session where the gain is no more than S, as a
   policy with `stay: S` says (`choose.py`, `sessions.py`).
 
+With `--family`, a router of that family takes the default one's place: trained on the experts'
+examples, each of which its expert alone gets right.
+
 A switch is a turn answered by another expert than the one before it; it is needless where the right
 expert is the same as before. Intervals are bootstrapped over conversations.
 """
@@ -20,6 +23,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -31,12 +35,18 @@ import yaml
 
 from benchmarks.common import ROOT, add_arguments, bootstrap, progress, show
 from composer.build import build_ways, load, make_embedder
+from composer.embedder import TextEmbedder
 from composer.generations import Generation, Way
 from composer.pipeline import decide
+from composer.routing.artefact import EmbedderStamp
 from composer.routing.conversation import joined
+from composer.routing.families import FAMILIES
+from composer.routing.learned import LearnedSettings
+from composer.routing.outcomes import Outcomes
 from composer.routing.sessions import Sessions
 from composer.settings import Settings
-from composer.types import Message, Policy, Request
+from composer.types import Catalog, Component, Expert, Message, Policy, Request
+from router_training.train import train
 
 CONVERSATIONS = ROOT / "tests" / "data" / "conversations.yaml"
 STAYS = (0.05, 0.1, 0.2)
@@ -139,12 +149,15 @@ def _percent(hits: npt.NDArray[np.bool_]) -> float:
     return round(100 * float(hits.mean()), 1)
 
 
-async def measure(asked: Sequence[Turns]) -> list[dict[str, object]]:
+async def measure(asked: Sequence[Turns], family: str | None) -> list[dict[str, object]]:
     settings = Settings(experts=ROOT / "experts.yaml")
     catalog = load(settings).catalog
     policy = replace(catalog.policies[catalog.default_policy], tolerance=0.0)
     embedder = make_embedder(settings)
+    folder = tempfile.TemporaryDirectory()
     try:
+        if family is not None:
+            policy = trained(family, policy, catalog, embedder, Path(folder.name) / "router")
         ways = await build_ways(replace(catalog, policies={policy.id: policy}), embedder)
         generation = Generation(catalog, ways, _nobody, {})
         chosen = {
@@ -152,6 +165,7 @@ async def measure(asked: Sequence[Turns]) -> list[dict[str, object]]:
         }
     finally:
         await embedder.close()
+        folder.cleanup()
     table = [described(name, asked, experts) for name, experts in chosen.items()]
     table.append(
         described("right expert each time", asked, [[e for e, _ in turns] for turns in asked])
@@ -160,6 +174,35 @@ async def measure(asked: Sequence[Turns]) -> list[dict[str, object]]:
         if name.startswith("composer"):
             print(f"{name}:", *_misses(asked, experts), sep="\n  ")
     return table
+
+
+def outcomes_of(experts: Sequence[Expert], most: int | None = None) -> Outcomes:
+    """The experts' examples (`most` of each), which each alone gets right."""
+    ids = tuple(expert.id for expert in experts)
+    shown = [(text, i) for i, expert in enumerate(experts) for text in expert.examples[:most]]
+    quality = np.zeros((len(shown), len(ids)), np.float32)
+    quality[np.arange(len(shown)), [right for _, right in shown]] = 1
+    return Outcomes(
+        ids,
+        tuple(text for text, _ in shown),
+        quality,
+        np.full(quality.shape, np.nan, np.float32),
+        tuple(ids[right] for _, right in shown),
+        ("",) * len(shown),
+        np.arange(len(shown)),
+    )
+
+
+def trained(
+    family: str, policy: Policy, catalog: Catalog, embedder: TextEmbedder, folder: Path
+) -> Policy:
+    """The policy with a router trained on its experts' examples, over those that have some."""
+    experts = [catalog.experts[id_] for id_ in policy.experts if catalog.experts[id_].examples]
+    stamp = EmbedderStamp(id=embedder.id, digest=embedder.digest, dim=embedder.dim)
+    train(outcomes_of(experts), family, embedder.encode, stamp).artefact().save(folder)
+    router = Component("learned", LearnedSettings(artefact=folder))
+    ids = tuple(expert.id for expert in experts)
+    return replace(policy, router=router, experts=ids, default_expert=None, threshold=0.0)
 
 
 def _misses(asked: Sequence[Turns], chosen: Sequence[Sequence[str]]) -> list[str]:
@@ -179,14 +222,16 @@ def _nobody(expert: str) -> Way:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--file", type=Path, default=CONVERSATIONS, help="other conversations")
+    parser.add_argument("--family", choices=sorted(FAMILIES), help="a trained router instead")
     add_arguments(parser, quick="the first two conversations of each skill")
     args = parser.parse_args()
     asked = conversations(args.file)
     if args.quick:
         asked = [turns for i, turns in enumerate(asked) if i % 6 < 2]
     began = perf_counter()
-    table = asyncio.run(measure(asked))
-    show(table, args, title=f"{len(asked)} conversations of three turns, right expert in %")
+    table = asyncio.run(measure(asked, args.family))
+    by = "" if args.family is None else f" by a trained router ({args.family})"
+    show(table, args, title=f"{len(asked)} conversations of three turns{by}, right expert in %")
     print(f"{perf_counter() - began:.0f} s")
 
 

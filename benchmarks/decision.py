@@ -37,7 +37,7 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.common import CONSOLE, ROOT, SHARED, add_arguments, progress, show
-from benchmarks.retrieval import MAX_EXAMPLES, OUT_OF_SCOPE, embed, read
+from benchmarks.retrieval import MAX_EXAMPLES, OUT_OF_SCOPE, read
 from composer.embedder import TextEmbedder, load_embedder
 from composer.routing.aims import Aim
 from composer.routing.base import Query, Router
@@ -48,6 +48,7 @@ from composer.routing.metric import apply_metric
 from composer.routing.neighbours import NeighboursRouter, NeighboursSettings, Texts
 from composer.routing.online import OnlineRouter, OnlineSettings
 from composer.types import Component, FloatArray, Policy
+from router_training.vectors import KeptVectors
 
 ROWS = 20
 LENGTHS = (32, 128, 256)
@@ -228,7 +229,8 @@ def main() -> None:
         os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
     embedder = load_embedder("all-MiniLM-L6-v2", cache_dir=ROOT / ".cache" / "composer")
     texts, intents = real_rows(20 if args.quick else MAX_EXAMPLES, quick=args.quick)
-    maker = Maker(embed(texts, embedder, "real rows"), np.array(intents))
+    kept = KeptVectors(embedder, ROOT / ".cache" / "composer" / "vectors")
+    maker = Maker(kept.encode(texts), np.array(intents))
     words = sorted({word for text in texts for word in text.split() if word.isalpha()})
     sizes = [10, 100, 1000] if args.quick else [10, 100, 1000, 10_000]
     table = asyncio.run(measure(sizes, 15 if args.quick else 100, maker, words, embedder))

@@ -13,6 +13,7 @@ from benchmarks.conversations import conversations, described, shown
 from composer.errors import EngineError
 from composer.pipeline import Outcome
 from composer.prompting import PromptSpec
+from composer.routing.sessions import Sessions
 from composer.types import Expert, Message, Plan, Request
 from examples.tiny.tasks import SKILLS
 from tests.fakes import request, stage
@@ -104,6 +105,21 @@ async def test_a_session_leaves_its_expert_for_a_better_one_and_keeps_that() -> 
         (("please beta", "now alpha", EVEN), "alpha"),
     ):
         assert (await planned(bench, talk(*texts))).best == best
+
+
+async def test_a_session_is_digested_once_a_request(monkeypatch: pytest.MonkeyPatch) -> None:
+    made, digest = 0, Sessions._digest
+
+    def counted(*args: Any) -> bytes:
+        nonlocal made
+        made += 1
+        return digest(*args)
+
+    monkeypatch.setattr(Sessions, "_digest", counted)
+    bench = staying()
+    await planned(bench, talk("please beta"))
+    await planned(bench, talk("please beta", EVEN))
+    assert made == 2
 
 
 async def test_a_policy_that_does_not_stay_knows_no_session() -> None:

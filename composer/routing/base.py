@@ -27,11 +27,12 @@ class Query:
 @dataclass(frozen=True, slots=True)
 class Exploration:
     """How the router wants to try experts out: `floor` is the share of requests spread evenly over
-    all eligible ones; `thompson` draws the rest by quality and uncertainty. `learning` is what it
+    all eligible ones; the rest is drawn by quality and `thompson` times its uncertainty, in [0, 1],
+    so that 0 takes the best. `learning` is what it
     must read again to learn from the outcome; it is recorded with the decision and not shown."""
 
     floor: float
-    thompson: bool
+    thompson: float = 0.0
     learning: Mapping[str, Any] = field(default_factory=empty)
 
 

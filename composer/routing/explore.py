@@ -55,7 +55,9 @@ def explored(plan: Plan, scores: Scores, aim: Aim, policy: Policy, draw: float |
     if best not in allowed:
         return _told(noted, greedy, 1.0)
     value = quality - aim.weight * np.asarray(aim.cost, np.float64)
-    spread = scores.uncertainty[allowed] if exploration.thompson and rule == "best_score" else None
+    spread = None
+    if exploration.thompson > 0 and rule == "best_score":
+        spread = exploration.thompson * scores.uncertainty[allowed]
     chances = propensities(
         value[allowed], spread, int(np.flatnonzero(allowed == best)[0]), exploration.floor
     )

@@ -211,7 +211,7 @@ class LearnedRouter:
         if cost is not None and np.isnan(cost).any():
             cost = None  # one of them joined without a price
         tried = self._settings.shadow
-        exploration = None if tried is None else Exploration(tried.explore, thompson=False)
+        exploration = None if tried is None else Exploration(tried.explore)
         return Scores(self.experts, quality, uncertainty, self._reasons(quality), cost, exploration)
 
     def _reasons(self, quality: FloatArray) -> Mapping[str, Mapping[str, Any]]:

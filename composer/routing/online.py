@@ -40,8 +40,15 @@ class OnlineSettings(BaseModel):
         "are tried where they may be better. full: each feedback says of (nearly) every expert "
         "whether it was right, in its label `experts: {id: score}`.",
     )
+    exploration: float = Field(
+        0.2,
+        ge=0,
+        le=1,
+        description="bandit: the part of its uncertainty that the expert is drawn with. 1 is "
+        "Thompson sampling, which tries out much; 0 takes the best, but for the floor.",
+    )
     floor: float = Field(
-        0.02,
+        0.005,
         ge=0,
         le=1,
         description="Share of requests spread evenly over all eligible experts, whatever their "
@@ -147,7 +154,8 @@ class OnlineRouter:
                 if not np.isnan(q)
             },
         }
-        exploration = Exploration(self._settings.floor, spread is not None, learning)
+        drawn = 0.0 if spread is None else self._settings.exploration
+        exploration = Exploration(self._settings.floor, drawn, learning)
         return Scores(
             self.experts, quality, uncertainty, told, scored.cost, exploration, scored.told
         )

@@ -8,13 +8,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from benchmarks.conversations import conversations
+from benchmarks.conversations import conversations, outcomes_of
 from composer.build import load, make_embedder
 from composer.routing import conversation
 from composer.routing.artefact import EmbedderStamp
 from composer.routing.base import Query
 from composer.routing.learned import LearnedRouter, LearnedSettings
-from composer.routing.outcomes import Outcomes
 from composer.settings import Settings
 from composer.types import Expert
 from router_training.train import train
@@ -38,23 +37,6 @@ def experts(settings: Settings) -> list[Expert]:
     return [catalog.experts[id_] for id_ in policy.experts if catalog.experts[id_].examples]
 
 
-def outcomes(experts: list[Expert]) -> Outcomes:
-    """Each expert's examples, which it alone gets right."""
-    ids = tuple(expert.id for expert in experts)
-    shown = [(text, i) for i, e in enumerate(experts) for text in e.examples[:SHOWN]]
-    quality = np.zeros((len(shown), len(ids)), np.float32)
-    quality[np.arange(len(shown)), [right for _, right in shown]] = 1
-    return Outcomes(
-        ids,
-        tuple(text for text, _ in shown),
-        quality,
-        np.full(quality.shape, np.nan, np.float32),
-        tuple(ids[right] for _, right in shown),
-        ("",) * len(shown),
-        np.arange(len(shown)),
-    )
-
-
 @pytest.mark.parametrize("family", ["kernel", "neighbours"])
 async def test_follow_ups_are_read_with_what_they_follow(
     family: str, tmp_path: Path, settings: Settings, experts: list[Expert]
@@ -62,7 +44,7 @@ async def test_follow_ups_are_read_with_what_they_follow(
     embedder: Any = make_embedder(settings)
     try:
         stamp = EmbedderStamp(id=embedder.id, digest=embedder.digest, dim=embedder.dim)
-        model = train(outcomes(experts), family, embedder.encode, stamp)
+        model = train(outcomes_of(experts, SHOWN), family, embedder.encode, stamp)
         model.artefact().save(tmp_path / "router")
         made = LearnedSettings(artefact=tmp_path / "router")
         router = LearnedRouter.build(experts, made, embedder)

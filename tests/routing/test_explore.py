@@ -30,7 +30,7 @@ def decided(
     *,
     rules: Policy | None = None,
     floor: float = 0.3,
-    thompson: bool = False,
+    thompson: float = 0.0,
     weight: float = 0.0,
 ) -> Plan:
     scores = Scores(
@@ -74,7 +74,7 @@ def test_what_is_told_of_the_choice_is_told_of_the_expert_that_was_drawn() -> No
 
 
 def test_a_request_not_to_be_explored_on_gets_the_best() -> None:
-    for thompson_ in (False, True):
+    for thompson_ in (0.0, 1.0):
         plan = decided(None, floor=1.0, thompson=thompson_)
         assert plan.best == "a"
         assert plan.reasons["exploration"] == {"greedy": "a", "propensity": 1.0}
@@ -101,9 +101,19 @@ def test_nobody_below_the_floor_of_quality_is_tried() -> None:
 
 
 def test_cost_counts_in_the_draw() -> None:
-    plan = decided(0.5, weight=0.5, thompson=True, floor=0.0)  # a is worth 0.3 now
+    plan = decided(0.5, weight=0.5, thompson=1.0, floor=0.0)  # a is worth 0.3 now
     assert plan.best == "b"
     assert plan.reasons["exploration"]["propensity"] > 0.9
+
+
+def test_a_smaller_part_of_the_uncertainty_tries_out_less() -> None:
+    best = [
+        decided(0.0, floor=0.0, thompson=part).reasons["exploration"]["propensity"]
+        for part in (1.0, 0.5, 0.2, 0.0)
+    ]
+    assert best == sorted(best)
+    assert best[0] < 0.95
+    assert best[-1] == 1.0
 
 
 @settings(deadline=None)

@@ -55,6 +55,17 @@ def test_encode_is_called_once_and_only_where_a_view_needs_it() -> None:
     assert calls == []
 
 
+def test_texts_read_before_look_the_same_without_being_read_again(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    views = Views.fit(TEXTS)
+    fresh, readings = views.transform(TEXTS, encode), [read(text) for text in TEXTS]
+    monkeypatch.setattr("composer.routing.views.read", None)
+    again = views.of(readings, encode)
+    for view in VIEWS:
+        assert abs(fresh[view] - again[view]).max() == 0
+
+
 @pytest.mark.parametrize(
     "names", [VIEWS, ("embedding",), ("words",), ("format", "stem")], ids=lambda n: "-".join(n)
 )
