@@ -81,7 +81,10 @@ class OnlineRouter:
 
     name: ClassVar[str] = "online"
     tier: ClassVar[Tier] = "supported"
-    paper: ClassVar[str] = "Russac et al. 2019 (arXiv:1909.09146); DriftMoE (arXiv:2507.18464)"
+    paper: ClassVar[str] = (
+        "Russac et al. 2019 (arXiv:1909.09146), drawn as by Chapelle & Li 2011; DriftMoE "
+        "(arXiv:2507.18464)"
+    )
     settings: ClassVar[type[BaseModel]] = OnlineSettings
     needs_texts: ClassVar[bool] = False
     path_fields: ClassVar[tuple[str, ...]] = ("base.artefact",)
