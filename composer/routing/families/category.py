@@ -14,6 +14,7 @@ from pydantic import BaseModel, Field
 from composer.routing.families.clusters import smoothed_rates
 from composer.routing.families.common import FamilySettings, teaching
 from composer.routing.families.labels import VIEWS, Labels, kinds_of
+from composer.routing.families.sharing import sharing
 from composer.routing.outcomes import Outcomes
 from composer.routing.state import State, packed, part_of
 from composer.routing.views import Features, View
@@ -68,19 +69,16 @@ class Category:
         kinds = kinds_of(features, outcomes, seed)
         quality = np.asarray(outcomes.quality, np.float32)
         named = np.array([kind != "" for kind in kinds])
-        classifiers: dict[float, Labels] = {}
+        # Questions of no kind count in every expert's mean, for which they have a row of their own
+        # that nothing leads to.
         fitted = []
-        for chosen in settings:
-            if chosen.sharpness not in classifiers:
-                classifiers[chosen.sharpness] = Labels.fit(features, kinds, chosen.sharpness)
-            labels = classifiers[chosen.sharpness]
-            # Questions of no kind count in every expert's mean, for which they have a row of their
-            # own that nothing leads to.
-            owner = np.array([labels.names.index(k) if k else len(labels.names) for k in kinds])
-            rates = smoothed_rates(
-                owner, len(labels.names) + (not named.all()), quality, chosen.prior
-            )
-            fitted.append(cls(labels, rates[: len(labels.names)], chosen))
+        with sharing():
+            for chosen in settings:
+                labels = Labels.fit(features, kinds, chosen.sharpness)
+                count = len(labels.names)
+                owner = np.array([labels.names.index(k) if k else count for k in kinds])
+                rates = smoothed_rates(owner, count + (not named.all()), quality, chosen.prior)
+                fitted.append(cls(labels, rates[:count], chosen))
         return fitted
 
     def predict(self, features: Features) -> FloatArray:

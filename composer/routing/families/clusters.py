@@ -12,6 +12,7 @@ import numpy.typing as npt
 from pydantic import BaseModel, Field
 
 from composer.routing.families.common import FamilySettings, expert_means, softmax, teaching
+from composer.routing.families.sharing import digest, shared
 from composer.routing.outcomes import Outcomes
 from composer.routing.state import State
 from composer.routing.views import Features, View
@@ -81,10 +82,18 @@ class Clusters:
 def clustered(rows: FloatArray, k: int, seed: int) -> tuple[npt.NDArray[np.int64], FloatArray]:
     """(n, d) unit rows → (n,) the cluster of each and (K, d) unit centres: k-means, with no more
     clusters than there are different rows."""
+    return shared(
+        lambda: ("clustered", digest(rows), k, seed), lambda: _clustered(rows, k, seed)
+    )
+
+
+def _clustered(
+    rows: FloatArray, k: int, seed: int
+) -> tuple[npt.NDArray[np.int64], FloatArray]:
     from sklearn.cluster import KMeans
 
     different = len(np.unique(rows, axis=0)) if len(rows) <= 10 * k else len(rows)
-    fit = KMeans(min(k, different), n_init=3, random_state=seed).fit(rows)
+    fit = KMeans(min(k, different), n_init=1, random_state=seed).fit(rows)
     length = np.linalg.norm(fit.cluster_centers_, axis=1, keepdims=True)
     centres = fit.cluster_centers_ / np.maximum(length, 1e-12)
     return np.asarray(fit.labels_, np.int64), np.asarray(centres, np.float32)

@@ -20,6 +20,7 @@ from composer.routing.families.common import (
 )
 from composer.routing.families.labels import VIEWS, Labels, kinds_of
 from composer.routing.families.points import Centres, Points, Table, solved, table_of
+from composer.routing.families.sharing import sharing
 from composer.routing.family import Kind
 from composer.routing.outcomes import IntArray, Outcomes
 from composer.routing.state import State, packed, part_of
@@ -151,11 +152,17 @@ class Kernel:
         cls, features: Features, outcomes: Outcomes, settings: Sequence[KernelSettings], seed: int
     ) -> list[Kernel]:
         """As `fit` for each of the settings; what they have in common is done once."""
+        with sharing():
+            return cls._fit_all(features, outcomes, settings, seed)
+
+    @classmethod
+    def _fit_all(
+        cls, features: Features, outcomes: Outcomes, settings: Sequence[KernelSettings], seed: int
+    ) -> list[Kernel]:
         features, outcomes = teaching(features, outcomes)
         parts = Parts.of(np.asarray(outcomes.quality, np.float32))
         fold = folds_of(outcomes.group, FOLDS)
         alike = "stem" in features and np.array_equal(features["stem"], features["embedding"])
-        labelled: dict[float, tuple[Labels, FloatArray]] = {}
         tables: dict[str, tuple[Centres, Table]] = {}
         pieces: dict[str, tuple[Pieces, FloatArray | None]] = {}
         fitted = []
@@ -164,9 +171,7 @@ class Kernel:
             if "embedding" in weights and alike:
                 weights.pop("stem", None)
             if chosen.category > 0:
-                if chosen.sharpness not in labelled:
-                    labelled[chosen.sharpness] = _labelled(features, outcomes, chosen, seed)
-                labels, posterior = labelled[chosen.sharpness]
+                labels, posterior = _labelled(features, outcomes, chosen, seed)
             key = repr((weights, chosen.category and chosen.sharpness, chosen.exact))
             if key not in tables:
                 tables.clear()  # one at a time: they are large
@@ -255,7 +260,7 @@ def _apart(
             out[0, held] = posterior[held] @ rates
         to = table.questions[np.ix_(held, ~held)] if exact else table.questions[held]
         near = np.exp(-chosen.gamma * to)
-        for r, alpha in enumerate(solved(table.rows(~held), left, chosen.gamma, chosen.ridges)):
+        for r, alpha in enumerate(solved(table, left, chosen.gamma, chosen.ridges, ~held)):
             out[1 + r, held] = near @ alpha
     return out
 

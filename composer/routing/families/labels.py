@@ -13,6 +13,7 @@ from scipy.sparse import csr_matrix, hstack, issparse
 
 from composer.routing.families.clusters import clustered
 from composer.routing.families.common import folds_of, softmax
+from composer.routing.families.sharing import digest, shared
 from composer.routing.outcomes import IntArray, Outcomes
 from composer.routing.state import State
 from composer.routing.views import Features, View, count_of, rows_of
@@ -55,6 +56,13 @@ class Labels:
     @classmethod
     def fit(cls, features: Features, kinds: Sequence[str], sharpness: float) -> Labels:
         """Questions of kind "" are left out. Raises ValueError where that leaves none."""
+        return shared(
+            lambda: ("labels", _digest(features), digest(kinds), sharpness),
+            lambda: cls._fit(features, kinds, sharpness),
+        )
+
+    @classmethod
+    def _fit(cls, features: Features, kinds: Sequence[str], sharpness: float) -> Labels:
         from sklearn.linear_model import LogisticRegression
 
         kind = np.array(kinds)
@@ -96,6 +104,19 @@ class Labels:
         """(n, C) what a classifier that has not seen a question's group says of it. On the rows it
         was fitted on a classifier is surer than on any others, so these are the ones to learn
         from."""
+        return shared(
+            lambda: ("labels apart", _digest(features), digest(kinds, group), sharpness, folds),
+            lambda: self._crossfitted(features, kinds, group, sharpness, folds),
+        )
+
+    def _crossfitted(
+        self,
+        features: Features,
+        kinds: Sequence[str],
+        group: IntArray,
+        sharpness: float,
+        folds: int,
+    ) -> FloatArray:
         fold = folds_of(group, folds)
         out = np.zeros((count_of(features), len(self.names)), np.float32)
         for number in np.unique(fold):
@@ -104,7 +125,7 @@ class Labels:
             if not any(seen):
                 out[held] = 1 / len(self.names)
                 continue
-            part = Labels.fit(rows_of(features, ~held), seen, sharpness)
+            part = Labels._fit(rows_of(features, ~held), seen, sharpness)
             columns = [self.names.index(name) for name in part.names]
             out[np.ix_(held, columns)] = part.posterior(rows_of(features, held))
         return out
@@ -116,6 +137,10 @@ class Labels:
     def restore(cls, state: State) -> Labels:
         a = state.arrays
         return cls(tuple(state.values["names"]), a["weight"], a["bias"])
+
+
+def _digest(features: Features) -> bytes:
+    return digest({view: features[view] for view in VIEWS if view in features})
 
 
 def _parts(features: Features) -> list[Any]:

@@ -12,6 +12,7 @@ import numpy.typing as npt
 from scipy.sparse import csr_matrix, hstack
 
 from composer.routing.families.common import chunks
+from composer.routing.families.sharing import digest, shared
 from composer.routing.state import State
 from composer.routing.views import LEXICAL, Features, count_of
 from composer.types import FloatArray
@@ -19,6 +20,9 @@ from composer.types import FloatArray
 LANDMARKS = 2_000
 """Centres of the Nyström approximation where there are more: on mmlu_pro's 5,700 questions 1,500
 decide as well as all, and a query meets a quarter as many."""
+
+KEPT_ROWS = 4_000
+"""Questions that are all centres whose table several fits share: 64 MB."""
 
 ROUNDS = 30
 """Missing outcomes are filled in this often at most, or until no prediction moves by SETTLED."""
@@ -111,63 +115,96 @@ class Centres:
 @dataclass(frozen=True, slots=True, eq=False)
 class Table:
     """Squared distances of the n labelled questions to the m centres (n, m), and of the centres to
-    one another (m, m): the same table where every question is a centre."""
+    one another (m, m): the same table where every question is a centre. `key` tells equal tables
+    within `sharing`."""
 
     questions: FloatArray
     centres: FloatArray
-
-    def rows(self, chosen: npt.NDArray[np.bool_]) -> Table:
-        """Of some of the questions; where every question is a centre, so are these."""
-        if self.centres is self.questions:
-            some = self.questions[np.ix_(chosen, chosen)]
-            return Table(some, some)
-        return Table(self.questions[chosen], self.centres)
+    key: bytes
 
 
 def table_of(points: Points, exact: int, seed: int) -> tuple[Centres, Table]:
-    """Every question is a centre up to `exact` of them, else LANDMARKS are."""
+    """Every question is a centre up to `exact` of them, else LANDMARKS are. Within `sharing` equal
+    points have one table, unless it is a large one."""
+    key = digest(points.dense, points.words, points.length, exact, seed)
+    if KEPT_ROWS < len(points.length) <= exact:
+        return _table_of(points, exact, seed, key)
+    return shared(lambda: ("table", key), lambda: _table_of(points, exact, seed, key))
+
+
+def _table_of(points: Points, exact: int, seed: int, key: bytes) -> tuple[Centres, Table]:
     n = len(points.length)
     if n <= exact:
         centres = Centres.of(points)
         whole = points.distances(centres)
-        return centres, Table(whole, whole)
+        return centres, Table(whole, whole, key)
     kept = np.sort(np.random.default_rng(seed).choice(n, min(LANDMARKS, n), replace=False))
     centres = Centres.of(points.rows(kept))
     to = points.distances(centres)
-    return centres, Table(to, to[kept])
+    return centres, Table(to, to[kept], key)
 
 
 def solved(
-    table: Table, target: FloatArray, gamma: float, ridges: Sequence[float]
+    table: Table,
+    target: FloatArray,
+    gamma: float,
+    ridges: Sequence[float],
+    seen: npt.NDArray[np.bool_] | None = None,
 ) -> list[FloatArray]:
     """(n, T) targets, NaN where missing → (m, T) for each ridge. One Cholesky factor serves all
-    columns."""
-    from scipy.linalg import cho_solve, cholesky, solve_triangular
-
+    columns. `seen` (N,): only these n of the table's questions teach; where every question is a
+    centre, only they are."""
     if table.centres is table.questions:
-        kernel = np.exp(-gamma * table.questions)
+        distances = table.questions if seen is None else table.questions[np.ix_(seen, seen)]
+        kernel = np.exp(-gamma * distances)
         found = {ridge: _filled_in(_exact(kernel, ridge), target) for ridge in set(ridges)}
         return [found[ridge] for ridge in ridges]
-    inner = np.exp(-gamma * table.centres)
-    inner[np.diag_indices_from(inner)] += JITTER
-    root = cholesky(inner, lower=True, overwrite_a=True, check_finite=False)  # (m, m)
-    outer = np.exp(-gamma * table.questions)  # (n, m)
-    primal = solve_triangular(root, outer.T, lower=True, check_finite=False)  # (m, n)
-    gram = primal @ primal.T
+    landmarks = shared(
+        lambda: ("landmarks", table.key, gamma), lambda: Landmarks.of(table, gamma)
+    ).rows(seen)
+    return [_filled_in(landmarks.solver(ridge), target) for ridge in ridges]
 
-    def landmarks(ridge: float) -> Solve:
-        full = gram.copy()
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Landmarks:
+    """The Nyström approximation: `root` (m, m) with root · rootᵀ the centres' kernel, `primal`
+    (m, n) the questions as points of a linear space, `gram` (m, m) the products of its axes."""
+
+    root: FloatArray
+    primal: FloatArray
+    gram: FloatArray
+
+    @classmethod
+    def of(cls, table: Table, gamma: float) -> Landmarks:
+        from scipy.linalg import cholesky, solve_triangular
+
+        inner = np.exp(-gamma * table.centres)
+        inner[np.diag_indices_from(inner)] += JITTER
+        root = cholesky(inner, lower=True, overwrite_a=True, check_finite=False)
+        outer = np.exp(-gamma * table.questions)  # (n, m)
+        primal = solve_triangular(root, outer.T, lower=True, check_finite=False)
+        return cls(root, primal, primal @ primal.T)
+
+    def rows(self, seen: npt.NDArray[np.bool_] | None) -> Landmarks:
+        """Of some of the questions. The few that are not among them are taken off the products."""
+        if seen is None:
+            return self
+        away = self.primal[:, ~seen]
+        return Landmarks(self.root, self.primal[:, seen], self.gram - away @ away.T)
+
+    def solver(self, ridge: float) -> Solve:
+        from scipy.linalg import cho_solve, cholesky, solve_triangular
+
+        full = self.gram.copy()
         full[np.diag_indices_from(full)] += ridge
         factor = cholesky(full, lower=True, overwrite_a=True, check_finite=False)
 
         def solve(y: FloatArray) -> tuple[FloatArray, FloatArray]:
-            beta = cho_solve((factor, True), primal @ y, check_finite=False)
-            alpha = solve_triangular(root, beta, lower=True, trans="T", check_finite=False)
-            return alpha, primal.T @ beta
+            beta = cho_solve((factor, True), self.primal @ y, check_finite=False)
+            alpha = solve_triangular(self.root, beta, lower=True, trans="T", check_finite=False)
+            return alpha, self.primal.T @ beta
 
         return solve
-
-    return [_filled_in(landmarks(ridge), target) for ridge in ridges]
 
 
 def _exact(kernel: FloatArray, ridge: float) -> Solve:

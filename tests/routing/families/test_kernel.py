@@ -35,7 +35,7 @@ def test_filling_in_settles_on_the_fit_of_the_known_outcomes(share: float) -> No
     target = rng.standard_normal((150, 2)).astype(np.float32)
     target[rng.random(150) < share, 0] = np.nan
     distance = np.asarray(2 - 2 * x @ x.T, np.float32)
-    alpha = points.solved(points.Table(distance, distance), target, 1.0, [2.0])[0]
+    alpha = points.solved(points.Table(distance, distance, b""), target, 1.0, [2.0])[0]
     known = ~np.isnan(target[:, 0])
     gram = np.exp(-distance.astype(np.float64))
     only = solve(gram[np.ix_(known, known)] + 2 * np.eye(known.sum()), target[known, 0])
