@@ -82,14 +82,10 @@ class Clusters:
 def clustered(rows: FloatArray, k: int, seed: int) -> tuple[npt.NDArray[np.int64], FloatArray]:
     """(n, d) unit rows → (n,) the cluster of each and (K, d) unit centres: k-means, with no more
     clusters than there are different rows."""
-    return shared(
-        lambda: ("clustered", digest(rows), k, seed), lambda: _clustered(rows, k, seed)
-    )
+    return shared(lambda: ("clustered", digest(rows), k, seed), lambda: _clustered(rows, k, seed))
 
 
-def _clustered(
-    rows: FloatArray, k: int, seed: int
-) -> tuple[npt.NDArray[np.int64], FloatArray]:
+def _clustered(rows: FloatArray, k: int, seed: int) -> tuple[npt.NDArray[np.int64], FloatArray]:
     from sklearn.cluster import KMeans
 
     different = len(np.unique(rows, axis=0)) if len(rows) <= 10 * k else len(rows)
