@@ -4,7 +4,7 @@ and no file format."""
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -13,11 +13,12 @@ from composer.routing.artefact import DataStamp, EmbedderStamp, ExpertStamp, Man
 from composer.routing.costs import VIEWS as COST_VIEWS
 from composer.routing.costs import CostModel
 from composer.routing.families import FAMILIES
+from composer.routing.families.sharing import digest, shared
 from composer.routing.family import Family, decided
 from composer.routing.joining import JoinPrior, Newcomers
 from composer.routing.model import LearnedModel, Scored
 from composer.routing.outcomes import Outcomes
-from composer.routing.views import Encode, View, Views, rows_of
+from composer.routing.views import Encode, Features, View, Views, rows_of
 from composer.types import FloatArray
 from router_training.baselines import mean_costs
 from router_training.cells import listed
@@ -104,8 +105,10 @@ class Workshop:
         for kind in kinds:
             grid = grid_of(kind, self.outcomes)
             names |= {view for settings in grid for view in kind.views(settings)}
-        self.views = Views.fit(self.outcomes.text, names)
-        self.features = self.views.transform(self.outcomes.text, encode)
+        self.views, self.features = shared(
+            lambda: ("views", digest(self.outcomes.text, sorted(names))),
+            lambda: _seen(self.outcomes.text, names, encode),
+        )
         self.fold = folds_by_stem(self.outcomes, seed)
         self.costs, self.expected_cost = self._costs(progress)
         if budgets and self.costs is None:
@@ -297,6 +300,11 @@ class Workshop:
             )
         except ValueError as error:
             raise TrainingError(f"the questions to judge on: {error}") from error
+
+
+def _seen(texts: Sequence[str], names: Collection[View], encode: Encode) -> tuple[Views, Features]:
+    views = Views.fit(texts, names)
+    return views, views.transform(texts, encode)
 
 
 def same_experts(dev: Outcomes, experts: Sequence[str]) -> Outcomes:
