@@ -1,71 +1,117 @@
-"""All families on one pool: settings chosen on train, fitted once, judged on dev once. Writes no
-file; `comparison.py` writes the tables."""
+"""All families and the published methods on one pool: settings chosen on train, fitted once, judged
+once. Writes no file; `comparison.py` writes the tables."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import numpy.typing as npt
+from pydantic import PlainSerializer, PlainValidator, TypeAdapter
 
 from composer.routing.artefact import EmbedderStamp
 from composer.routing.families import FAMILIES
 from composer.routing.family import decided, predicted
-from composer.routing.model import Scored
+from composer.routing.model import LearnedModel, Scored
 from composer.routing.outcomes import Outcomes
-from composer.routing.views import Encode
+from composer.routing.views import Encode, Features
 from composer.types import FloatArray
 from router_training.baselines import mean_costs, random_mix
+from router_training.criterion import Criterion
 from router_training.crossfit import Chosen
-from router_training.curves import BUDGETS, Points, operating_points, pair
+from router_training.curves import BUDGETS, Points, aiq, operating_points
+from router_training.evaluate import Latency, timed
 from router_training.intervals import Difference, Interval, Verdict, paired, verdict
 from router_training.measures import earned
+from router_training.pairing import PairMeasures, pair_measures
 from router_training.progress import Progress, silent
+from router_training.published import BAR, PUBLISHED
 from router_training.scorecard import Yardstick, baseline_cards
 from router_training.suited import suited
 from router_training.train import Workshop, same_experts
 
-BAR = "tuned kNN"
-"""The published k nearest neighbours, which decides by the plain mean of their outcomes: settings
-chosen and decisions made without calibration. What every family is compared with."""
-
 SHARES = (*BUDGETS, 1.0)
+"""Of the best single expert's mean cost: the budgets that methods are judged within."""
+
+Values = Annotated[
+    npt.NDArray[np.float64],
+    PlainValidator(lambda values: np.asarray(values, np.float64)),
+    PlainSerializer(lambda values: values.tolist()),
+]
+Groups = Annotated[
+    npt.NDArray[np.int64],
+    PlainValidator(lambda values: np.asarray(values, np.int64)),
+    PlainSerializer(lambda values: values.tolist()),
+]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Method:
-    """One family on one pool. `cv` is the cross-fitted mean on train, `card` the scorecard on dev,
-    `values` (n,) what its decisions earned there, `raw` what they earned before calibration."""
+    """One family, or published method, on one pool. `cv` is the cross-fitted mean that its settings
+    were chosen by, `card` the scorecard on the judged questions, `values` (n,) what its decisions
+    earned there, or where there are two experts without prices the mean over all shares of calls;
+    `raw` the accuracy of a family before calibration. `cross_fitted` is the scorecard on train, of
+    families alone."""
 
     name: str
     settings: Mapping[str, Any]
     cv: float
     card: Mapping[str, Any]
-    values: npt.NDArray[np.float64]
+    values: Values
     raw: float
-    budgets: Mapping[str, float | None] | None
+    pairs: Mapping[str, PairMeasures]
+    cross_fitted: Mapping[str, Any] | None
+    latency: Latency | None
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Thrifty:
+    """A method on a priced pool, its settings chosen by the mean quality within SHARES. `values`
+    (n,) is that mean on the judged questions, `budgets` the quality within each share, and
+    `cost_at_best` the least share at which the best single expert's mean quality is reached."""
+
+    name: str
+    settings: Mapping[str, Any]
+    cv: float
+    values: Values
+    budgets: Mapping[str, float | None]
+    aiq: float | None
     cost_at_best: float | None
-    pairs: Mapping[str, Mapping[str, float | None]]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Within:
+    """What a priced pool's budgets say: `best` is what cross-validation chose for them, and
+    `promises` what its knob promised and kept."""
+
+    methods: tuple[Thrifty, ...]
+    best: str
+    why: str
+    mix: Mapping[str, float | None] | None
     promises: Sequence[Mapping[str, Any]] | None
+
+    def of(self, name: str) -> Thrifty:
+        """Raises KeyError for a method that was not compared."""
+        return {method.name: method for method in self.methods}[name]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Comparison:
-    """`table` and `name` say which pool; `best` is the method that cross-validation chose, and
+    """`table` and `name` say which pool; `best` is the family that cross-validation chose, and
     `why`. `group` (n,) are the judged questions', shared by all pools of a table."""
 
     table: str
     name: str
     experts: tuple[str, ...]
     trained: int
-    group: npt.NDArray[np.int64]
+    group: Groups
     methods: tuple[Method, ...]
     best: str
     why: str
     baselines: Mapping[str, Any]
-    mix: Mapping[str, float | None] | None
+    within: Within | None
 
     def of(self, name: str) -> Method:
         """Raises KeyError for a method that was not compared."""
@@ -85,33 +131,25 @@ def compare(
     embedder: EmbedderStamp,
     *,
     families: Sequence[str] = tuple(FAMILIES),
+    published: Sequence[str] = tuple(PUBLISHED),
+    encode_anew: Encode | None = None,
     seed: int = 0,
     progress: Progress = silent,
 ) -> Comparison:
     """Questions of `dev` without an outcome are left out, and so are families that are not for this
-    kind of table. Raises TrainingError."""
+    kind of table. The published BAR is always compared. With `encode_anew`, which embeds without
+    remembering, the time of each family's decisions is measured, too. Raises TrainingError."""
     families, _ = suited(train, families)
+    published = list(dict.fromkeys([*published, BAR]))
     dev = same_experts(dev, train.experts)
     dev = dev.rows(np.asarray(dev.known.any(axis=1), np.bool_))
-    wanted = list(dict.fromkeys(["neighbours", *families]))
+    wanted = list(dict.fromkeys([*families, *(PUBLISHED[p].family for p in published)]))
     workshop = Workshop(train, wanted, encode, seed=seed, progress=progress)
     features = workshop.views.transform(dev.text, encode)
-    cost = None if workshop.costs is None else workshop.costs.predict(features)
-    methods = []
-    for family in families:
-        model = workshop.model(workshop.choose(family), embedder)
-        said = predicted(model.family, features)
-        quality, uncertainty = model.calibration.quality(said.quality, said.signs)
-        told = workshop.card(model, dev, Scored(quality, uncertainty, cost))
-        chosen = workshop.choose(family)
-        methods.append(
-            _method(family, chosen, said.quality, quality, cost, dev, workshop.yardstick, told)
-        )
-    bar = workshop.choose("neighbours", calibrated=False)
-    raw = workshop.fit(bar).predict(features)
-    told = {"dev": workshop.judge(raw, cost, dev), "dev_promises": None}
-    methods.append(_method(BAR, bar, raw, raw, cost, dev, workshop.yardstick, told))
-    best, choice = workshop.best(list(families))
+    judge = Judge(workshop, dev, features, embedder, encode_anew)
+    methods = [judge.family(family) for family in families]
+    methods += [judge.published(method) for method in published]
+    best, choice = workshop.best(families)
     return Comparison(
         table=table,
         name=name,
@@ -122,72 +160,142 @@ def compare(
         best=best.family,
         why=choice["why"],
         baselines=baseline_cards(dev, workshop.yardstick, seed=seed),
-        mix=_budgets(random_mix(dev), dev, workshop.yardstick),
+        within=None if judge.cost is None else judge.within(families, published),
     )
 
 
-def _method(
-    name: str,
-    chosen: Chosen,
-    raw: FloatArray,
-    quality: FloatArray,
-    cost: FloatArray | None,
-    dev: Outcomes,
-    yardstick: Yardstick,
-    told: Mapping[str, Any],
-) -> Method:
-    found = None if cost is None else operating_points(quality, cost, dev)
-    points = None if found is None else found[0]
-    return Method(
-        name=name,
-        settings=chosen.settings.model_dump(mode="json"),
-        cv=float(chosen.values.mean()),
-        card=told["dev"],
-        values=earned(dev.quality, decided(quality, dev.known)),
-        raw=float(earned(dev.quality, decided(raw, dev.known)).mean()),
-        budgets=_budgets(points, dev, yardstick),
-        cost_at_best=_cost_at_best(points, dev, yardstick),
-        pairs=_pairs(quality, dev, yardstick),
-        promises=told["dev_promises"],
-    )
+class Judge:
+    """One pool's methods on the judged questions. `cost` (n, E) is what answers are expected to
+    cost, None without prices."""
+
+    def __init__(
+        self,
+        workshop: Workshop,
+        dev: Outcomes,
+        features: Features,
+        embedder: EmbedderStamp,
+        encode_anew: Encode | None,
+    ) -> None:
+        self._workshop, self._dev, self._features = workshop, dev, features
+        self._embedder, self._encode_anew = embedder, encode_anew
+        self._yardstick: Yardstick = workshop.yardstick
+        priced = workshop.costs is not None and dev.priced
+        self.cost = workshop.costs.predict(features) if workshop.costs and priced else None
+
+    def family(self, family: str) -> Method:
+        """As it would be served: calibrated."""
+        chosen = self._workshop.choose(family)
+        model = self._workshop.model(chosen, self._embedder)
+        raw, quality, uncertainty = self._said(model)
+        told = self._workshop.card(model, self._dev, Scored(quality, uncertainty, self.cost))
+        latency = None
+        if self._encode_anew is not None:
+            latency = timed(model, self._dev.text, self._encode_anew)
+        return self._method(
+            family,
+            chosen,
+            raw,
+            quality,
+            told["dev"],
+            model.manifest.metrics["cross_fitted"],
+            latency,
+        )
+
+    def published(self, name: str) -> Method:
+        """As it was published: by its own predictions."""
+        method = PUBLISHED[name]
+        chosen = self._workshop.choose_uncalibrated(method.family, method.grid)
+        raw = self._workshop.fit(chosen).predict(self._features)
+        card = self._workshop.judge(raw, self.cost, self._dev)
+        return self._method(name, chosen, raw, raw, card, None, None)
+
+    def within(self, families: Sequence[str], published: Sequence[str]) -> Within:
+        """Of a priced pool."""
+        assert self.cost is not None
+        thrift = self._workshop.within(SHARES)
+        methods = []
+        for family in families:
+            model = thrift.model(chosen := thrift.choose(family), self._embedder)
+            methods.append(self._thrifty(family, chosen, self._said(model)[1]))
+        for name in published:
+            method = PUBLISHED[name]
+            chosen = thrift.choose_uncalibrated(method.family, method.grid)
+            raw = thrift.fit(chosen).predict(self._features)
+            methods.append(self._thrifty(name, chosen, raw))
+        best, choice = thrift.best(families)
+        model = thrift.model(best, self._embedder)
+        _, quality, uncertainty = self._said(model)
+        told = thrift.card(model, self._dev, Scored(quality, uncertainty, self.cost))
+        mix = random_mix(self._dev)
+        return Within(
+            methods=tuple(methods),
+            best=best.family,
+            why=choice["why"],
+            mix=None if mix is None else self._within_each(mix.within),
+            promises=told["dev_promises"],
+        )
+
+    def _said(self, model: LearnedModel) -> tuple[FloatArray, FloatArray, FloatArray]:
+        """Of the judged questions: raw, calibrated, and how sure, (n, E) each."""
+        said = predicted(model.family, self._features)
+        return said.quality, *model.calibration.quality(said.quality, said.signs)
+
+    def _method(
+        self,
+        name: str,
+        chosen: Chosen,
+        raw: FloatArray,
+        quality: FloatArray,
+        card: Mapping[str, Any],
+        cross_fitted: Mapping[str, Any] | None,
+        latency: Latency | None,
+    ) -> Method:
+        dev, strong = self._dev, self._yardstick.best
+        of_pair = self._workshop.criterion.strong is not None and dev.known.all()
+        criterion = Criterion(strong=strong) if of_pair else Criterion()
+        return Method(
+            name=name,
+            settings=chosen.settings.model_dump(mode="json"),
+            cv=float(chosen.values.mean()),
+            card=card,
+            values=criterion.values(quality, dev),
+            raw=float(earned(dev.quality, decided(raw, dev.known)).mean()),
+            pairs=pair_measures(quality, dev, strong, seed=self._workshop.seed),
+            cross_fitted=cross_fitted,
+            latency=latency,
+        )
+
+    def _thrifty(self, name: str, chosen: Chosen, quality: FloatArray) -> Thrifty:
+        assert self.cost is not None
+        dev, best = self._dev, self._yardstick.best
+        costs = mean_costs(dev)
+        dollars = tuple(share * float(costs[best]) for share in SHARES)
+        found = operating_points(quality, self.cost, dev)
+        assert found is not None  # the pool is priced, or there would be no expected cost
+        points = found[0]
+        return Thrifty(
+            name=name,
+            settings=chosen.settings.model_dump(mode="json"),
+            cv=float(chosen.values.mean()),
+            values=Criterion(dollars, self.cost).values(quality, dev),
+            budgets=self._within_each(points.within),
+            aiq=aiq(points, float(costs.max())),
+            cost_at_best=self._cost_at_best(points),
+        )
+
+    def _within_each(self, within: Callable[[float], float | None]) -> dict[str, float | None]:
+        single = float(mean_costs(self._dev)[self._yardstick.best])
+        return {f"{share:.2f}": within(share * single) for share in SHARES}
+
+    def _cost_at_best(self, points: Points) -> float | None:
+        best = self._yardstick.best
+        target = float(np.nanmean(self._dev.quality[:, best], dtype=np.float64))
+        good = points.cost[points.quality >= target]
+        return float(good[0] / mean_costs(self._dev)[best]) if len(good) else None
 
 
-def _budgets(
-    points: Points | None, dev: Outcomes, yardstick: Yardstick
-) -> dict[str, float | None] | None:
-    """Mean quality within shares of the best single expert's mean cost."""
-    if points is None:
-        return None
-    single = float(mean_costs(dev)[yardstick.best])
-    return {f"{share:.2f}": points.within(share * single) for share in SHARES}
-
-
-def _cost_at_best(points: Points | None, dev: Outcomes, yardstick: Yardstick) -> float | None:
-    """The least spend at which the best single expert's mean quality is reached, as a share of its
-    mean cost; None where it never is."""
-    if points is None:
-        return None
-    target = float(np.nanmean(dev.quality[:, yardstick.best], dtype=np.float64))
-    good = points.cost[points.quality >= target]
-    return float(good[0] / mean_costs(dev)[yardstick.best]) if len(good) else None
-
-
-def _pairs(
-    quality: FloatArray, dev: Outcomes, yardstick: Yardstick
-) -> dict[str, dict[str, float | None]]:
-    """RouteLLM's measures for a pool of two, benchmark by benchmark; empty for any other."""
-    if len(dev.experts) != 2 or not dev.known.all():
-        return {}
-    strong = yardstick.best
-    need = quality[:, strong] - quality[:, 1 - strong]
-    of = np.asarray(dev.benchmark)
-    told: dict[str, dict[str, float | None]] = {}
-    for benchmark in np.unique(of).tolist():
-        here = of == benchmark
-        two = pair(need[here], dev.quality[here, 1 - strong], dev.quality[here, strong])
-        if two is not None:
-            told[benchmark] = {"apgr": two.apgr, "cpt50": two.cpt50, "cpt80": two.cpt80}
-    return told
+COMPARISONS = TypeAdapter(list[Comparison])
+"""Reads and writes them as JSON, for pools that are compared apart."""
 
 
 def over_pools(comparisons: Sequence[Comparison], name: str | None, of: str = BAR) -> Verdict:
@@ -202,5 +310,21 @@ def over_pools(comparisons: Sequence[Comparison], name: str | None, of: str = BA
                 group=c.group,
             )
             for c in comparisons
+        ]
+    )
+
+
+def over_budgets(comparisons: Sequence[Comparison], name: str | None, of: str = BAR) -> Verdict:
+    """The same within budgets, over the priced pools. Raises ValueError where there is none."""
+    return verdict(
+        [
+            Difference(
+                pool=f"{c.table}/{c.name}",
+                table=c.table,
+                values=c.within.of(name or c.within.best).values - c.within.of(of).values,
+                group=c.group,
+            )
+            for c in comparisons
+            if c.within is not None
         ]
     )

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from router_training.compare import BAR, Comparison, Method, over_pools
+from router_training.compare import Comparison, Method, Within, over_budgets, over_pools
 from router_training.intervals import Interval, Verdict
+from router_training.published import BAR, PUBLISHED
 
 NONE = "–"
 
@@ -32,34 +33,12 @@ def of_pool(c: Comparison) -> str:
         f"`--router best` chose {c.why}.",
         _table(_ACCURACY, [*_baseline_rows(c), *(_accuracy_row(c, m) for m in c.methods)]),
     ]
-    if any(m.budgets is not None for m in c.methods):
-        shares = list(c.mix or next(m.budgets for m in c.methods if m.budgets is not None))
-        heads = [f"{100 * float(share):g} %" for share in shares]
-        parts += [
-            "Accuracy within shares of the best single expert's mean cost, in %, and the least "
-            "share at which its accuracy is reached:",
-            _table(
-                ["router", *heads, "AIQ", "cost of the best single's accuracy"],
-                [_mix_row(c, shares), *(_budget_row(m, shares) for m in c.methods)],
-            ),
-        ]
-    if (kept := c.of(c.best).promises) is not None:
-        parts += [
-            f"The knob of {c.best}: quality asked as a share of the best single expert's on train.",
-            _table(
-                [
-                    "asked",
-                    "promised, % (95 %)",
-                    "achieved",
-                    "within",
-                    "share here",
-                    "cost, US dollars",
-                ],
-                [_promise_row(promise) for promise in kept],
-            ),
-        ]
+    if c.within is not None:
+        parts += _within(c, c.within)
     if any(m.pairs for m in c.methods):
         parts.append(_pairs(c))
+    if any(m.latency is not None for m in c.methods):
+        parts += ["One decision on one core, medians in milliseconds:", _latency(c)]
     return "\n\n".join(parts)
 
 
@@ -72,6 +51,7 @@ _ACCURACY = [
     "cross-fitted",
     "Brier (base rate)",
     "ECE",
+    "Brier, ECE cross-fitted",
     "at 80 % coverage",
 ]
 
@@ -82,40 +62,61 @@ def _baseline_rows(c: Comparison) -> list[list[str]]:
         card = c.baselines[key]
         around = "" if card["ci95"] is None else f" ({_range(*card['ci95'])})"
         over = _points(card["gain_over_best_single"], card["gain_ci95"])
-        rows.append([name, _percent(card["avg_acc"]) + around, over, *[NONE] * 6])
+        rows.append([name, _percent(card["avg_acc"]) + around, over, *[NONE] * 7])
     return rows
 
 
 def _accuracy_row(c: Comparison, m: Method) -> list[str]:
     card = m.card
-    name = f"**{m.name}**" if m.name == c.best else m.name
     ahead = c.ahead(m.name)
     return [
-        name,
+        _named(m.name, c.best),
         f"{_percent(card['avg_acc'])} ({_range(*card['ci95'])})",
         _points(card["gain_over_best_single"], card["gain_ci95"]),
         NONE if m.name == BAR else _interval(ahead),
-        _percent(m.raw),
+        NONE if m.name in PUBLISHED else _percent(m.raw),
         _percent(m.cv),
         f"{_decimal(card['brier'])} ({_decimal(card['brier_base_rate'])})",
         _decimal(card["ece"]),
+        NONE
+        if (own := m.cross_fitted) is None
+        else f"{_decimal(own['brier'])} ({_decimal(own['brier_base_rate'])}), "
+        f"{_decimal(own['ece'])}",
         _percent(card["acc_at_80_coverage"]),
     ]
 
 
-def _mix_row(c: Comparison, shares: Sequence[str]) -> list[str]:
-    mix: Mapping[str, float | None] = c.mix or {}
+def _within(c: Comparison, within: Within) -> list[str]:
+    """Of a priced pool: what is reached within budgets, and the knob."""
+    shares = list(within.methods[0].budgets)
+    heads = [f"{100 * float(share):g} %" for share in shares]
     card = c.baselines["random_mix"]
-    area = None if card is None else card["aiq"]
-    cells = [_percent(mix.get(share)) for share in shares]
-    return ["random mix of single experts", *cells, _decimal(area), NONE]
+    mixed = [_percent((within.mix or {}).get(share)) for share in shares]
+    area = _decimal(None if card is None else card["aiq"])
+    rows = [["random mix of single experts", *mixed, NONE, area, NONE]]
+    for m in within.methods:
+        cost = NONE if m.cost_at_best is None else f"{100 * m.cost_at_best:.0f} %"
+        cells = [_percent(m.budgets[share]) for share in shares]
+        mean = _percent(float(m.values.mean()))
+        rows.append([_named(m.name, within.best), *cells, mean, _decimal(m.aiq), cost])
+    parts = [
+        "Accuracy within shares of the best single expert's mean cost, in %, settings chosen for "
+        "the mean over them, and the least share at which that expert's accuracy is reached. "
+        f"`--router best --budget …` chose {within.why}.",
+        _table(["router", *heads, "mean", "AIQ", "cost of the best single's accuracy"], rows),
+    ]
+    if within.promises is not None:
+        heads = ["asked", "promised, % (95 %)", "achieved", "within", "share here"]
+        parts += [
+            f"The knob of {within.best}: quality asked as a share of the best single expert's on "
+            "train.",
+            _table([*heads, "cost, US dollars"], [_promise_row(p) for p in within.promises]),
+        ]
+    return parts
 
 
-def _budget_row(m: Method, shares: Sequence[str]) -> list[str]:
-    budgets: Mapping[str, float | None] = m.budgets or {}
-    cost = NONE if m.cost_at_best is None else f"{100 * m.cost_at_best:.0f} %"
-    cells = [_percent(budgets.get(share)) for share in shares]
-    return [m.name, *cells, _decimal(m.card["aiq"]), cost]
+def _named(name: str, best: str) -> str:
+    return f"**{name}**" if name == best else name
 
 
 def _promise_row(promise: Mapping[str, Any]) -> list[str]:
@@ -130,37 +131,58 @@ def _promise_row(promise: Mapping[str, Any]) -> list[str]:
 
 
 def _pairs(c: Comparison) -> str:
-    benchmarks = list(dict.fromkeys(b for m in c.methods for b in m.pairs))
+    benchmarks = {b: two.questions for m in c.methods for b, two in m.pairs.items()}
     rows = []
     for m in c.methods:
         cells = []
         for benchmark in benchmarks:
-            two = m.pairs.get(benchmark, {})
-            apgr = _decimal(two.get("apgr"))
-            cells.append(f"{apgr}, {_percent(two.get('cpt50'))}, {_percent(two.get('cpt80'))}")
-        rows.append([m.name, *cells])
-    heads = [f"{benchmark}: APGR, CPT50, CPT80" for benchmark in benchmarks]
+            two = m.pairs.get(benchmark)
+            if two is None:
+                cells += [NONE] * 3
+                continue
+            cells.append(f"{two.apgr.mean:.3f} ({two.apgr.low:.3f} to {two.apgr.high:.3f})")
+            cells += [_share(two.cpt50), _share(two.cpt80)]
+        rows.append([_named(m.name, c.best), *cells])
+    heads = []
+    for benchmark, questions in benchmarks.items():
+        heads += [f"{benchmark} ({questions}): APGR (95 %)", "CPT50, %", "CPT80, %"]
     return _table(["router", *heads], rows)
 
 
+def _latency(c: Comparison) -> str:
+    rows = [
+        [m.name, f"{m.latency.decision_ms:.1f}", f"{m.latency.without_embedding_ms:.1f}"]
+        for m in c.methods
+        if m.latency is not None
+    ]
+    return _table(["router", "with embedding", "without"], rows)
+
+
 def verdicts(comparisons: Sequence[Comparison]) -> str:
-    """Every family against the tuned kNN, and what cross-validation chose against every family."""
-    common = [m.name for m in comparisons[0].methods if m.name != BAR]
+    """What cross-validation chose, and every family, against the published methods."""
+    common = [m.name for m in comparisons[0].methods]
     common = [n for n in common if all(n in {m.name for m in c.methods} for c in comparisons)]
-    rows = [_verdict_row(name, over_pools(comparisons, name)) for name in common]
-    rows.append(_verdict_row("chosen by cross-validation", over_pools(comparisons, None)))
-    against = [_verdict_row(n, over_pools(comparisons, None, n)) for n in (BAR, *common)]
+    families = [n for n in common if n not in PUBLISHED]
     heads = ["mean difference (95 %)", "better", "significantly worse on"]
-    return "\n\n".join(
-        [
-            f"## Over {len(comparisons)} pools",
-            "Better: the interval of the mean over pools of the paired differences excludes zero, "
-            "and no pool is significantly below (bootstrap over questions, pools of one table "
-            "drawn together).",
-            _table([f"against the {BAR}", *heads], rows),
-            _table(["what cross-validation chose, against", *heads], against),
+    against = [_verdict_row(n, over_pools(comparisons, None, n)) for n in common]
+    rows = [_verdict_row(name, over_pools(comparisons, name)) for name in families]
+    parts = [
+        f"## Over {len(comparisons)} pools",
+        "Better: the interval of the mean over pools of the paired differences excludes zero, "
+        "and no pool is significantly below (bootstrap over questions, pools of one table "
+        "drawn together). Where there are two experts without prices, what is compared is the "
+        "mean over all shares of calls to the stronger one.",
+        _table(["what cross-validation chose, against", *heads], against),
+        _table([f"against the {BAR}", *heads], rows),
+    ]
+    priced = [c for c in comparisons if c.within is not None]
+    if priced:
+        within = [_verdict_row(n, over_budgets(priced, None, n)) for n in common]
+        parts += [
+            f"Within budgets, the mean over them, on the {len(priced)} priced pools:",
+            _table(["what cross-validation chose for budgets, against", *heads], within),
         ]
-    )
+    return "\n\n".join(parts)
 
 
 def _verdict_row(name: str, v: Verdict) -> list[str]:
@@ -178,6 +200,12 @@ def _table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 def _percent(value: float | None) -> str:
     return NONE if value is None else f"{100 * value:.1f}"
+
+
+def _share(interval: Interval | None) -> str:
+    if interval is None:
+        return NONE
+    return f"{100 * interval.mean:.1f} ({_range(interval.low, interval.high)})"
 
 
 def _decimal(value: float | None) -> str:

@@ -4,6 +4,7 @@ Knows families by the mapping FAMILIES alone; what is shipped is made in `train.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from copy import copy
 from dataclasses import dataclass, replace
 from typing import Any, cast
 
@@ -13,16 +14,15 @@ from pydantic import BaseModel
 
 from composer.routing.families import FAMILIES
 from composer.routing.families.blend import Blend, BlendSettings, Member
-from composer.routing.family import Family, Predicted, decided, predicted
+from composer.routing.family import Family, Predicted, predicted
 from composer.routing.outcome_calibration import OutcomeCalibration
 from composer.routing.outcomes import IntArray, Outcomes
 from composer.routing.reading import read
 from composer.routing.views import Features, rows_of
 from composer.types import FloatArray
-from router_training.curves import operating_points
+from router_training.criterion import Criterion
 from router_training.errors import TrainingError
 from router_training.groups import groups_of
-from router_training.measures import earned
 from router_training.progress import Progress, silent
 from router_training.split import folds, parts
 from router_training.suited import grid_of
@@ -37,42 +37,6 @@ def by_stem(outcomes: Outcomes) -> Outcomes:
     has seen one of them knows the other."""
     stems = [read(text).stem for text in outcomes.text]
     return replace(outcomes, group=groups_of(stems, [str(group) for group in outcomes.group]))
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Criterion:
-    """What settings and families are chosen by: the mean quality of the decisions. Without
-    `budgets` those for quality alone; with them the mean over decisions within each budget, US
-    dollars a question, by `expected_cost` (n, E)."""
-
-    budgets: tuple[float, ...] = ()
-    expected_cost: FloatArray | None = None
-
-    def values(self, predicted: FloatArray, outcomes: Outcomes) -> Float64:
-        """(n,) what the decisions of these predictions (n, E) earn, question by question. Raises
-        TrainingError where no budget can be kept."""
-        if not self.budgets:
-            return earned(outcomes.quality, decided(predicted, outcomes.known))
-        found = None
-        if self.expected_cost is not None:
-            found = operating_points(predicted, self.expected_cost, outcomes)
-        if found is None:
-            raise TrainingError(
-                "budgets need the cost of every outcome; give prices, or choose by accuracy"
-            )
-        points, chosen = found
-        within = []
-        for budget in self.budgets:
-            if (at := points.mixed(budget)) is not None:
-                low, high, share = at
-                one, other = (earned(outcomes.quality, chosen[p]) for p in (low, high))
-                within.append((1 - share) * one + share * other)
-        if not within:
-            raise TrainingError(
-                f"no budget can be kept: the cheapest choice costs {points.cost[0]:.3g} US dollars "
-                f"a question, the largest budget is {max(self.budgets):.3g}; name a larger one"
-            )
-        return np.asarray(np.mean(within, axis=0), np.float64)
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,34 +87,46 @@ class CrossFit:
         """`fold` (n,) as `folds_by_stem` makes it. Every question has a known outcome."""
         self.features, self.outcomes, self.fold = features, outcomes, fold
         self._criterion, self._seed, self._progress = criterion, seed, progress
-        self._apart: dict[str, list[Predicted]] = {}
-        self._chosen: dict[tuple[str, bool], Chosen] = {}
+        self._apart: dict[tuple[str, str], Predicted] = {}
+        self._chosen: dict[str, Chosen] = {}
         self._fitted: dict[str, Family] = {}
 
-    def choose(self, family: str, *, calibrated: bool = True) -> Chosen:
+    def by(self, criterion: Criterion) -> CrossFit:
+        """The same questions, with the same fits, chosen by something else."""
+        other = copy(self)
+        other._criterion, other._chosen = criterion, {}
+        return other
+
+    def choose(self, family: str) -> Chosen:
         """The first settings of the family's grid, which begins with its default, that are behind
         the best ones by no more than one standard error (Breiman et al. 1984, section 3.4.3: the
-        best of a grid is often so by luck). Without `calibrated`, decisions are made as the family
-        itself would. Raises TrainingError."""
-        key = family, calibrated
-        if key not in self._chosen:
+        best of a grid is often so by luck). Raises TrainingError."""
+        if family not in self._chosen:
             kind = kind_of(family)
             if kind is Blend:
-                self._chosen[key] = self._stacked(calibrated)
+                self._chosen[family] = self._stacked()
             else:
                 grid = list(grid_of(kind, self.outcomes))
-                if family not in self._apart:
-                    self._apart[family] = out_of_fold(
-                        kind,
-                        grid,
-                        self.features,
-                        self.outcomes,
-                        self.fold,
-                        self._seed,
-                        self._progress,
-                    )
-                self._chosen[key] = self._best(family, grid, self._apart[family], calibrated)
-        return self._chosen[key]
+                self._chosen[family] = self._best(family, grid, self._predicted(kind, grid))
+        return self._chosen[family]
+
+    def choose_uncalibrated(self, family: str, grid: Sequence[BaseModel]) -> Chosen:
+        """The best settings of a grid of one's own, decisions made by the family's own predictions:
+        how methods are judged that were published so."""
+        said = self._predicted(kind_of(family), grid)
+        return self._best(family, grid, said, calibrated=False, tolerant=False)
+
+    def _predicted(self, kind: type[Family], grid: Sequence[BaseModel]) -> list[Predicted]:
+        """(S,) out-of-fold predictions with each of the settings, each made once."""
+        keys = [(kind.name, repr(settings)) for settings in grid]
+        new = [s for key, s in zip(keys, grid, strict=True) if key not in self._apart]
+        if new:
+            said = out_of_fold(
+                kind, new, self.features, self.outcomes, self.fold, self._seed, self._progress
+            )
+            for settings, one in zip(new, said, strict=True):
+                self._apart[kind.name, repr(settings)] = one
+        return [self._apart[key] for key in keys]
 
     def fit(self, chosen: Chosen) -> Family:
         """The same on all questions."""
@@ -172,7 +148,13 @@ class CrossFit:
         return self._fitted[key]
 
     def _best(
-        self, family: str, grid: Sequence[BaseModel], apart: Sequence[Predicted], calibrated: bool
+        self,
+        family: str,
+        grid: Sequence[BaseModel],
+        apart: Sequence[Predicted],
+        *,
+        calibrated: bool = True,
+        tolerant: bool = True,
     ) -> Chosen:
         """`apart` (S,): what was said with each of the settings of the grid."""
         quality = [one.quality for one in apart]
@@ -186,7 +168,8 @@ class CrossFit:
             error = standard_error(behind, self.outcomes.group)
             trials.append(Trial(settings, float(own.mean()), float(behind.mean()), error))
         # The best one is behind itself by 0 ± 0, so there always is one.
-        number = next(i for i, t in enumerate(trials) if t.behind <= t.error)
+        near = next(i for i, t in enumerate(trials) if t.behind <= t.error)
+        number = near if tolerant else best
         return Chosen(
             family,
             grid[number],
@@ -197,7 +180,7 @@ class CrossFit:
             signs=apart[number].signs,
         )
 
-    def _stacked(self, calibrated: bool) -> Chosen:
+    def _stacked(self) -> Chosen:
         """A blend of families with the settings chosen for each. What is said of a fold is weighed
         by weights from the other folds; the members' predictions there come from fits that had
         seen this fold, which only these few weights can pass on. Fitting every member anew within
@@ -207,7 +190,7 @@ class CrossFit:
         blended: list[Predicted] = []
         members: list[tuple[Chosen, ...]] = []
         for tried in Blend.grid():
-            own = tuple(self.choose(m.family, calibrated=calibrated) for m in tried.members)
+            own = tuple(self.choose(m.family) for m in tried.members)
             named = tuple(
                 Member(family=m.family, settings=m.settings.model_dump(mode="json")) for m in own
             )
@@ -220,7 +203,7 @@ class CrossFit:
             grid.append(settings)
             blended.append(Predicted(said, None))
             members.append(own)
-        best = self._best(Blend.name, grid, blended, calibrated)
+        best = self._best(Blend.name, grid, blended)
         return replace(best, members=members[grid.index(cast(BlendSettings, best.settings))])
 
 

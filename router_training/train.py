@@ -5,9 +5,11 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Collection, Mapping, Sequence
+from copy import copy
 from typing import Any
 
 import numpy as np
+from pydantic import BaseModel
 
 from composer.routing.artefact import DataStamp, EmbedderStamp, ExpertStamp, Manifest
 from composer.routing.costs import VIEWS as COST_VIEWS
@@ -22,9 +24,9 @@ from composer.routing.views import Encode, Features, View, Views, rows_of
 from composer.types import FloatArray
 from router_training.baselines import mean_costs
 from router_training.cells import listed
+from router_training.criterion import Criterion
 from router_training.crossfit import (
     Chosen,
-    Criterion,
     CrossFit,
     by_stem,
     calibration_of,
@@ -111,21 +113,38 @@ class Workshop:
         )
         self.fold = folds_by_stem(self.outcomes, seed)
         self.costs, self.expected_cost = self._costs(progress)
-        if budgets and self.costs is None:
-            raise TrainingError(
-                "budgets need the cost of every outcome; give prices, or choose by accuracy"
-            )
-        single = float(mean_costs(self.outcomes)[self.yardstick.best])
-        dollars = tuple(share * single for share in budgets)
-        self.budgets = tuple(budgets)
+        self.criterion = self._criterion(budgets)
         self._crossfit = CrossFit(
             self.features,
             self.outcomes,
-            criterion=Criterion(dollars, self.expected_cost),
+            criterion=self.criterion,
             fold=self.fold,
             seed=seed,
             progress=progress,
         )
+
+    def _criterion(self, budgets: Sequence[float]) -> Criterion:
+        self.budgets = tuple(budgets)
+        if budgets:
+            if self.costs is None:
+                raise TrainingError(
+                    "budgets need the cost of every outcome; give prices, or choose by accuracy"
+                )
+            single = float(mean_costs(self.outcomes)[self.yardstick.best])
+            return Criterion(tuple(share * single for share in budgets), self.expected_cost)
+        if len(self.outcomes.experts) == 2 and self.costs is None and self.outcomes.known.all():
+            # Of a weak and a strong expert the strong one is nearly always the better guess: what
+            # a router of the two is for is to need it seldom.
+            return Criterion(strong=self.yardstick.best)
+        return Criterion()
+
+    def within(self, budgets: Sequence[float]) -> Workshop:
+        """The same questions with the same fits, chosen from by mean quality within budgets.
+        Raises TrainingError without prices."""
+        other = copy(self)
+        other.criterion = other._criterion(budgets)
+        other._crossfit = self._crossfit.by(other.criterion)
+        return other
 
     def _costs(self, progress: Progress) -> tuple[CostModel | None, FloatArray | None]:
         """The cost model of all questions, and what its like says of questions it had not seen."""
@@ -146,9 +165,13 @@ class Workshop:
         progress("expected costs", len(folds), len(folds))
         return CostModel.fit(self.features, self.outcomes), out
 
-    def choose(self, family: str, *, calibrated: bool = True) -> Chosen:
+    def choose(self, family: str) -> Chosen:
         """As `CrossFit.choose`."""
-        return self._crossfit.choose(family, calibrated=calibrated)
+        return self._crossfit.choose(family)
+
+    def choose_uncalibrated(self, family: str, grid: Sequence[BaseModel]) -> Chosen:
+        """As `CrossFit.choose_uncalibrated`."""
+        return self._crossfit.choose_uncalibrated(family, grid)
 
     def fit(self, chosen: Chosen) -> Family:
         """On all questions."""
@@ -179,7 +202,7 @@ class Workshop:
         return self.choose(winner), {"families": rows, "why": why}
 
     def _why(self, winner: str, top: str, rows: Mapping[str, Mapping[str, Any]], near: int) -> str:
-        by = "mean quality within the budgets" if self.budgets else "mean quality of its decisions"
+        by = self.criterion.words
         row = rows[winner]
         if near == 1:
             return f"{winner}: the highest cross-fitted {by} ({100 * row['value']:.2f})"

@@ -15,8 +15,8 @@ from composer.routing.family import Predicted
 from composer.routing.outcomes import Outcomes
 from composer.routing.views import Features, Views
 from composer.types import FloatArray
+from router_training.criterion import Criterion
 from router_training.crossfit import (
-    Criterion,
     CrossFit,
     by_stem,
     calibrated_apart,
