@@ -192,17 +192,20 @@ def compare(
     split: Split = None,
     dev_split: Annotated[str | None, typer.Option(help="As --split, for --dev.")] = None,
     router: Annotated[
-        list[str] | None, typer.Option(help="Only this family; repeat for several.")
+        list[str] | None,
+        typer.Option(help="Only this family beside the tuned kNN; repeat for several."),
     ] = None,
     seed: Seed = 0,
     as_json: Json = None,
 ) -> None:
-    """Compare all families on one table: settings by cross-validation, judged on dev. Markdown."""
+    """Compare all families and the published methods on one table: settings by cross-validation,
+    judged on dev. Markdown."""
     with told_plainly():
         from composer.routing.families import FAMILIES
         from router_training.compare import compare as judge
         from router_training.comparison import markdown
         from router_training.embedding import open_embedding
+        from router_training.published import BAR, PUBLISHED
         from router_training.tables import name_of
 
         names = named_experts(data, experts, pool)
@@ -218,6 +221,7 @@ def compare(
                 embedding.kept.encode,
                 embedding.stamp,
                 families=router or tuple(FAMILIES),
+                published=(BAR,) if router else tuple(PUBLISHED),
                 seed=seed,
                 progress=progress,
             )

@@ -11,6 +11,7 @@ from composer.routing.families.clusters import ClustersSettings
 from composer.routing.families.common import FamilySettings
 from composer.routing.families.neighbours import NeighboursSettings
 from composer.routing.families.predictor import PredictorSettings
+from composer.routing.families.skills import SkillsSettings
 
 BAR = "tuned kNN"
 
@@ -68,6 +69,15 @@ PUBLISHED: Mapping[str, Published] = {
             "category",
             [CategorySettings(prior=0.0)],
             "2412.01868",
+        ),
+        Published(
+            "Symbolic-MoE",
+            "skills",
+            [
+                SkillsSettings(sharpness=None, prior=0.0, overall=True, nearest=nearest)
+                for nearest in (3, 1)
+            ],
+            "2503.05641, skills inferred by embedding",
         ),
         Published(
             "logistic regression",

@@ -6,12 +6,21 @@ from functools import cache
 
 import numpy as np
 
-from router_training.compare import BAR, Comparison, compare, over_pools
+from router_training.compare import (
+    COMPARISONS,
+    SHARES,
+    Comparison,
+    compare,
+    over_budgets,
+    over_pools,
+)
 from router_training.comparison import markdown
+from router_training.published import BAR
 from tests.router_training.synthetic import stamp, table
 from tests.routing.helpers import WordEmbedder
 
 FEW = ("category", "clusters")
+REBUILT = ("Composition of Experts", BAR)
 
 
 @cache
@@ -19,15 +28,26 @@ def compared(name: str = "all", *, priced: bool = True, experts: int = 3) -> Com
     train, dev = table(priced=priced), table(250, seed=2, priced=priced)
     some = train.experts[:experts]
     encode = WordEmbedder().encode
-    return compare("t", name, train.of(some), dev.of(some), encode, stamp(), families=FEW)
+    return compare(
+        "t",
+        name,
+        train.of(some),
+        dev.of(some),
+        encode,
+        stamp(),
+        families=FEW,
+        published=REBUILT,
+        encode_anew=encode if priced else None,
+    )
 
 
 def test_every_method_is_judged_on_the_same_questions() -> None:
     c = compared()
-    assert [m.name for m in c.methods] == [*FEW, BAR]
+    assert [m.name for m in c.methods] == [*FEW, *REBUILT]
     for m in c.methods:
         assert len(m.values) == len(c.group) == 250
         assert m.card["avg_acc"] == np.mean(m.values)
+        assert (m.cross_fitted is None) == (m.name in REBUILT)
     assert c.best in FEW
     assert c.why.startswith(c.best)
     ahead = c.ahead("category")
@@ -40,14 +60,24 @@ def test_the_markdown_has_every_table_that_the_pools_allow() -> None:
     priced, plain, two = compared(), compared("plain", priced=False), compared("two", experts=2)
     text = markdown([priced, plain, two])
     first, second, third, last = text.split("\n## ")
-    for name in (*FEW, BAR, "random", "best single", "best by category, label known", "oracle"):
+    for name in (
+        *FEW,
+        *REBUILT,
+        "random",
+        "best single",
+        "best by category, label known",
+        "oracle",
+    ):
         assert f"| {name} " in first or f"| **{name}** " in first
     assert "| random mix of single experts |" in first
     assert "The knob of" in first
     assert "US dollars" not in second
-    assert "synthetic: APGR, CPT50, CPT80" in third
+    assert "One decision on one core" in first
+    assert "One decision on one core" not in second
+    assert "synthetic (250): APGR" in third
     assert "## Over" not in first
     assert last.startswith("Over 3 pools")
+    assert "on the 2 priced pools" in last
     assert "None" not in text
     assert "nan" not in text
     for line in text.splitlines():
@@ -62,3 +92,38 @@ def test_the_verdict_holds_what_was_chosen_against_the_bar() -> None:
     same = over_pools([c], c.best, c.best)
     assert not same.better
     assert same.overall.mean == 0
+
+
+def test_budgets_are_chosen_for_and_kept() -> None:
+    within = compared().within
+    assert within is not None
+    assert compared("plain", priced=False).within is None
+    assert [m.name for m in within.methods] == [*FEW, *REBUILT]
+    for m in within.methods:
+        known = [m.budgets[f"{share:.2f}"] for share in SHARES]
+        reached = [quality for quality in known if quality is not None]
+        assert reached == sorted(reached)
+        # A budget below the cheapest expert is nobody's, and counts for nobody.
+        np.testing.assert_allclose(m.values.mean(), np.mean(reached))
+    v = over_budgets([compared(), compared("plain", priced=False)], None, BAR)
+    expected = within.of(within.best).values.mean() - within.of(BAR).values.mean()
+    np.testing.assert_allclose(v.overall.mean, expected)
+
+
+def test_a_pair_without_prices_is_judged_by_calls_to_the_stronger_one() -> None:
+    c = compared("pair", priced=False, experts=2)
+    for m in c.methods:
+        two = m.pairs["synthetic"]
+        assert two.apgr.low <= two.apgr.mean <= two.apgr.high
+        # Over all shares the mean lies between the two experts', by how well the gap is recovered.
+        single = c.baselines["best_single"]["avg_acc"]
+        weak = 2 * c.baselines["random"]["avg_acc"] - single
+        recovered = (m.values.mean() - weak) / (single - weak)
+        np.testing.assert_allclose(recovered, two.apgr.mean, atol=0.1)
+    assert "over all shares of calls" in c.why or "the highest" in c.why
+
+
+def test_comparisons_made_apart_are_merged_as_they_were() -> None:
+    done = [compared(), compared("two", experts=2)]
+    again = COMPARISONS.validate_json(COMPARISONS.dump_json(done))
+    assert markdown(again) == markdown(done)
