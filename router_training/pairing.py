@@ -61,4 +61,5 @@ def pair_measures(
 
 
 def _plain(two: Pair) -> tuple[float, float, float]:
-    return two.apgr, *(1.0 if c is None else c for c in (two.cpt50, two.cpt80))
+    cpt50, cpt80 = (1.0 if c is None else c for c in (two.cpt50, two.cpt80))
+    return two.apgr, cpt50, cpt80
