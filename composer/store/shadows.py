@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import datetime
@@ -110,6 +111,7 @@ class Shadows:
                             found.append(
                                 Compared(plan, row.expert, row.score, row.choice, row.scores)
                             )
+                    await asyncio.sleep(0)  # a driver may have read several parts at once
             return found
 
         return await self._store.run(run, "reading choices in shadow")

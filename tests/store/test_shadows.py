@@ -11,7 +11,6 @@ import pytest
 
 from composer.store import Feedback, Promotion, ShadowChoice, Shadows, Store
 from composer.store.rows import plan_of
-from composer.store.shadows import PART
 from tests.store.records import NOON, failed_record, make_record
 
 
@@ -54,7 +53,8 @@ async def test_a_policy_has_one_promotion_or_none(store: Store) -> None:
 
 async def test_a_long_comparison_lets_others_go_on(store: Store) -> None:
     """Turning rows into plans takes this process's time, so it is done a part at a time."""
-    shadows, n = Shadows(store), 3 * PART + 1
+    part = 20
+    shadows, n = Shadows(store), 3 * part + 1
     ids = [f"r{i}" for i in range(n)]
     await store.add_requests([make_record(id_, created=NOON) for id_ in ids])
     await shadows.add([ShadowChoice(id_, "auto", "digest", "sort", {}) for id_ in ids])
@@ -77,6 +77,7 @@ async def test_a_long_comparison_lets_others_go_on(store: Store) -> None:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("composer.store.shadows.plan_of", counted)
+        patch.setattr("composer.store.shadows.PART", part)
         assert len(await shadows.compared("auto", "digest")) == n
     task.cancel()
-    assert max(Counter(seen).values()) <= PART
+    assert max(Counter(seen).values()) <= part
