@@ -6,6 +6,7 @@ Adding one is a class in its own file and a line here.
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import logging
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, replace
@@ -26,6 +27,7 @@ from composer.engines.vllm import VllmEngine
 from composer.errors import EngineUnavailable, Problem
 from composer.generations import Generation, Way, adapters_on, let_go
 from composer.registry import (
+    ComponentFamily,
     EngineFamily,
     Families,
     Loaded,
@@ -77,7 +79,14 @@ def families() -> Families:
             )
             for name, router in ROUTERS.items()
         },
-        strategies={name: strategy.settings for name, strategy in STRATEGIES.items()},
+        strategies={
+            name: ComponentFamily(
+                settings=strategy.settings,
+                path_fields=strategy.path_fields,
+                digest=partial(_files_digest, strategy.path_fields),
+            )
+            for name, strategy in STRATEGIES.items()
+        },
         engines={
             name: EngineFamily(
                 settings=engine.settings,
@@ -111,25 +120,40 @@ def load(
         version=version,
         may_skip=may_skip,
     )
-    _check_routers(loaded, str(settings.experts))
+    _check_components(loaded, str(settings.experts))
     return loaded
 
 
-def _check_routers(loaded: Loaded, file: str) -> None:
-    """What a router asks of its experts is the router's to say, so the registry cannot."""
+def _files_digest(fields: Sequence[str], settings: Any) -> str:
+    """Of the files that these settings name; "" where there is none, or one cannot be read."""
+    paths = [path for field in fields if (path := getattr(settings, field)) is not None]
+    try:
+        return "+".join(hashlib.sha256(path.read_bytes()).hexdigest() for path in paths)
+    except OSError:
+        return ""
+
+
+def _check_components(loaded: Loaded, file: str) -> None:
+    """What a router or strategy asks of its experts is its own to say, so the registry cannot."""
     catalog = loaded.catalog
     problems = []
     for policy in catalog.policies.values():
         experts = [catalog.experts[expert] for expert in policy.experts]
-        try:
-            aims = policy.quality is not None or policy.max_cost is not None
-            router = ROUTERS[policy.router.name]
-            router.check(experts, policy.router.settings, needs_curve=aims)
-            _check_asked(catalog, router.asks(policy.router.settings))
-        except ValueError as error:
-            message, _, remedy = str(error).partition("; ")
-            path = f"policies.{policy.id}.router"
-            problems.append(Problem(file, path, message, f"{remedy[:1].upper()}{remedy[1:]}."))
+        aims = policy.quality is not None or policy.max_cost is not None
+        router, strategy = ROUTERS[policy.router.name], STRATEGIES[policy.strategy.name]
+        checks: list[tuple[str, Callable[[], None]]] = [
+            ("router", partial(router.check, experts, policy.router.settings, needs_curve=aims)),
+            ("router", partial(_check_asked, catalog, router.asks(policy.router.settings))),
+            ("strategy", partial(strategy.check_experts, policy.strategy.settings, policy.experts)),
+        ]
+        for part, check in checks:
+            try:
+                check()
+            except ValueError as error:
+                message, _, remedy = str(error).partition("; ")
+                path = f"policies.{policy.id}.{part}"
+                problems.append(Problem(file, path, message, f"{remedy[:1].upper()}{remedy[1:]}."))
+                break
     if problems:
         raise RegistryError(problems, loaded.watched)
 

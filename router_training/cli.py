@@ -12,7 +12,7 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
-from router_training.commands import collect, join, profile
+from router_training.commands import collect, join, profile, votes
 from router_training.console import (
     Data,
     Experts,
@@ -268,6 +268,7 @@ def _scope_line(scope: Mapping[str, Any]) -> str:
 app.command()(collect.collect)
 app.command()(profile.profile)
 app.command()(join.join)
+app.command()(votes.votes)
 
 
 def main() -> None:

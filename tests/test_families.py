@@ -39,6 +39,7 @@ STRATEGY_CASES: list[dict[str, Any]] = [
     {"name": "single"},
     {"name": "vote"},
     {"name": "vote", "weights": "majority", "extractor": "exact"},
+    {"name": "vote", "weights": "log_odds", "first": 1},
 ]
 
 

@@ -1,6 +1,6 @@
 """experts.yaml and runtime experts → Catalog. Knows no router, strategy or engine but by name."""
 
-from composer.registry.families import EngineFamily, Families, RouterFamily
+from composer.registry.families import ComponentFamily, EngineFamily, Families, RouterFamily
 from composer.registry.gather import RUNTIME
 from composer.registry.load import Loaded, RegistryError, load_catalog
 from composer.registry.schema import registry_json_schema
@@ -8,6 +8,7 @@ from composer.registry.table import catalog_table
 
 __all__ = [
     "RUNTIME",
+    "ComponentFamily",
     "EngineFamily",
     "Families",
     "Loaded",

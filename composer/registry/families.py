@@ -57,22 +57,28 @@ class EngineFamily:
 
 
 def no_files(settings: Any) -> str:
-    """The `digest` of a router whose settings name no files."""
+    """The `digest` of a router or strategy whose settings name no files."""
     return ""
 
 
 @dataclass(frozen=True, slots=True)
-class RouterFamily:
-    """A router as the registry sees it. `needs_texts`: it finds experts by what is said about
-    them, so each must say something. `path_fields` are settings that hold a path, dotted where
+class ComponentFamily:
+    """A strategy as the registry sees it. `path_fields` are settings that hold a path, dotted where
     they lie deeper: relative ones start at the registry file's folder, and what lies there is
     watched. `digest` stands for the content of those files, and is "" where they cannot be read.
     """
 
     settings: type[BaseModel]
-    needs_texts: bool = True
     path_fields: tuple[str, ...] = ()
     digest: Callable[[Any], str] = no_files
+
+
+@dataclass(frozen=True, slots=True)
+class RouterFamily(ComponentFamily):
+    """The same of a router. `needs_texts`: it finds experts by what is said about them, so each
+    must say something."""
+
+    needs_texts: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,13 +88,13 @@ class Families:
     has a key of the registry's own."""
 
     routers: Mapping[str, RouterFamily]
-    strategies: Mapping[str, type[BaseModel]]
+    strategies: Mapping[str, ComponentFamily]
     engines: Mapping[str, EngineFamily] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         models = {
             **{f"router {name}": family.settings for name, family in self.routers.items()},
-            **{f"strategy {name}": model for name, model in self.strategies.items()},
+            **{f"strategy {name}": family.settings for name, family in self.strategies.items()},
             **{f"engine {name}": family.settings for name, family in self.engines.items()},
         }
         for name, model in models.items():

@@ -14,7 +14,7 @@ from pydantic import BaseModel
 from composer.registry.blocks import Block, Place, block_at, block_named, unknown_name, validate
 from composer.registry.context import Context
 from composer.registry.experts import Prepared
-from composer.registry.families import RouterFamily
+from composer.registry.families import ComponentFamily
 from composer.registry.gather import Entry
 from composer.registry.specs import PolicySpec
 from composer.types import SAFE_PARAMETERS, Component, Policy, Unsure
@@ -53,8 +53,8 @@ def _make_policy(
     context: Context, id_: str, block: Block, prepared: Mapping[str, Prepared]
 ) -> Policy | None:
     families = context.families
-    router = _router(context, block, families.routers)
-    strategy = _component(context, block, "strategy", families.strategies)
+    router = _made(context, block, "router", families.routers)
+    strategy = _made(context, block, "strategy", families.strategies)
     rest = {key: value for key, value in block.data.items() if key not in ("router", "strategy")}
     spec, problems = validate(PolicySpec, replace(block, data=rest))
     context.problems += problems
@@ -94,13 +94,14 @@ def _make_policy(
     )
 
 
-def _router(
-    context: Context, block: Block, routers: Mapping[str, RouterFamily]
+def _made(
+    context: Context, block: Block, kind: str, families: Mapping[str, ComponentFamily]
 ) -> Component | None:
-    """Its paths start at the registry's folder, and what lies there is watched."""
-    written = block.data.get("router")
+    """A router or strategy. Its paths start at the registry's folder, and what lies there is
+    watched."""
+    written = block.data.get(kind)
     name = written.get("name") if isinstance(written, Mapping) else None
-    family = routers.get(name) if isinstance(name, str) else None
+    family = families.get(name) if isinstance(name, str) else None
     if family is not None and isinstance(written, Mapping):
         for dotted in family.path_fields:
             path = dotted.split(".")
@@ -111,12 +112,12 @@ def _router(
                 located = os.path.abspath(context.located(inner))
                 written = _with(written, path, located)
                 context.look(Path(located))
-        block = replace(block, data={**block.data, "router": written})
-    settings = {name: family.settings for name, family in routers.items()}
-    router = _component(context, block, "router", settings)
-    if router is None or family is None:
-        return router
-    return replace(router, digest=family.digest(router.settings))
+        block = replace(block, data={**block.data, kind: written})
+    settings = {name: family.settings for name, family in families.items()}
+    component = _component(context, block, kind, settings)
+    if component is None or family is None:
+        return component
+    return replace(component, digest=family.digest(component.settings))
 
 
 def _with(data: Mapping[str, Any], path: Sequence[str], value: str) -> dict[str, Any]:

@@ -37,7 +37,9 @@ def registry_json_schema(families: Families) -> dict[str, Any]:
         "Policy",
         PolicySpec,
         router=_tagged("name", "Router", {n: f.settings for n, f in families.routers.items()}),
-        strategy=_tagged("name", "Strategy", families.strategies),
+        strategy=_tagged(
+            "name", "Strategy", {n: f.settings for n, f in families.strategies.items()}
+        ),
     )
     server = _tagged("engine", "Server", engines, placement=(PlacementSpec | None, PLACEMENT))
     file = _extended(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Sequence
 from typing import Any, ClassVar, Protocol
 
 from pydantic import BaseModel
@@ -11,12 +11,20 @@ from composer.types import Ask, Chunk, Plan, Request, Tier
 
 
 class Strategy(Protocol):
-    """Built once per policy from its settings; holds no state between requests."""
+    """Built once per policy from its settings; holds no state between requests. `path_fields` are
+    the settings that name files."""
 
     name: ClassVar[str]
     tier: ClassVar[Tier]
     paper: ClassVar[str]
     settings: ClassVar[type[BaseModel]]
+    path_fields: ClassVar[tuple[str, ...]]
+
+    @classmethod
+    def check_experts(cls, settings: Any, experts: Sequence[str]) -> None:
+        """Raises ValueError ("what is wrong; the remedy") where files that the settings name are
+        missing, or do not fit the policy's experts. Quick: `composer check` asks it."""
+        ...
 
     def __init__(self, settings: Any) -> None: ...
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from typing import ClassVar
 
@@ -25,6 +25,11 @@ class Single:
     tier: ClassVar[Tier] = "supported"
     paper: ClassVar[str] = ""
     settings: ClassVar[type[BaseModel]] = SingleSettings
+    path_fields: ClassVar[tuple[str, ...]] = ()
+
+    @classmethod
+    def check_experts(cls, settings: SingleSettings, experts: Sequence[str]) -> None:
+        """Whoever they are, one of them answers."""
 
     def __init__(self, settings: SingleSettings) -> None:
         del settings

@@ -5,17 +5,21 @@ Knows nothing of how experts were scored: it takes the plan's order, weights and
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import aclosing
+from pathlib import Path
 from typing import Any, ClassVar, Literal
 
+import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from composer.errors import Unsupported
 from composer.strategies.extract import make_extractor
 from composer.strategies.single import Single, SingleSettings
 from composer.strategies.voting.ballots import Pace, Poll
-from composer.strategies.voting.counting import Rule, Weights, log_odds
+from composer.strategies.voting.counting import Rule, Weights, expected, log_odds
+from composer.strategies.voting.head import log_odds_of
+from composer.strategies.voting.learnt import HeadFile, HeadRule
 from composer.types import Ask, Choice, Chunk, Plan, Request, Tier, Usage
 
 
@@ -57,6 +61,27 @@ class VoteSettings(BaseModel):
         description="Ask no more once the leading answer is this likely to be right; needs "
         "`weights: log_odds` and `first`.",
     )
+    head: Path | None = Field(
+        None,
+        description="The file that `router-training votes` wrote. It weighs the answers, says how "
+        "likely they are, and how many experts are asked at most if the policy's `k` is larger.",
+    )
+    names: Mapping[str, str] = Field(
+        {}, description="Expert id → its name in the head's file, where the two differ."
+    )
+    mean_calls: float | None = Field(
+        None,
+        ge=1,
+        allow_inf_nan=False,
+        description="Calls a question on average, as they were on the head's own questions; needs "
+        "`head` and `first`.",
+    )
+    bound: float | None = Field(
+        None,
+        allow_inf_nan=False,
+        description="Instead of `mean_calls`: ask no more where that would raise the probability "
+        "of a right answer by less than this. Default: 0.",
+    )
 
     @model_validator(mode="after")
     def _consistent(self) -> VoteSettings:
@@ -73,6 +98,16 @@ class VoteSettings(BaseModel):
                 raise ValueError(
                     "with all asked at once, `confidence` has nobody left to spare; add `first`"
                 )
+        if self.head is None:
+            for key in ("mean_calls", "bound"):
+                if getattr(self, key) is not None:
+                    raise ValueError(f"`{key}` is what a trained head keeps to; add `head`")
+        elif self.weights != "weighted" or self.confidence is not None:
+            raise ValueError("a head weighs the answers itself; drop `weights` and `confidence`")
+        elif (self.mean_calls is not None or self.bound is not None) and self.first is None:
+            raise ValueError("with all asked at once no call can be spared; add `first`")
+        elif self.mean_calls is not None and self.bound is not None:
+            raise ValueError("`mean_calls` and `bound` both say when to stop; keep one")
         return self
 
 
@@ -84,18 +119,33 @@ class Vote:
     Calls that cannot change the winner are cut short or not made; then the text is that of the
     best of those that had answered, and calls cut short report no usage, so the sum leaves them
     out. In waves, also stops by what further answers are worth (`counting.Rule`).
+
+    With a `head` (`voting/head.py`) answers are weighed as training found best.
     """
 
     name: ClassVar[str] = "vote"
     tier: ClassVar[Tier] = "supported"
     paper: ClassVar[str] = (
         "Self-Consistency, arXiv:2203.11171; Symbolic-MoE, arXiv:2503.05641; log-odds weights: "
-        "Nitzan and Paroush, International Economic Review 23, 1982"
+        "Nitzan and Paroush, International Economic Review 23, 1982. The head is ours"
     )
     settings: ClassVar[type[BaseModel]] = VoteSettings
+    path_fields: ClassVar[tuple[str, ...]] = ("head",)
+
+    @classmethod
+    def check_experts(cls, settings: VoteSettings, experts: Sequence[str]) -> None:
+        if settings.head is None:
+            return
+        file = HeadFile.load(settings.head)
+        file.check(experts, settings.names, settings.extractor, settings.pattern)
+        _bound(settings, file)
 
     def __init__(self, settings: VoteSettings) -> None:
         self._settings = settings
+        self._head, self._bound = None, 0.0
+        if settings.head is not None:
+            file = HeadFile.load(settings.head)
+            self._head, self._bound = file.head, _bound(settings, file)
         self._extract = make_extractor(settings.extractor, settings.pattern)
         self._single = Single(SingleSettings())
 
@@ -114,7 +164,7 @@ class Vote:
             )
 
     async def run(self, request: Request, plan: Plan, ask: Ask) -> AsyncGenerator[Chunk, None]:
-        choices = plan.choices
+        choices = plan.choices if self._head is None else plan.choices[: self._head.most]
         if len(choices) == 1:  # nothing to count, so the stream need not wait for its end
             async with aclosing(self._single.run(request, plan, ask)) as chunks:
                 async for chunk in chunks:
@@ -137,10 +187,18 @@ class Vote:
 
     def _rule(self, choices: Sequence[Choice]) -> Rule:
         settings = self._settings
+        if self._head is not None:
+            return HeadRule(self._head, log_odds_of(np.array(expected(choices))), self._bound)
         if settings.weights == "log_odds":
             weights = log_odds(choices, settings.options)
             return Weights(weights, options=settings.options, confidence=settings.confidence or 1.0)
         return Weights([c.weight if settings.weights == "weighted" else 1.0 for c in choices])
+
+
+def _bound(settings: VoteSettings, file: HeadFile) -> float:
+    if settings.mean_calls is None:
+        return settings.bound or 0.0
+    return file.bound_for(settings.first or 1, settings.mean_calls)
 
 
 def _details(poll: Poll, rule: Rule, key: str | None) -> dict[str, Any]:

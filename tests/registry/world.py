@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from safetensors.numpy import save_file
 
 from composer.errors import CatalogError
-from composer.registry import EngineFamily, Families, RouterFamily
+from composer.registry import ComponentFamily, EngineFamily, Families, RouterFamily
 from composer.types import Placement
 
 WIDTH, VOCABULARY, LAYERS, RANK = 8, 16, 2, 2
@@ -134,7 +134,10 @@ FAMILIES = Families(
         "neighbours": RouterFamily(NeighboursSettings),
         "centroid": RouterFamily(CentroidSettings),
     },
-    strategies={"single": CentroidSettings, "vote": CentroidSettings},
+    strategies={
+        "single": ComponentFamily(CentroidSettings),
+        "vote": ComponentFamily(CentroidSettings),
+    },
     engines={
         "embedded": EngineFamily(EmbeddedSettings, frozenset({"logprobs"})),
         "remote": EngineFamily(

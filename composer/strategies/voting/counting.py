@@ -82,13 +82,17 @@ class Weights:
         return 1 / (math.fsum(math.exp(t - top) for t in totals) + unseen * math.exp(-top))
 
 
+def expected(choices: Sequence[Choice]) -> list[float]:
+    """The experts' qualities; where one is not known, its weight in the plan stands for it."""
+    return [c.weight if c.quality is None else c.quality for c in choices]
+
+
 def log_odds(choices: Sequence[Choice], options: int) -> list[float]:
     """log(q (m − 1) / (1 − q)) for an expert of quality q and m options: the logarithm of how many
     times likelier it is to give an answer that is right than one that is wrong (Nitzan and
-    Paroush, 1982, with m options). Where no quality is known its weight in the plan stands for it.
+    Paroush, 1982, with m options).
     """
-    quality = [c.weight if c.quality is None else c.quality for c in choices]
-    cut = [min(max(q, EDGE), 1 - EDGE) for q in quality]
+    cut = [min(max(q, EDGE), 1 - EDGE) for q in expected(choices)]
     return [max(math.log(q * (options - 1) / (1 - q)), LEAST_WEIGHT) for q in cut]
 
 
