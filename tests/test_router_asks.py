@@ -4,25 +4,31 @@ lease, cancelled with it, and made without what the request wants of its answer.
 from __future__ import annotations
 
 import asyncio
+import itertools
 from collections.abc import AsyncGenerator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import yaml
 
-from composer.build import load
+from composer.build import load, make_embedder
 from composer.errors import CatalogError
 from composer.generations import Generations
 from composer.pipeline import Outcome, Pipeline
 from composer.recording import record_of
+from composer.routing.artefact import EmbedderStamp
 from composer.routing.asking import Asking
 from composer.routing.base import Query, Scores
+from composer.routing.outcomes import Outcomes
 from composer.settings import Settings
 from composer.types import Ask, BoolArray, Call, Chunk, Cost, Expert, Usage
+from router_training.train import train
 from tests.engines.scripted import Scripted, chooses, serve
 from tests.fakes import FakeEngine, FakeRouter, FakeScheduler, Stage, request, stage
-from tests.tiny import chat, serving
+from tests.tiny import ROOT, chat, serving
 
 PRICE = Cost(input_per_1m=1.0, output_per_1m=10.0)
 
@@ -212,6 +218,57 @@ async def test_served_with_a_real_call(tmp_path: Any) -> None:
             answer = (await client.post("/v1/chat/completions", json=body)).json()
             assert answer["composer"]["expert"] == "reverse"
             assert "failed" in answer["composer"]["reasons"]["asked"]
+
+
+def train_skills(folder: Path) -> None:
+    """Questions of three skills, each of which one expert masters."""
+    asked = [(f"{skill} question {i}", skill) for skill in OTHERS for i in range(12)]
+    right = np.array([[expert == skill for expert in OTHERS] for _, skill in asked], np.float32)
+    n = len(asked)
+    outcomes = Outcomes(
+        experts=tuple(OTHERS),
+        text=tuple(text for text, _ in asked),
+        quality=right,
+        cost=np.full_like(right, np.nan),
+        category=tuple(skill for _, skill in asked),
+        benchmark=("",) * n,
+        group=np.arange(n),
+    )
+    embedder = make_embedder(Settings(cache_dir=ROOT / ".cache" / "composer"))
+    stamp = EmbedderStamp(id=embedder.id, digest=embedder.digest, dim=embedder.dim)
+    train(outcomes, "skills", embedder.encode, stamp).artefact().save(folder)
+
+
+async def test_skills_named_by_an_expert_are_served(tmp_path: Path) -> None:
+    train_skills(tmp_path / "router")
+    samples = itertools.cycle(["plural, nouns", "Plural", "sums"])
+
+    def script(text: str) -> str:
+        return next(samples) if text.startswith("Below ") else "an answer"
+
+    async with serve(Scripted(script=script)) as fake:
+        learned = {"name": "learned", "artefact": "./router"}
+        text = config(
+            fake.server,
+            auto={**learned, "skills": {"expert": "wise", "samples": 3}},
+            drawn={**learned, "draw": "distinct"},
+        )
+        async with serving(tmp_path, text) as (client, _):
+            body = chat("sums question 3")
+            told = (await client.post("/v1/chat/completions", json=body)).json()["composer"]
+            assert told["expert"] == "plural"
+            asked = told["reasons"]["asked"]
+            assert (asked["keywords"], asked["skills"]) == (["plural"], ["plural"])
+            assert asked["calls"] == 3
+            assert len(fake.generations()) == 4
+            # Without whom it asks, embedding infers.
+            without = body | {"composer": {"exclude": ["wise"]}}
+            told = (await client.post("/v1/chat/completions", json=without)).json()["composer"]
+            assert (told["expert"], told["reasons"]["asked"]["failed"]) == ("sums", "not_asked")
+            body = chat("sums question 3", "drawn")
+            told = (await client.post("/v1/chat/completions", json=body)).json()["composer"]
+            assert told["reasons"]["rule"] == "drawn"
+            assert told["reasons"]["drawn"].keys() == {told["expert"]}
 
 
 @pytest.mark.parametrize(

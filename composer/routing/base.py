@@ -28,12 +28,16 @@ class Query:
 class Exploration:
     """How the router wants to try experts out: `floor` is the share of requests spread evenly over
     all eligible ones; the rest is drawn by quality and `thompson` times its uncertainty, in [0, 1],
-    so that 0 takes the best. `learning` is what it
-    must read again to learn from the outcome; it is recorded with the decision and not shown."""
+    so that 0 takes the best. `chances` (E,), where there are any, take the place of both: a plan's
+    experts are drawn by them, each once or, with `replacement`, as often as it is drawn. `learning`
+    is what it must read again to learn from the outcome; it is recorded with the decision and not
+    shown."""
 
     floor: float
     thompson: float = 0.0
     learning: Mapping[str, Any] = field(default_factory=empty)
+    chances: FloatArray | None = None
+    replacement: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,7 +12,7 @@ import numpy.typing as npt
 from scipy.special import ndtr
 
 from composer.routing.aims import Aim
-from composer.routing.base import Scores
+from composer.routing.base import Exploration, Scores
 from composer.types import Choice, Plan, Policy
 
 Float64 = npt.NDArray[np.float64]
@@ -43,6 +43,8 @@ def explored(plan: Plan, scores: Scores, aim: Aim, policy: Policy, draw: float |
     exploration = scores.exploration
     if exploration is None:
         return plan
+    if exploration.chances is not None:
+        return plan if draw is None else _drawn(plan, scores, exploration, policy, draw)
     noted = replace(plan, learning={**plan.learning, **exploration.learning})
     greedy = plan.best
     rule = plan.reasons.get("rule")
@@ -78,6 +80,46 @@ def explored(plan: Plan, scores: Scores, aim: Aim, policy: Policy, draw: float |
         confident=None if unsure is None else bool(quality[drawn] >= unsure.below),
     )
     return _told(noted, greedy, float(chances[column]), rule="explored")
+
+
+def _drawn(
+    plan: Plan, scores: Scores, exploration: Exploration, policy: Policy, draw: float
+) -> Plan:
+    """As many experts as the plan has, or as many as have a chance, drawn by the router's chances
+    among those that the policy allows. Weights are shares of the draws, with replacement, else
+    qualities. Best first, as in any plan. One that a rule named stays."""
+    by_score = plan.reasons.get("rule") == "best_score" and "unsure" not in plan.reasons
+    quality = scores.quality.astype(np.float64)
+    assert exploration.chances is not None
+    # NaN, who is not eligible, is not at least anything.
+    chance = np.where(quality >= policy.min_quality, exploration.chances, 0).astype(np.float64)
+    if not by_score or not chance.any():
+        return plan
+    chance /= chance.sum()
+    rng = np.random.default_rng(int(draw * 2**48))
+    k = len(plan.choices)
+    if not exploration.replacement:
+        k = min(k, int(np.count_nonzero(chance)))
+    columns = rng.choice(len(chance), k, replace=exploration.replacement, p=chance)
+    experts, times = np.unique(columns, return_counts=True)
+    weight = times.astype(np.float64) if exploration.replacement else quality[experts]
+    weight = weight / weight.sum() if weight.sum() > 0 else np.full(len(experts), 1 / len(experts))
+    order = np.argsort(-quality[experts], kind="stable")
+    ids = [scores.experts[e] for e in experts[order]]
+    floor = policy.unsure
+    return replace(
+        plan,
+        choices=tuple(Choice(e, float(w)) for e, w in zip(ids, weight[order], strict=True)),
+        calls=tuple(ids),
+        scores={**plan.scores, **{scores.experts[e]: round(float(quality[e]), 4) for e in experts}},
+        reasons={
+            **plan.reasons,
+            "rule": "drawn",
+            "drawn": {scores.experts[e]: round(float(chance[e]), 4) for e in experts[order]},
+            "evidence": {e: dict(scores.reasons[e]) for e in ids if e in scores.reasons},
+        },
+        confident=None if floor is None else bool(quality[experts].max() >= floor.below),
+    )
 
 
 def propensities(

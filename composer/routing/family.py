@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, Protocol, Self
+from typing import Any, ClassVar, Literal, Protocol, Self, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
@@ -63,6 +63,34 @@ class Family(Protocol):
     @classmethod
     def restore(cls, state: State, settings: Any) -> Self:
         """The inverse of `state`: predicts the same to the last bit."""
+        ...
+
+
+@runtime_checkable
+class BySkills(Protocol):
+    """A family that reads profiles at the skills a query asks for, which it can also be told."""
+
+    names: tuple[str, ...]
+
+    @staticmethod
+    def named(names: Sequence[str]) -> bool:
+        """Whether the skills have names that mean something."""
+        ...
+
+    def weights(self, features: Features) -> FloatArray:
+        """(n, K) how much each query asks for each skill, as the family infers it."""
+        ...
+
+    def weights_of(self, skills: Sequence[int]) -> FloatArray:
+        """(1, K) of a query that asks for these."""
+        ...
+
+    def predict_skills(self, weight: FloatArray) -> FloatArray:
+        """(n, K) weights → (n, E) expected quality, as `predict`."""
+        ...
+
+    def chances(self, weight: FloatArray) -> FloatArray:
+        """(n, K) weights → (n, E) the probability of each expert, where one is to be drawn."""
         ...
 
 

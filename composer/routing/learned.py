@@ -1,5 +1,5 @@
 """Serves what training made: an artefact of any family as a router. Knows nothing of what is in it
-but its manifest, and fits nothing."""
+but its manifest, and that some families go by skills; fits nothing."""
 
 from __future__ import annotations
 
@@ -17,10 +17,14 @@ from composer.routing.artefact import (
     Artefact,
     ArtefactError,
     JoinedStamp,
+    Manifest,
     read_manifest,
 )
+from composer.routing.asked_skills import AskedSkills, AskedSkillsSettings
 from composer.routing.base import Embedder, Exploration, Query, Scores
 from composer.routing.curve import Curve
+from composer.routing.families import FAMILIES
+from composer.routing.family import BySkills
 from composer.routing.model import LearnedModel, check_embedder
 from composer.routing.reading import read
 from composer.types import Ask, BoolArray, Expert, FloatArray, Tier
@@ -64,6 +68,17 @@ class LearnedSettings(BaseModel):
         None, description="An artefact that may be promoted once it proved better."
     )
 
+    skills: AskedSkillsSettings | None = Field(
+        None,
+        description="Artefacts of the family `skills`: an LLM names the skills a query asks for, "
+        "in place of the embedding.",
+    )
+    draw: Literal["distinct", "with_replacement"] | None = Field(
+        None,
+        description="Artefacts of the family `skills`: the policy's k experts are drawn in "
+        "proportion to their scores, each once or as often as it is drawn; null: the best k.",
+    )
+
     @property
     def of_shadow(self) -> LearnedSettings | None:
         """What the shadow would be served with."""
@@ -92,7 +107,6 @@ class LearnedRouter:
     settings: ClassVar[type[BaseModel]] = LearnedSettings
     needs_texts: ClassVar[bool] = False
     path_fields: ClassVar[tuple[str, ...]] = ("artefact", "shadow.artefact")
-    asked: str | None = None
 
     def __init__(
         self,
@@ -102,8 +116,11 @@ class LearnedRouter:
         embedder: Embedder,
         settings: LearnedSettings,
         shadow: LearnedRouter | None = None,
+        skills: AskedSkills | None = None,
     ) -> None:
         self.experts = experts
+        self.asked = None if skills is None else skills.expert
+        self._skills = skills
         self.model = model
         self._columns = columns
         self._embedder = embedder
@@ -120,7 +137,7 @@ class LearnedRouter:
 
     @classmethod
     def asks(cls, settings: LearnedSettings) -> str | None:
-        return None
+        return None if settings.skills is None else settings.skills.expert
 
     @classmethod
     def digest(cls, settings: LearnedSettings) -> str:
@@ -141,6 +158,7 @@ class LearnedRouter:
         is needed that it does not have."""
         manifest = read_manifest(settings.artefact)
         new = _new(manifest.known, experts, settings)
+        _check_skills(manifest, settings, new)
         if (shadow := settings.of_shadow) is not None:
             cls.check(experts, shadow, needs_curve=needs_curve)
         if not needs_curve:
@@ -188,7 +206,10 @@ class LearnedRouter:
         shadow = None
         if (other := settings.of_shadow) is not None:
             shadow = cls.build(experts, other, embedder)
-        return cls(ids, model, columns, embedder, settings, shadow)
+        skills = None
+        if settings.skills is not None and isinstance(model.family, BySkills):
+            skills = AskedSkills.build(settings.skills, model.family.names, embedder)
+        return cls(ids, model, columns, embedder, settings, shadow, skills)
 
     async def score(self, query: Query, eligible: BoolArray, ask: Ask | None = None) -> Scores:
         readings = [read(query.text)]
@@ -199,7 +220,11 @@ class LearnedRouter:
         def encode(texts: Sequence[str]) -> FloatArray:
             return np.stack([known[text] for text in texts])
 
-        scored = await asyncio.to_thread(self.model.score_read, readings, encode)
+        skills: Sequence[int] = ()
+        told: Mapping[str, Any] = {}
+        if self._skills is not None:
+            skills, told = await self._skills.infer(query, ask)
+        scored = await asyncio.to_thread(self.model.score_read, readings, encode, skills)
         # One more column, for those whom the artefact does not know.
         quality = np.append(scored.quality[0], np.float32(0))[self._columns]
         uncertainty = np.append(scored.uncertainty[0], np.float32(0))[self._columns]
@@ -212,7 +237,12 @@ class LearnedRouter:
             cost = None  # one of them joined without a price
         tried = self._settings.shadow
         exploration = None if tried is None else Exploration(tried.explore)
-        return Scores(self.experts, quality, uncertainty, self._reasons(quality), cost, exploration)
+        if self._settings.draw is not None and scored.chances is not None:
+            chances = np.append(scored.chances[0], np.float32(0))[self._columns]
+            replacement = self._settings.draw == "with_replacement"
+            exploration = Exploration(0.0, chances=chances, replacement=replacement)
+        reasons = self._reasons(quality)
+        return Scores(self.experts, quality, uncertainty, reasons, cost, exploration, told)
 
     def _reasons(self, quality: FloatArray) -> Mapping[str, Mapping[str, Any]]:
         """How far the query moves the best few from their mean quality, and what is known of those
@@ -230,6 +260,36 @@ class LearnedRouter:
                 mean["joined"] = {"outcomes": stamp.outcomes, "claims": stamp.claims}
             told[self.experts[i]] = mean
         return told
+
+
+def _check_skills(manifest: Manifest, settings: LearnedSettings, new: Mapping[str, object]) -> None:
+    """Raises ArtefactError where an LLM is to name skills, or experts are to be drawn, and this
+    artefact, a shadow beside it or an expert that joins does not allow that."""
+    said = [name for name in ("skills", "draw") if getattr(settings, name) is not None]
+    if not said:
+        return
+    kind: Any = FAMILIES.get(manifest.family)
+    if not hasattr(kind, "predict_skills"):
+        raise ArtefactError(
+            f"`{said[0]}` needs an artefact of the family skills, and {settings.artefact} is one "
+            f"of {manifest.family}; train it with `--router skills`, or leave the setting out"
+        )
+    if settings.shadow is not None:
+        raise ArtefactError(
+            f"a shadow is compared with plain decisions, and `{said[0]}` makes others; leave out "
+            "one of the two"
+        )
+    if settings.draw is not None and (late := [*(s.id for s in manifest.joined), *new]):
+        raise ArtefactError(
+            f"`draw` needs a profile of every expert, and {late[0]!r} joined without one; train "
+            "the artefact again with that one's outcomes, or leave `draw` out"
+        )
+    names = manifest.values.get("family", {}).get("names", ())
+    if settings.skills is not None and not kind.named(names):
+        raise ArtefactError(
+            f"the skills of {settings.artefact} were made up and have no names that an LLM could "
+            "mean; train it on categories or with `--skills`, or leave `skills` out"
+        )
 
 
 def _new(

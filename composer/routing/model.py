@@ -14,7 +14,7 @@ from composer.routing.artefact import Artefact, ArtefactError, EmbedderStamp, Jo
 from composer.routing.base import Embedder
 from composer.routing.costs import CostModel
 from composer.routing.families import FAMILIES
-from composer.routing.family import Family, State, predicted
+from composer.routing.family import BySkills, Family, Predicted, State, predicted
 from composer.routing.joining import Evidence, JoinPrior, Newcomers
 from composer.routing.outcome_calibration import OutcomeCalibration
 from composer.routing.reading import Reading
@@ -29,11 +29,13 @@ LIKE = 3
 class Scored:
     """(n, E) each, in the order of the artefact's experts: calibrated expected quality, its
     standard deviation, and expected US dollars of the call, None where no price was known, NaN
-    for an expert that joined without one."""
+    for an expert that joined without one. `chances`: the probabilities of a draw, 0 of those that
+    joined; None of a family that draws nobody."""
 
     quality: FloatArray
     uncertainty: FloatArray
     cost: FloatArray | None
+    chances: FloatArray | None = None
 
 
 class LearnedModel:
@@ -104,12 +106,21 @@ class LearnedModel:
     def score(self, texts: Sequence[str], encode: Encode) -> Scored:
         return self.score_features(self.views.transform(texts, encode))
 
-    def score_read(self, readings: Sequence[Reading], encode: Encode) -> Scored:
-        """As `score`, of texts that were read before."""
-        return self.score_features(self.views.of(readings, encode))
+    def score_read(
+        self, readings: Sequence[Reading], encode: Encode, skills: Sequence[int] = ()
+    ) -> Scored:
+        """As `score`, of texts that were read before. `skills`: what a single text asks for, where
+        somebody else than the family has inferred it."""
+        return self.score_features(self.views.of(readings, encode), skills)
 
-    def score_features(self, features: Features) -> Scored:
-        said = predicted(self.family, features)
+    def score_features(self, features: Features, skills: Sequence[int] = ()) -> Scored:
+        chances = None
+        if isinstance(self.family, BySkills):
+            weight = self.family.weights_of(skills) if skills else self.family.weights(features)
+            said = Predicted(self.family.predict_skills(weight), None)
+            chances = self.family.chances(weight)
+        else:
+            said = predicted(self.family, features)
         quality, uncertainty = self.calibration.quality(said.quality, said.signs)
         cost = None if self.costs is None else self.costs.predict(features)
         if self.newcomers.experts:
@@ -117,7 +128,8 @@ class LearnedModel:
             quality = np.hstack([quality, new])
             uncertainty = np.hstack([uncertainty, doubt])
             cost = None if cost is None else np.hstack([cost, self._new_costs(cost)])
-        return Scored(quality, uncertainty, cost)
+            chances = None if chances is None else np.hstack([chances, np.zeros_like(new)])
+        return Scored(quality, uncertainty, cost, chances)
 
     def _new_costs(self, cost: FloatArray) -> FloatArray:
         """(n, J) from the others' (n, E): a question that is long for them is long for it."""

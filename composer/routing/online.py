@@ -127,6 +127,11 @@ class OnlineRouter:
                 "the base of `online` cannot have a `shadow`: its choices are not those that "
                 "are made; leave it out, or use the router `learned`"
             )
+        if isinstance(settings.base, LearnedSettings) and settings.base.draw is not None:
+            raise ValueError(
+                "the base of `online` cannot `draw` experts: who is tried is its own to say; leave "
+                "it out, or use the router `learned`"
+            )
         _base(settings).check(experts, settings.base)
 
     @classmethod

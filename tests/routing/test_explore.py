@@ -45,6 +45,55 @@ def decided(
     return explored(choose(scores, aim, rules), scores, aim, rules, draw)
 
 
+def drawn(draw: float | None, *, k: int = 1, replacement: bool = False, **rules: object) -> Plan:
+    scores = Scores(
+        IDS,
+        np.array(QUALITY, np.float32),
+        np.full(4, 0.1, np.float32),
+        WHY,
+        exploration=Exploration(
+            0.0, chances=np.array([0.1, 0.6, 0.1, 0.2]), replacement=replacement
+        ),
+    )
+    aim, own = Aim(0.0, np.zeros(4, np.float32)), policy(k=k, **rules)
+    return explored(choose(scores, aim, own), scores, aim, own, draw)
+
+
+def test_a_router_s_own_chances_are_followed_among_the_eligible() -> None:
+    plans = [drawn(draw_of(f"request {i}")) for i in range(2000)]
+    counts = Counter(plan.best for plan in plans)
+    assert counts["d"] == 0
+    for expert, share in {"a": 1 / 8, "b": 6 / 8, "c": 1 / 8}.items():
+        assert counts[expert] / 2000 == pytest.approx(share, abs=0.04)
+        plan = next(plan for plan in plans if plan.best == expert)
+        assert plan.reasons["rule"] == "drawn"
+        assert plan.reasons["drawn"] == {expert: share}
+        assert plan.choices[0].weight == 1.0
+        assert plan.calls == (expert,)
+        assert "exploration" not in plan.reasons
+
+
+def test_several_are_drawn_each_once_or_as_often_as_they_are() -> None:
+    once = [drawn((i + 0.5) / 50, k=2) for i in range(50)]
+    assert {len(plan.choices) for plan in once} == {2}
+    assert all(plan.scores[plan.calls[0]] >= plan.scores[plan.calls[1]] for plan in once)
+    often = [drawn((i + 0.5) / 50, k=4, replacement=True) for i in range(50)]
+    for plan in often:
+        weights = [choice.weight for choice in plan.choices]
+        assert sum(weights) == pytest.approx(1)
+        # Of three draws: k is 4, and the plan has the three who are eligible.
+        assert all((3 * w) == pytest.approx(round(3 * w)) for w in weights)
+    assert {len(plan.choices) for plan in often} >= {1, 2}
+
+
+def test_nobody_is_drawn_where_nobody_may_be_or_a_rule_decided() -> None:
+    assert drawn(None).best == "a"
+    assert {drawn((i + 0.5) / 50, min_quality=0.75).best for i in range(50)} == {"a"}
+    below = {"threshold": 0.9, "default_expert": "c"}
+    assert {drawn((i + 0.5) / 50, **below).best for i in range(50)} == {"c"}
+    assert drawn(0.3).calls == drawn(0.3).calls
+
+
 def test_the_floor_is_spread_evenly_and_the_rest_is_the_best_ones() -> None:
     plans = [decided((i + 0.5) / 1000) for i in range(1000)]
     counts = Counter(plan.best for plan in plans)

@@ -4,6 +4,7 @@ for. Infers skills from embeddings and knows no LLM; whoever has inferred them o
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
@@ -14,7 +15,13 @@ from pydantic import BaseModel, Field
 
 from composer.routing.calibrate import by_rank
 from composer.routing.families.clusters import clustered
-from composer.routing.families.common import FamilySettings, expert_means, softmax, teaching
+from composer.routing.families.common import (
+    FamilySettings,
+    Float64,
+    expert_means,
+    softmax,
+    teaching,
+)
 from composer.routing.outcomes import Outcomes
 from composer.routing.state import State
 from composer.routing.views import Features, View
@@ -22,6 +29,8 @@ from composer.types import BoolArray, FloatArray, Tier
 
 ANY = "any"
 """The one skill of questions among which none is asked for often enough."""
+
+MADE_UP = rf"{ANY}|cluster \d+"
 
 CLUSTERS = 16
 """How many skills are made up where nobody named any."""
@@ -113,12 +122,46 @@ class Skills:
         kept = assigned_often(fitted.predict(features), settings.trim)
         return cls(names, fitted.centres, fitted.profile, fitted.count, fitted.mean, kept, settings)
 
+    @staticmethod
+    def named(names: Sequence[str]) -> bool:
+        return any(not re.fullmatch(MADE_UP, name) for name in names)
+
     def predict(self, features: Features) -> FloatArray:
-        cosine = np.asarray(features[self.chosen.view] @ self.centres.T, np.float32)  # (n, K)
-        return self.predict_skills(nearest_weights(cosine, self.chosen))
+        return self.predict_skills(self.weights(features))
+
+    def weights(self, features: Features) -> FloatArray:
+        """(n, K) how much each query asks for each skill, by the nearest centres."""
+        cosine = np.asarray(features[self.chosen.view] @ self.centres.T, np.float32)
+        return nearest_weights(cosine, self.chosen)
+
+    def weights_of(self, skills: Sequence[int]) -> FloatArray:
+        """(1, K) of a query of which somebody else says what it asks for: all count the same."""
+        weight = np.zeros((1, len(self.names)), np.float32)
+        weight[0, list(skills)] = 1 if self.chosen.sharpness is None else 1 / len(skills)
+        return weight
 
     def predict_skills(self, weight: FloatArray) -> FloatArray:
-        """(n, K) how much each query asks for each skill, in the order of `names` → (n, E)."""
+        """(n, K) weights in the order of `names` → (n, E)."""
+        local, order = self._ordered(weight)
+        # Trimmed ones behind all others, in their own order.
+        span = np.ptp(order, axis=1, keepdims=True) + 1
+        order = np.where(self.kept, order, order - span)
+        return by_rank(np.asarray((1 + local) / 2, np.float32), order)
+
+    def chances(self, weight: FloatArray) -> FloatArray:
+        """(n, K) weights → (n, E) the probability with which each expert is drawn: in proportion to
+        L·G (L without `overall`) among those of a positive score that are not trimmed; where there
+        is none, the best overall of the latter for certain."""
+        local, order = self._ordered(weight)
+        share = np.where(self.kept & (local > 0), order, 0)
+        best = np.zeros_like(share)
+        masked = np.where(self.kept, order, -np.inf)
+        np.put_along_axis(best, masked.argmax(axis=1)[:, None], 1.0, axis=1)
+        share = np.where(share.any(axis=1, keepdims=True), share, best)
+        return np.asarray(share / share.sum(axis=1, keepdims=True), np.float32)
+
+    def _ordered(self, weight: FloatArray) -> tuple[Float64, Float64]:
+        """l (n, E), and what experts are ordered by before any is trimmed (n, E)."""
         prior = self.chosen.prior
         shown = weight @ self.profile.T + prior * (2 * self.mean - 1)  # (n, E)
         asked = weight @ self.count.T + prior
@@ -129,11 +172,7 @@ class Skills:
         if self.chosen.overall:
             order = np.where(local > 0, local * overall_scores(overall), local)
         nobody = ~(local > 0).any(axis=1, keepdims=True)
-        order = np.where(nobody, overall, order)
-        # Trimmed ones behind all others, in their own order.
-        span = np.ptp(order, axis=1, keepdims=True) + 1
-        order = np.where(self.kept, order, order - span)
-        return by_rank(np.asarray((1 + local) / 2, np.float32), order)
+        return np.asarray(local, np.float64), np.where(nobody, overall, order)
 
     def state(self) -> State:
         arrays: dict[str, npt.NDArray[Any]] = {
@@ -203,12 +242,12 @@ def nearest_weights(cosine: FloatArray, settings: SkillsSettings) -> FloatArray:
     return softmax(np.where(near, settings.sharpness * cosine, -np.inf))
 
 
-def shifted(total: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+def shifted(total: Float64) -> Float64:
     """(E,) sums of profiles, all raised alike where one of them is below 1."""
     return total + max(0.0, 1.0 - float(total.min()))
 
 
-def overall_scores(total: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+def overall_scores(total: Float64) -> Float64:
     """G_m = S_m²/Σ S² of S (E,)."""
     return np.asarray(total**2 / (total**2).sum(), np.float64)
 

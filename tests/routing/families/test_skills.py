@@ -93,6 +93,45 @@ def test_the_order_is_that_of_local_times_global_scores() -> None:
     np.testing.assert_allclose(alone.predict_skills(asked), [[0.7, 0.6, 0.4]], atol=1e-6)
 
 
+def test_chances_are_local_times_global_scores_of_the_positive() -> None:
+    made = replace(
+        fit(PUBLISHED),
+        profile=np.array([[2, -4], [1, 5], [-1, -1]], np.float32),
+        count=np.full((3, 2), 5, np.float32),
+    )
+    asked = np.array([[1, 0], [0, 1]], np.float32)
+    # S shifted = (1, 9, 1); L = (2, 1, −1) at the first skill, (−4, 5, −1) at the second.
+    np.testing.assert_allclose(made.chances(asked), [[2 / 83, 81 / 83, 0], [0, 1, 0]], rtol=1e-5)
+    local = replace(made, chosen=PUBLISHED.model_copy(update={"overall": False}))
+    np.testing.assert_allclose(local.chances(asked), [[2 / 3, 1 / 3, 0], [0, 1, 0]], rtol=1e-5)
+    trimmed = replace(local, kept=np.array([True, False, True]))
+    np.testing.assert_allclose(trimmed.chances(asked[:1]), [[1, 0, 0]])
+    # At the second skill nobody who is kept is positive: a and c are as good overall, a is first.
+    np.testing.assert_allclose(trimmed.chances(asked[1:]).sum(), 1)
+
+
+def test_where_nobody_is_positive_the_best_overall_is_certain() -> None:
+    made = replace(
+        fit(PUBLISHED),
+        profile=np.array([[-1, 4], [-2, 5], [-3, 1]], np.float32),
+        count=np.full((3, 2), 5, np.float32),
+    )
+    np.testing.assert_array_equal(made.chances(np.array([[1, 0]], np.float32)), [[1, 0, 0]])
+
+
+def test_skills_that_somebody_else_inferred_count_the_same() -> None:
+    np.testing.assert_array_equal(fit(PUBLISHED).weights_of([1]), [[0, 1]])
+    np.testing.assert_array_equal(fit(PUBLISHED).weights_of([0, 1]), [[1, 1]])
+    soft = fit(SkillsSettings(least=1)).weights_of([0, 1])
+    np.testing.assert_array_equal(soft, [[0.5, 0.5]])
+
+
+def test_made_up_skills_have_no_names() -> None:
+    assert Skills.named(("cluster analysis", "cluster 3"))
+    assert not Skills.named(("cluster 3", "cluster 14"))
+    assert not Skills.named(("any",))
+
+
 def test_several_skills_add_up() -> None:
     both = fit(PUBLISHED).predict_skills(np.array([[1, 1]], np.float32))
     # L = (0, 2, −4) of 4 outcomes each.
