@@ -1,14 +1,14 @@
 """What a decision costs: embed, score and choose, by number of experts and length of query.
 
-    python benchmarks/decision.py [--json FILE] [--quick]
+    python benchmarks/decision.py [--sizes N …] [--lengths N …] [--json FILE] [--quick]
 
 One process on one core (pinned, one thread). Each timed query is a new text of exactly 32, 128 or
 256 tokens (special tokens included), sent through the embedder and the router as the service
 does: so thread hops and the event loop are in. `embed` and `score` (search, calibration, choice,
 and of the router `online` its correction and draw) are the two parts of `total`; milliseconds.
-Reading the request and recording the answer are not in. `quietest` is the least of the medians of
-ten stretches of the queries: what the code takes where somebody else has the core for part of the
-run.
+Reading the request and recording the answer are not in. `cpu` is the processor time of the same
+decisions, p50: on a core that nobody else uses the two are the same, on a busy one it is what the
+code itself takes.
 
 Experts are synthetic, since nobody has 10,000: each is a real intent of clinc150 or banking77
 (training rows' embeddings) moved by its own random offset. Its 20 rows are rows of that intent
@@ -26,7 +26,7 @@ import asyncio
 import os
 import sys
 from pathlib import Path
-from time import perf_counter
+from time import perf_counter, process_time
 from typing import Any
 
 os.environ["OMP_NUM_THREADS"] = "1"
@@ -59,7 +59,6 @@ NOISE = 0.5
 HELD_QUERIES = 1000
 ONLINE_UP_TO = 1000
 """Experts. The router `online` keeps some 9 kB of each in memory."""
-STRETCHES = 10
 WARM = 5
 """Queries before the timed ones: the first find cold caches."""
 
@@ -119,22 +118,21 @@ def queries_of(
 
 async def time_decisions(
     router: Router, embedder: TextEmbedder, texts: list[str], policy: Policy
-) -> tuple[FloatArray, FloatArray]:
-    """Milliseconds of embedding and of the rest, (n,) each."""
+) -> FloatArray:
+    """(n, 2, 2) milliseconds of embedding and of the rest, each as passed and of the processor."""
     eligible = np.ones(len(router.experts), np.bool_)
     aim = Aim(0.0, np.zeros(len(router.experts), np.float32))
-    embedded, scored = [], []
+    found = []
     for number, text in enumerate(texts):
-        begun = perf_counter()
+        begun = perf_counter(), process_time()
         await embedder.embed(text)
-        between = perf_counter()
+        between = perf_counter(), process_time()
         scores = await router.score(Query(text), eligible)  # the embedding is in the cache now
         plan = choose(scores, aim, policy)
         explored(plan, scores, aim, policy, number / len(texts))
-        ended = perf_counter()
-        embedded.append((between - begun) * 1e3)
-        scored.append((ended - between) * 1e3)
-    return np.array(embedded, np.float32), np.array(scored, np.float32)
+        ended = perf_counter(), process_time()
+        found.append((np.subtract(between, begun), np.subtract(ended, between)))
+    return np.asarray(np.array(found) * 1e3, np.float32)
 
 
 def recall(
@@ -150,7 +148,12 @@ def recall(
 
 
 async def measure(
-    sizes: list[int], repeats: int, maker: Maker, words: list[str], model: TextEmbedder
+    sizes: list[int],
+    lengths: list[int],
+    repeats: int,
+    maker: Maker,
+    words: list[str],
+    model: TextEmbedder,
 ) -> list[dict[str, Any]]:
     table: list[dict[str, Any]] = []
     for n in sizes:
@@ -178,29 +181,29 @@ async def measure(
             timed: list[Router] = [router]
             if n <= ONLINE_UP_TO:
                 timed.append(OnlineRouter(router, OnlineSettings(), model))
-            with progress(f"{n} experts, {router.index.kind}", len(LENGTHS) * len(timed)) as step:
+            with progress(f"{n} experts, {router.index.kind}", len(lengths) * len(timed)) as step:
                 for one in timed:
                     what = {"experts": n, "router": one.name, "index": router.index.kind}
-                    for length in LENGTHS:
+                    for length in lengths:
                         texts = queries_of(length, repeats + WARM, words, model, len(table))
-                        embedded, scored = await time_decisions(one, model, texts, policy)
-                        times = described(embedded[WARM:], scored[WARM:])
+                        times = described((await time_decisions(one, model, texts, policy))[WARM:])
                         table.append(what | {"tokens": length} | times | found)
                         step()
     return table
 
 
-def described(embedded: FloatArray, scored: FloatArray) -> dict[str, float]:
-    """Percentiles of both parts and of their sum, and the quietest stretch's median."""
-    parts = {"total": embedded + scored, "embed": embedded, "score": scored}
-    times = {
-        f"{part}_p{q}_ms": round(float(np.percentile(values, q)), 2)
-        for part, values in parts.items()
-        for q in (50, 95)
-    }
-    for part, values in parts.items():
-        medians = [np.median(some) for some in np.array_split(values, STRETCHES)]
-        times[f"{part}_quietest_ms"] = round(float(min(medians)), 2)
+def described(found: FloatArray) -> dict[str, float]:
+    """Percentiles of both parts and of their sum, and the median of the processor's time."""
+    times = {}
+    for part, of_part in (
+        ("total", found.sum(axis=1)),
+        ("embed", found[:, 0]),
+        ("score", found[:, 1]),
+    ):
+        passed, cpu = of_part.T
+        for q in (50, 95):
+            times[f"{part}_p{q}_ms"] = round(float(np.percentile(passed, q)), 2)
+        times[f"{part}_cpu_ms"] = round(float(np.median(cpu)), 2)
     return times
 
 
@@ -221,6 +224,8 @@ def real_rows(each: int, *, quick: bool) -> tuple[list[str], list[str]]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--sizes", type=int, nargs="+", help="numbers of experts")
+    parser.add_argument("--lengths", type=int, nargs="+", default=list(LENGTHS), help="tokens")
     add_arguments(parser)
     args = parser.parse_args()
     if not SHARED.is_dir():
@@ -232,8 +237,9 @@ def main() -> None:
     kept = KeptVectors(embedder, ROOT / ".cache" / "composer" / "vectors")
     maker = Maker(kept.encode(texts), np.array(intents))
     words = sorted({word for text in texts for word in text.split() if word.isalpha()})
-    sizes = [10, 100, 1000] if args.quick else [10, 100, 1000, 10_000]
-    table = asyncio.run(measure(sizes, 15 if args.quick else 100, maker, words, embedder))
+    sizes = args.sizes or ([10, 100, 1000] if args.quick else [10, 100, 1000, 10_000])
+    repeats = 15 if args.quick else 100
+    table = asyncio.run(measure(sizes, args.lengths, repeats, maker, words, embedder))
     title = "A decision, one core" + (" (quick: fewer queries, no 10,000)" if args.quick else "")
     show(table, args, title=title)
 
