@@ -33,6 +33,11 @@ def of_pool(c: Comparison) -> str:
         f"`--router best` chose {c.why}.",
         _table(_ACCURACY, [*_baseline_rows(c), *(_accuracy_row(c, m) for m in c.methods)]),
     ]
+    if any(m.card["scope"] is not None for m in c.methods):
+        parts += [
+            "Intents, and turning away what is nobody's below the threshold found on train:",
+            _table(_SCOPE, [_scope_row(m) for m in c.methods]),
+        ]
     if c.within is not None:
         parts += _within(c, c.within)
     if any(m.pairs for m in c.methods):
@@ -54,6 +59,21 @@ _ACCURACY = [
     "Brier, ECE cross-fitted",
     "at 80 % coverage",
 ]
+
+
+_SCOPE = ["router", "in scope, % (95 %)", "AUROC (95 %)", "overall (95 %)", "nobody's found"]
+
+
+def _scope_row(m: Method) -> list[str]:
+    s = m.card["scope"]
+    overall = s["overall_acc"]
+    return [
+        m.name,
+        f"{_percent(s['in_scope_acc'])} ({_range(*s['in_scope_ci95'])})",
+        f"{_decimal(s['auroc'])} ({', '.join(map(_decimal, s['auroc_ci95']))})",
+        NONE if overall is None else f"{_percent(overall)} ({_range(*s['overall_ci95'])})",
+        _percent(s["out_of_scope_found"]),
+    ]
 
 
 def _baseline_rows(c: Comparison) -> list[list[str]]:

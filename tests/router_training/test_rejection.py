@@ -11,6 +11,8 @@ from hypothesis import strategies as st
 
 from composer.routing.families import FAMILIES
 from composer.routing.family import decided
+from router_training.compare import compare
+from router_training.comparison import markdown
 from router_training.errors import TrainingError
 from router_training.rejection import auroc_interval, rejectable, scope_card, threshold_of
 from router_training.suited import grid_of, suited
@@ -107,6 +109,16 @@ def test_strangers_are_told_apart_on_questions_not_seen(family: str) -> None:
         inside = dev.in_scope
         best = quality[np.arange(len(dev)), decided(quality, dev.known)]
         assert best[inside].mean() > best[~inside].mean() + 0.5
+
+
+def test_a_comparison_has_a_table_of_rejection() -> None:
+    few = ("neighbours", "margin", "category")
+    c = compare("bank", "all", intents(), intents(60, 20, seed=3), ENCODE, stamp(), families=few)
+    assert [m.name for m in c.methods][:2] == ["neighbours", "margin"]
+    assert "category" not in {m.name for m in c.methods}
+    text = markdown([c])
+    assert "| router | in scope, % (95 %) | AUROC (95 %) |" in text
+    assert "None" not in text
 
 
 def test_with_hardly_a_stranger_there_is_nothing_to_learn_of_them() -> None:
