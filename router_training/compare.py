@@ -137,10 +137,13 @@ def compare(
     progress: Progress = silent,
 ) -> Comparison:
     """Questions of `dev` without an outcome are left out, and so are families that are not for this
-    kind of table. The published BAR is always compared. With `encode_anew`, which embeds without
-    remembering, the time of each family's decisions is measured, too. Raises TrainingError."""
+    kind of table, and what is published of such. The published BAR is always compared. With
+    `encode_anew`, which embeds without remembering, the time of each family's decisions is
+    measured, too. Raises TrainingError."""
     families, _ = suited(train, families)
     published = list(dict.fromkeys([*published, BAR]))
+    fit, _ = suited(train, [PUBLISHED[method].family for method in published])
+    published = [method for method in published if PUBLISHED[method].family in fit]
     dev = same_experts(dev, train.experts)
     dev = dev.rows(np.asarray(dev.known.any(axis=1), np.bool_))
     wanted = list(dict.fromkeys([*families, *(PUBLISHED[p].family for p in published)]))

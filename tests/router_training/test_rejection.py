@@ -14,6 +14,7 @@ from composer.routing.family import decided
 from router_training.compare import compare
 from router_training.comparison import markdown
 from router_training.errors import TrainingError
+from router_training.published import PUBLISHED
 from router_training.rejection import auroc_interval, rejectable, scope_card, threshold_of
 from router_training.suited import grid_of, suited
 from router_training.train import train
@@ -116,6 +117,7 @@ def test_a_comparison_has_a_table_of_rejection() -> None:
     c = compare("bank", "all", intents(), intents(60, 20, seed=3), ENCODE, stamp(), families=few)
     assert [m.name for m in c.methods][:2] == ["neighbours", "margin"]
     assert "category" not in {m.name for m in c.methods}
+    assert {PUBLISHED[m.name].family for m in c.methods[2:]} <= {"neighbours", "kernel"}
     text = markdown([c])
     assert "| router | in scope, % (95 %) | AUROC (95 %) |" in text
     assert "None" not in text
