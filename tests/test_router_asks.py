@@ -26,6 +26,8 @@ from composer.routing.outcomes import Outcomes
 from composer.settings import Settings
 from composer.types import Ask, BoolArray, Call, Chunk, Cost, Expert, Usage
 from router_training.train import train
+from tests.batch.helpers import Bench as Batch
+from tests.batch.helpers import content, line, write
 from tests.engines.scripted import Scripted, chooses, serve
 from tests.fakes import FakeEngine, FakeRouter, FakeScheduler, Stage, request, stage
 from tests.tiny import ROOT, chat, serving
@@ -74,7 +76,7 @@ class Bench:
     outcomes: list[Outcome]
 
 
-def bench() -> Bench:
+def asking() -> Stage:
     experts = {
         id_: Expert(id=id_, server="server", cost=PRICE) for id_ in ("alpha", "beta", "wise")
     }
@@ -84,6 +86,11 @@ def bench() -> Bench:
         way.policy, way.eligibility, way.cost, AskingRouter(way.policy.experts), way.strategy
     )
     staged.generation.ways["auto"] = way_asking  # type: ignore[index]
+    return staged
+
+
+def bench() -> Bench:
+    staged = asking()
     generations = Generations(lambda _: None)
     generations.swap(staged.generation)
     outcomes: list[Outcome] = []
@@ -159,6 +166,18 @@ async def test_a_decision_that_takes_a_call_is_not_made_ahead() -> None:
     assert await at.pipeline.plan(request("anything")) is None
     assert at.staged.engine.calls == []
     assert await at.pipeline.plan(request("anything", model="alpha")) is not None
+
+
+async def test_a_batch_decides_such_lines_in_their_turn(tmp_path: Path) -> None:
+    staged = asking()
+    at = Batch(staged)
+    source = write(tmp_path / "in", [line(f"id-{i}", f"please alpha {i}") for i in range(30)])
+    answered = await at.run(source, tmp_path / "out")
+    assert [content(one) for one in answered] == [f"beta:please alpha {i}" for i in range(30)]
+    for one, outcome in zip(answered, at.outcomes, strict=True):
+        assert one["response"]["body"]["composer"]["reasons"]["asked"]["calls"] == 1
+        assert [call.get("routing") for call in outcome.timings.calls] == [True, None]
+    assert len(staged.engine.calls) == 60
 
 
 # --- the real service ---------------------------------------------------------------------------
