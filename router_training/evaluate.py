@@ -20,7 +20,7 @@ from router_training.curves import BUDGETS
 from router_training.errors import TrainingError
 from router_training.loading import load_router
 from router_training.progress import Progress, silent
-from router_training.scorecard import baseline_cards, scorecard
+from router_training.scorecard import Yardstick, baseline_cards, scorecard
 from router_training.vectors import Model
 from router_training.yardsticks import yardstick_of
 
@@ -38,8 +38,10 @@ MEASURES = (
     "brier_base_rate",
     "ece",
     "budget_acc",
-    "scope",
 )
+
+SCOPE = "scope"
+"""Where the table has questions that are nobody's, and only there."""
 
 TIMED = 100
 """Decisions that the median time is taken of, after UNTIMED others."""
@@ -56,17 +58,22 @@ class Latency:
     without_embedding_ms: float
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Judged:
-    """One artefact: `card` as `scorecard` makes it."""
+    """One artefact: `card` as `scorecard` makes it of `predicted` quality and `expected_cost` on
+    the evaluation's outcomes, (n, E) each; in US dollars, None where it knows no price."""
 
     name: str
     router: str
     card: Mapping[str, Any]
     latency: Latency
+    predicted: FloatArray
+    expected_cost: FloatArray | None
 
     def as_json(self) -> dict[str, Any]:
         measured = {name: self.card[name] for name in MEASURES}
+        if self.card[SCOPE] is not None:
+            measured[SCOPE] = self.card[SCOPE]
         if measured["budget_acc"] is None:
             measured["budget_acc"] = {f"{share:.2f}": None for share in BUDGETS}
         return {
@@ -78,10 +85,14 @@ class Judged:
         }
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Evaluation:
+    """`outcomes` are those judged on, `yardstick` what they are held against."""
+
     artefacts: tuple[Judged, ...]
     baselines: Mapping[str, Any]
+    outcomes: Outcomes
+    yardstick: Yardstick
 
     def as_json(self) -> dict[str, Any]:
         """`evaluate --json`: a measure that needs a score, a length or a price that is missing is
@@ -135,21 +146,24 @@ def evaluate(
         progress("evaluating", number, len(models))
         columns = [model.experts.index(expert) for expert in first]
         scored = model.score(outcomes.text, embedder.encode)
+        quality = scored.quality[:, columns]
         cost = None if scored.cost is None else scored.cost[:, columns]
         if cost is not None and np.isnan(cost).any():
             cost = None  # an expert joined without a price
         card = scorecard(
             outcomes,
             yardstick,
-            scored.quality[:, columns],
+            quality,
             expected_cost=cost,
             threshold=model.manifest.metrics.get("threshold"),
             seed=seed,
         )
         latency = timed(model, outcomes.text, encode_anew or embedder.encode)
-        judged.append(Judged(folder.resolve().name, model.manifest.family, card, latency))
+        name = folder.resolve().name
+        judged.append(Judged(name, model.manifest.family, card, latency, quality, cost))
     progress("evaluating", len(models), len(models))
-    return Evaluation(tuple(judged), baseline_cards(outcomes, yardstick, seed=seed))
+    baselines = baseline_cards(outcomes, yardstick, seed=seed)
+    return Evaluation(tuple(judged), baselines, outcomes, yardstick)
 
 
 def timed(model: LearnedModel, texts: Sequence[str], encode: Encode) -> Latency:

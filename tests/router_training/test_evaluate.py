@@ -34,7 +34,6 @@ ARTEFACT_KEYS = {
     "brier_base_rate",
     "ece",
     "budget_acc",
-    "scope",
     "decision_ms_p50",
     "ci95",
 }
