@@ -22,7 +22,7 @@ from router_training.baselines import mean_costs, random_mix
 from router_training.criterion import Criterion
 from router_training.crossfit import Chosen
 from router_training.curves import BUDGETS, Points, aiq, operating_points
-from router_training.evaluate import Latency, timed
+from router_training.evaluate import Latency, timed_in_turn
 from router_training.intervals import Difference, Interval, Verdict, paired, verdict
 from router_training.measures import earned
 from router_training.pairing import PairMeasures, pair_measures
@@ -149,8 +149,8 @@ def compare(
     wanted = list(dict.fromkeys([*families, *(PUBLISHED[p].family for p in published)]))
     workshop = Workshop(train, wanted, encode, seed=seed, progress=progress)
     features = workshop.views.transform(dev.text, encode)
-    judge = Judge(workshop, dev, features, embedder, encode_anew)
-    methods = [judge.family(family) for family in families]
+    judge = Judge(workshop, dev, features, embedder)
+    methods = judge.families(families, encode_anew)
     methods += [judge.published(method) for method in published]
     best, choice = workshop.best(families)
     return Comparison(
@@ -177,32 +177,30 @@ class Judge:
         dev: Outcomes,
         features: Features,
         embedder: EmbedderStamp,
-        encode_anew: Encode | None,
     ) -> None:
         self._workshop, self._dev, self._features = workshop, dev, features
-        self._embedder, self._encode_anew = embedder, encode_anew
+        self._embedder = embedder
         self._yardstick: Yardstick = workshop.yardstick
         priced = workshop.costs is not None and dev.priced
         self.cost = workshop.costs.predict(features) if workshop.costs and priced else None
 
-    def family(self, family: str) -> Method:
-        """As it would be served: calibrated."""
-        chosen = self._workshop.choose(family)
-        model = self._workshop.model(chosen, self._embedder)
+    def families(self, families: Sequence[str], encode_anew: Encode | None) -> list[Method]:
+        """As they would be served: calibrated."""
+        models = [
+            self._workshop.model(self._workshop.choose(family), self._embedder)
+            for family in families
+        ]
+        latencies: list[Latency | None] = [None] * len(models)
+        if encode_anew is not None:
+            latencies[:] = timed_in_turn(models, self._dev.text, encode_anew)
+        return [self._family(*both) for both in zip(models, latencies, strict=True)]
+
+    def _family(self, model: LearnedModel, latency: Latency | None) -> Method:
         raw, quality, uncertainty = self._said(model)
         told = self._workshop.card(model, self._dev, Scored(quality, uncertainty, self.cost))
-        latency = None
-        if self._encode_anew is not None:
-            latency = timed(model, self._dev.text, self._encode_anew)
-        return self._method(
-            family,
-            chosen,
-            raw,
-            quality,
-            told["dev"],
-            model.manifest.metrics["cross_fitted"],
-            latency,
-        )
+        name, own = model.manifest.family, model.manifest.metrics["cross_fitted"]
+        chosen = self._workshop.choose(name)
+        return self._method(name, chosen, raw, quality, told["dev"], own, latency)
 
     def published(self, name: str) -> Method:
         """As it was published: by its own predictions."""

@@ -43,7 +43,10 @@ def of_pool(c: Comparison) -> str:
     if any(m.pairs for m in c.methods):
         parts.append(_pairs(c))
     if any(m.latency is not None for m in c.methods):
-        parts += ["One decision on one core, medians in milliseconds:", _latency(c)]
+        parts += [
+            "One decision on one core, medians in milliseconds, all routers in turn on each query:",
+            _latency(c),
+        ]
     return "\n\n".join(parts)
 
 

@@ -168,11 +168,19 @@ def evaluate(
 
 def timed(model: LearnedModel, texts: Sequence[str], encode: Encode) -> Latency:
     """One text at a time, as requests come, on one thread. The texts are spread over all given."""
+    return timed_in_turn([model], texts, encode)[0]
+
+
+def timed_in_turn(
+    models: Sequence[LearnedModel], texts: Sequence[str], encode: Encode
+) -> list[Latency]:
+    """`timed` of each, all of them on one text before the next: whatever else a machine does
+    meanwhile falls on all alike."""
     from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
 
     number = min(len(texts), TIMED + UNTIMED)
     some = [texts[i] for i in np.linspace(0, len(texts) - 1, number).astype(int)]
-    wholes, rests = [], []
+    times = np.empty((2, len(some), len(models)))  # whole, and without embedding
     inside = 0.0
 
     def measured(wanted: Sequence[str]) -> FloatArray:
@@ -183,16 +191,16 @@ def timed(model: LearnedModel, texts: Sequence[str], encode: Encode) -> Latency:
         return rows
 
     with threadpool_limits(1):
-        for text in some:
-            inside = 0.0
-            begun = perf_counter()
-            model.score([text], measured).quality[0].argmax()
-            whole = perf_counter() - begun
-            wholes.append(whole)
-            rests.append(whole - inside)
+        for row, text in enumerate(some):
+            for column, model in enumerate(models):
+                inside = 0.0
+                begun = perf_counter()
+                model.score([text], measured).quality[0].argmax()
+                whole = perf_counter() - begun
+                times[:, row, column] = whole, whole - inside
     skipped = UNTIMED if len(some) > UNTIMED else 0
-    whole, rest = (float(1000 * np.median(times[skipped:])) for times in (wholes, rests))
-    return Latency(whole, rest)
+    wholes, rests = 1000 * np.median(times[:, skipped:], axis=1)
+    return [Latency(float(w), float(r)) for w, r in zip(wholes, rests, strict=True)]
 
 
 def _check_experts(model: LearnedModel, folder: Path, known: Sequence[str], why: str) -> None:
