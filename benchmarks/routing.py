@@ -6,13 +6,7 @@
 Settings are chosen by cross-validation on train, each method is fitted once on train, and the split
 named by `--judged` (dev unless told) is judged on once. Prints the Markdown of
 benchmarks/results/routing.md. One thread; on two cores the whole is made in two processes, each a
-part of the tables, which are then merged:
-
-    python benchmarks/routing.py --only mmlu_pro --json one.json &
-    python benchmarks/routing.py --only routellm zeroeval mix10 --json two.json &
-    wait; python benchmarks/routing.py --merge one.json two.json
-
-Vectors are kept under .cache/composer, so that a second run does not embed again.
+part of the tables, which are then merged (`WHOLE`, below). Vectors are kept under .cache/composer, so that a second run does not embed again.
 """
 
 from __future__ import annotations
@@ -41,6 +35,12 @@ from router_training.embedding import Embedding, open_embedding
 from router_training.pools import BESIDE, read_pools
 from router_training.progress import Progress
 from router_training.published import PUBLISHED
+
+WHOLE = """\
+python benchmarks/routing.py --only mmlu_pro --json one.json &
+python benchmarks/routing.py --only routellm zeroeval mix10 --json two.json &
+wait; python benchmarks/routing.py --merge one.json two.json"""
+"""How results/routing.md is made: ten core-minutes each, at 1.5 GB."""
 
 TABLES = ("mix10", "zeroeval", "mmlu_pro", "routellm")
 
@@ -74,8 +74,8 @@ def main() -> None:
         args.json.write_bytes(COMPARISONS.dump_json(done))
     introduction = " ".join(INTRODUCTION.format(split=args.judged).split())
     papers = "; ".join(f"{method.name} {method.paper}" for method in PUBLISHED.values())
-    command = " ".join(["python benchmarks/routing.py", *sys.argv[1:]])
-    print(f"# Routing on real outcomes\n\n    {command}\n")
+    command = WHOLE if args.merge else " ".join(["python benchmarks/routing.py", *sys.argv[1:]])
+    print(f"# Routing on real outcomes\n\n```\n{command}\n```\n")
     print(f"Measured {date.today()}: {introduction} {papers}.\n")
     print(markdown(done), end="")
 
