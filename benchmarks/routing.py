@@ -6,7 +6,8 @@
 Settings are chosen by cross-validation on train, each method is fitted once on train, and the split
 named by `--judged` (dev unless told) is judged on once. Prints the Markdown of
 benchmarks/results/routing.md. One thread; on two cores the whole is made in two processes, each a
-part of the tables, which are then merged (`WHOLE`, below). Vectors are kept under .cache/composer, so that a second run does not embed again.
+part of the tables, which are then merged (`WHOLE`, below). Vectors are kept under .cache/composer,
+so that a second run does not embed again.
 """
 
 from __future__ import annotations

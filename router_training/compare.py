@@ -49,17 +49,18 @@ Groups = Annotated[
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Method:
-    """One family, or published method, on one pool. `cv` is the cross-fitted mean that its settings
-    were chosen by, `card` the scorecard on the judged questions, `values` (n,) what its decisions
-    earned there, or where there are two experts without prices the mean over all shares of calls;
-    `raw` the accuracy of a family before calibration. `cross_fitted` is the scorecard on train, of
-    families alone."""
+    """One family, or published method, on one pool. `card` is the scorecard on the judged
+    questions, `values` (n,) what its decisions earned there, or where there are two experts without
+    prices the mean over all shares of calls; `apart` (N,) is the same on the questions fitted on,
+    cross-fitted, and `cv` its mean. `raw` is the accuracy before calibration; `cross_fitted` the
+    scorecard on the questions fitted on, of families alone."""
 
     name: str
     settings: Mapping[str, Any]
     cv: float
     card: Mapping[str, Any]
     values: Values
+    apart: Values
     raw: float
     pairs: Mapping[str, PairMeasures]
     cross_fitted: Mapping[str, Any] | None
@@ -100,12 +101,15 @@ class Within:
 @dataclass(frozen=True, slots=True, eq=False)
 class Comparison:
     """`table` and `name` say which pool; `best` is the family that cross-validation chose, and
-    `why`. `group` (n,) are the judged questions', shared by all pools of a table."""
+    `why`. `group` (n,) are the judged questions', `trained` (N,) those fitted on, both shared by
+    all pools of a table; `apart` (N,) is what the family earns there that is chosen by the other
+    folds."""
 
     table: str
     name: str
     experts: tuple[str, ...]
-    trained: int
+    trained: Groups
+    apart: Values
     group: Groups
     methods: tuple[Method, ...]
     best: str
@@ -157,7 +161,8 @@ def compare(
         table=table,
         name=name,
         experts=train.experts,
-        trained=len(workshop.outcomes),
+        trained=workshop.outcomes.group,
+        apart=workshop.best_apart(families),
         group=dev.group,
         methods=tuple(methods),
         best=best.family,
@@ -260,6 +265,7 @@ class Judge:
             cv=float(chosen.values.mean()),
             card=card,
             values=criterion.values(quality, dev),
+            apart=chosen.values,
             raw=float(earned(dev.quality, decided(raw, dev.known)).mean()),
             pairs=pair_measures(quality, dev, strong, seed=self._workshop.seed),
             cross_fitted=cross_fitted,
@@ -309,6 +315,22 @@ def over_pools(comparisons: Sequence[Comparison], name: str | None, of: str = BA
                 table=c.table,
                 values=c.of(name or c.best).values - c.of(of).values,
                 group=c.group,
+            )
+            for c in comparisons
+        ]
+    )
+
+
+def over_training(comparisons: Sequence[Comparison], of: str) -> Verdict:
+    """What cross-validation chose against a method, over all pools, on the questions fitted on: on
+    each fold as fitted, and chosen, on the others."""
+    return verdict(
+        [
+            Difference(
+                pool=f"{c.table}/{c.name}",
+                table=c.table,
+                values=c.apart - c.of(of).apart,
+                group=c.trained,
             )
             for c in comparisons
         ]

@@ -9,6 +9,7 @@ from copy import copy
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 from pydantic import BaseModel
 
 from composer.routing.artefact import DataStamp, EmbedderStamp, ExpertStamp, Manifest
@@ -24,6 +25,7 @@ from composer.routing.views import Encode, Features, View, Views, rows_of
 from composer.types import FloatArray
 from router_training.baselines import mean_costs
 from router_training.cells import listed
+from router_training.choice import earned_apart, ranking
 from router_training.criterion import Criterion
 from router_training.crossfit import (
     Chosen,
@@ -32,12 +34,11 @@ from router_training.crossfit import (
     calibration_of,
     folds_by_stem,
     kind_of,
-    standard_error,
 )
 from router_training.errors import TrainingError
 from router_training.intervals import paired
 from router_training.knob import curve_of, kept_promises
-from router_training.measures import brier, earned
+from router_training.measures import earned
 from router_training.progress import Progress, silent
 from router_training.rejection import rejectable, threshold_of
 from router_training.scorecard import Yardstick, scorecard
@@ -183,23 +184,24 @@ class Workshop:
         told, and knows better how well it does. Also what each reached, and why it is this one, in
         plain values."""
         every = [self.choose(family) for family in families]
-        top = max(every, key=lambda chosen: float(chosen.values.mean()))
+        ranked = ranking(every, self.outcomes)
         rows: dict[str, dict[str, Any]] = {}
-        for chosen in sorted(every, key=lambda c: -float(c.values.mean())):
-            behind = top.values - chosen.values
-            around = paired(behind, self.outcomes.group, seed=self.seed)
+        for row in ranked.rows:
+            around = paired(row.behind, self.outcomes.group, seed=self.seed)
             assert around is not None  # every question has an outcome
-            rows[chosen.family] = {
-                "value": float(chosen.values.mean()),
+            rows[row.family] = {
+                "value": row.value,
                 "behind": around.mean,
                 "ci95": [around.low, around.high],
-                "standard_error": standard_error(behind, self.outcomes.group),
-                "brier": _brier(chosen, self.outcomes),
+                "standard_error": row.error,
+                "brier": row.brier,
             }
-        near = {name: row for name, row in rows.items() if row["behind"] <= row["standard_error"]}
-        winner = min(near, key=lambda name: float(near[name]["brier"]))
-        why = self._why(winner, top.family, rows, len(near))
-        return self.choose(winner), {"families": rows, "why": why}
+        why = self._why(ranked.best, ranked.rows[0].family, rows, ranked.near)
+        return self.choose(ranked.best), {"families": rows, "why": why}
+
+    def best_apart(self, families: Sequence[str]) -> npt.NDArray[np.float64]:
+        """(n,) what the family earns that `best` chooses on the other folds."""
+        return earned_apart([self.choose(f) for f in families], self.outcomes, self.fold)
 
     def _why(self, winner: str, top: str, rows: Mapping[str, Mapping[str, Any]], near: int) -> str:
         by = self.criterion.words
@@ -374,9 +376,3 @@ def _stamps(outcomes: Outcomes, yardstick: Yardstick) -> tuple[ExpertStamp, ...]
         ExpertStamp(id=expert, quality=float(rate), cost=None if np.isnan(cost) else float(cost))
         for expert, rate, cost in zip(outcomes.experts, yardstick.rates, costs, strict=True)
     )
-
-
-def _brier(chosen: Chosen, outcomes: Outcomes) -> float:
-    score = brier(chosen.quality, outcomes)
-    assert score is not None  # out-of-fold predictions are complete
-    return score

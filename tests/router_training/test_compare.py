@@ -47,6 +47,8 @@ def test_every_method_is_judged_on_the_same_questions() -> None:
     for m in c.methods:
         assert len(m.values) == len(c.group) == 250
         assert m.card["avg_acc"] == np.mean(m.values)
+        assert len(m.apart) == len(c.trained) == len(c.apart) == 300
+        np.testing.assert_allclose(m.apart.mean(), m.cv)
         assert (m.cross_fitted is None) == (m.name in REBUILT)
     assert c.best in FEW
     assert c.why.startswith(c.best)
