@@ -18,7 +18,16 @@ import numpy as np
 
 from composer.types import Message
 from router_training.asking import Ask, Said
-from router_training.draft import ANSWER, COST, OUT, SCORE, options_of, questions_of
+from router_training.draft import (
+    ANSWER,
+    COST,
+    IN_TOKENS,
+    OUT,
+    OUT_TOKENS,
+    SCORE,
+    options_of,
+    questions_of,
+)
 from router_training.errors import AskFailed, AskRefused, DataError, Problems, TrainingError
 from router_training.progress import Progress, silent
 from router_training.scoring import Example, Scorer
@@ -272,18 +281,20 @@ async def _each(items: Iterable[T], work: Callable[[T], Awaitable[None]], concur
 
 
 def table_of(questions: Questions, found: Collected, prompt: Prompt) -> dict[str, list[Any]]:
-    """The questions' own columns, and those of outcomes (`data.py`); a column of costs only where
-    the service told them."""
+    """The questions' own columns, and those of outcomes (`data.py`); columns of costs and tokens
+    only where the service told them."""
     columns: dict[str, list[Any]] = {n: list(cells) for n, cells in questions.table.columns.items()}
     columns["in_chars"] = [prompt.chars(example.text) for example in questions.examples]
     for expert, scores in found.scores.items():
         columns[SCORE + expert] = list(scores)
     for expert, said in found.said.items():
         columns[OUT + expert] = [None if one is None else len(one.text) for one in said]
-    for expert, said in found.said.items():
-        costs = [None if one is None else one.cost_usd for one in said]
-        if any(cost is not None for cost in costs):
-            columns[COST + expert] = costs
+    told = ((COST, "cost_usd"), (IN_TOKENS, "prompt_tokens"), (OUT_TOKENS, "completion_tokens"))
+    for prefix, field_ in told:
+        for expert, said in found.said.items():
+            cells = [None if one is None else getattr(one, field_) for one in said]
+            if any(cell is not None for cell in cells):
+                columns[prefix + expert] = cells
     for expert, said in found.said.items():
         columns[ANSWER + expert] = [None if one is None else one.text for one in said]
     return columns

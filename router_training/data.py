@@ -6,6 +6,7 @@ One question a row (wide), in CSV, JSON lines or parquet:
     score|MODEL       0 to 1, at least one such column; empty where the model was not asked
     cost|MODEL        US dollars of the call; or, with list prices (`prices.py`),
     in_chars, out_chars|MODEL   lengths of prompt and answer in characters
+    in_tokens|MODEL, out_tokens|MODEL   the same as counted; where known they go first
     choices           JSON list of answer options, which become part of the text
     query_id, benchmark, category
     group             equal where rows may not be parted; equal questions share one anyway
@@ -14,9 +15,10 @@ One question a row (wide), in CSV, JSON lines or parquet:
     gold, answer|MODEL          the right answer and the model's, for votes
 
 or one outcome a row (long): `query`, `expert`, `score`, and of the above `cost`, `in_chars`,
-`out_chars`, `answer` without a model, and the rest as it is. Rows of one `query_id`, or without ids
-of one text, are one question; several outcomes of one expert on it are averaged. Other columns are
-left alone, with a note. A table of intents (`query`, `intent`) is read by `intents.py`.
+`out_chars`, `in_tokens`, `out_tokens`, `answer` without a model, and the rest as it is. Rows of one
+`query_id`, or without ids of one text, are one question; several outcomes of one expert on it are
+averaged. Other columns are left alone, with a note. A table of intents (`query`, `intent`) is read by
+`intents.py`.
 """
 
 from __future__ import annotations

@@ -15,10 +15,11 @@ import orjson
 from composer.types import BoolArray
 from router_training.cells import Float64, flags, listed, numbers, texts
 from router_training.errors import Problems
-from router_training.pricing import Prices
+from router_training.pricing import CHARS_PER_TOKEN, Prices
 from router_training.tables import Table
 
 SCORE, COST, OUT, ANSWER = "score|", "cost|", "out_chars|", "answer|"
+IN_TOKENS, OUT_TOKENS = "in_tokens|", "out_tokens|"
 
 _OF_QUESTION = (
     "query_id",
@@ -32,11 +33,14 @@ _OF_QUESTION = (
     "gold",
     "in_chars",
 )
-_OF_OUTCOME = ("expert", "score", "cost", "out_chars", "answer")
+_OF_OUTCOME = ("expert", "score", "cost", "out_chars", "in_tokens", "out_tokens", "answer")
+
+_PREFIXES = (SCORE, COST, OUT, IN_TOKENS, OUT_TOKENS, ANSWER)
 
 _SCORE = "Write a number from 0 (wrong) to 1 (right), or nothing where it is not known."
 _COST = "Write US dollars, 0 or more, or nothing where they are not known."
 _CHARS = "Write a number of characters, or nothing where it is not known."
+_TOKENS = "Write a number of tokens, or nothing where it is not known."
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -82,9 +86,7 @@ def from_wide(table: Table, prices: Prices | None) -> Draft:
         )
         if (name := ANSWER + expert) in table.columns:
             given[:, e] = [text or None for text in texts(table, name, problems)]
-    read = set(_OF_QUESTION) | {
-        prefix + expert for prefix in (SCORE, COST, OUT, ANSWER) for expert in experts
-    }
+    read = set(_OF_QUESTION) | {prefix + expert for prefix in _PREFIXES for expert in experts}
     question = questions_of(table, problems)
     problems.settle()
     return Draft(
@@ -162,10 +164,14 @@ def _cost(
     `models` (n,) is who answered."""
     recorded = _optional(table, f"cost{of}", problems, _COST)
     out_chars = _optional(table, f"out_chars{of}", problems, _CHARS)
+    tokens = []
+    for name, chars in (("in_tokens", in_chars), ("out_tokens", out_chars)):
+        counted = _optional(table, name + of, problems, _TOKENS)
+        tokens.append(np.where(np.isnan(counted), chars / CHARS_PER_TOKEN, counted))
     if prices is not None:
         for model in np.unique(models):
             mine = (models == model) & np.isnan(recorded)
-            recorded[mine] = prices.cost(str(model), in_chars[mine], out_chars[mine])
+            recorded[mine] = prices.cost(str(model), tokens[0][mine], tokens[1][mine])
     return recorded
 
 

@@ -14,7 +14,8 @@ from router_training.errors import DataError, Problems
 from router_training.tables import name_of, read_table
 
 CHARS_PER_TOKEN = 4.0
-"""Lengths are recorded in characters and prices are per token: a fair estimate for English."""
+"""Where lengths are recorded in characters alone, for prices are per token: a fair estimate for
+English."""
 
 BESIDE = "models.csv"
 INPUT, OUTPUT = "usd_per_1M_input", "usd_per_1M_output"
@@ -27,14 +28,14 @@ class Prices:
     file: str
     of: Mapping[str, Cost]
 
-    def cost(self, model: str, in_chars: Float64, out_chars: Float64) -> Float64:
-        """US dollars of calls with prompts and answers of so many characters, (n,) each; NaN
-        where a length or the price is not known."""
+    def cost(self, model: str, in_tokens: Float64, out_tokens: Float64) -> Float64:
+        """US dollars of calls with prompts and answers of so many tokens, (n,) each; NaN where a
+        length or the price is not known."""
         price = self.of.get(model)
         if price is None:
-            return np.full(len(in_chars), np.nan)
-        spent = price.input_per_1m * in_chars + price.output_per_1m * out_chars
-        return np.asarray(spent / CHARS_PER_TOKEN / 1e6, np.float64)
+            return np.full(len(in_tokens), np.nan)
+        spent = price.input_per_1m * in_tokens + price.output_per_1m * out_tokens
+        return np.asarray(spent / 1e6, np.float64)
 
 
 def read_prices(path: Path, table: str) -> Prices:

@@ -306,6 +306,7 @@ async def test_what_failed_is_missing_and_never_wrong(tmp_path: Path) -> None:
         data = load(out)
         assert data.outcomes.known.tolist() == [[True, False], [False, True]]
         assert data.outcomes.cost[0, 0] == 0.25
+        assert not [note for note in data.notes if "left alone" in note]
         assert data.answers is not None
         assert data.answers.given.tolist() == [["it is 0", None], [None, "2"]]
         assert data.answers.gold == ("0", "1")

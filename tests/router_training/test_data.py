@@ -29,6 +29,23 @@ PRICES = (
 )
 
 
+def test_counted_tokens_go_before_lengths(tmp_path: Path) -> None:
+    write_csv(tmp_path / "models.csv", *PRICES)
+    path = write_csv(
+        tmp_path / "t.csv",
+        "query,in_chars,score|a,out_chars|a,in_tokens|a,out_tokens|a",
+        "x,40,1,80,12,500",
+        "y,40,1,80,,500",
+        "z,40,1,80,,",
+    )
+    expected = [[(12 + 2 * 500) / 1e6], [(10 + 2 * 500) / 1e6], [(10 + 2 * 20) / 1e6]]
+    np.testing.assert_allclose(load(path).outcomes.cost, expected)
+    long = write_csv(
+        tmp_path / "t.long.csv", "query,expert,score,in_tokens,out_tokens", "x,a,1,12,500"
+    )
+    np.testing.assert_allclose(load(long).outcomes.cost, expected[:1])
+
+
 def test_one_question_a_row(tmp_path: Path) -> None:
     write_csv(tmp_path / "models.csv", *PRICES)
     data = load(write_csv(tmp_path / "t.train.csv", *WIDE))
