@@ -17,8 +17,8 @@ One question a row (wide), in CSV, JSON lines or parquet:
 or one outcome a row (long): `query`, `expert`, `score`, and of the above `cost`, `in_chars`,
 `out_chars`, `in_tokens`, `out_tokens`, `answer` without a model, and the rest as it is. Rows of one
 `query_id`, or without ids of one text, are one question; several outcomes of one expert on it are
-averaged. Other columns are left alone, with a note. A table of intents (`query`, `intent`) is read by
-`intents.py`.
+averaged. Other columns are left alone, with a note. A table of intents (`query`, `intent`) is read
+by `intents.py`.
 """
 
 from __future__ import annotations
