@@ -161,7 +161,7 @@ async def collect(
     progress: Progress = silent,
 ) -> Collected:
     """Call `check` first. Raises AskError where nobody can be asked, TrainingError where there is
-    not one answer."""
+    not one answer, or not one that could be scored."""
     found = Collected()
     for expert in experts:
         found.said[expert] = await _asked(
@@ -254,6 +254,8 @@ async def _score(
         progress("scoring", done, len(todo))
 
     await _each(todo, one, concurrency)
+    if len(unread) == len(todo):
+        raise TrainingError(f"not one of {len(todo)} answers could be scored: {unread[0]}")
     if unread:
         found.notes.append(f"{len(unread)} answers could not be scored, the first: {unread[0]}")
 

@@ -232,6 +232,20 @@ def test_what_is_wrong_is_said_before_anybody_is_asked(
         assert not folder.exists() or not list(folder.iterdir())
 
 
+def test_a_judge_is_asked_after_all_answers_and_its_refusals_are_no_scores(
+    served: tuple[str, Counted], questions: Path, tmp_path: Path
+) -> None:
+    """Replayed models refuse what nobody had asked them, so they judge nothing."""
+    url, counted = served
+    args = ("collect", "--data", questions, "--out", tmp_path / "o.csv", "--url", url)
+    args += ("--experts", "algebra", "--scorer", "judge", "--judge", "cells")
+    status, _, err = run(*args)
+    assert status == 2
+    assert "not one of 60 answers could be scored: expert 'cells' refuses (status 400)" in err
+    assert not (tmp_path / "o.csv").exists()
+    assert counted.order == ["algebra"] * 60 + ["cells"] * 60
+
+
 def test_a_key_is_read_from_the_environment(
     tmp_path: Path, recorded: Recorded, questions: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

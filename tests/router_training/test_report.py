@@ -40,10 +40,16 @@ def made(folder: Path, router: str, outcomes: Outcomes | None = None) -> Path:
     return folder
 
 
-@pytest.fixture
-def evaluation(tmp_path: Path) -> Evaluation:
-    folders = [made(tmp_path / "one & only", "category"), made(tmp_path / "two", "clusters")]
+@pytest.fixture(scope="module")
+def evaluation(tmp_path_factory: pytest.TempPathFactory) -> Evaluation:
+    folder = tmp_path_factory.mktemp("routers")
+    folders = [made(folder / "one & only", "category"), made(folder / "two", "clusters")]
     return evaluate(folders, table(200, seed=2), WordEmbedder())
+
+
+@pytest.fixture(scope="module")
+def text(evaluation: Evaluation) -> str:
+    return report(evaluation, "t <dev>")
 
 
 class Page(HTMLParser):
@@ -84,10 +90,10 @@ class Page(HTMLParser):
         return [attrs for name, attrs in self.elements if name == tag]
 
 
-def test_it_says_what_evaluate_says(evaluation: Evaluation) -> None:
-    page = Page(report(evaluation, "t <dev>"))
+def test_it_says_what_evaluate_says(evaluation: Evaluation, text: str) -> None:
+    page = Page(text)
     assert page.open == []
-    assert page.said[page.said.index("Routers on t <dev>") :]
+    assert "Routers on t <dev>" in page.said
     rows = {row[0]: row for row in page.rows if row}
     for judged in evaluation.artefacts:
         card = judged.card
@@ -103,8 +109,7 @@ def test_it_says_what_evaluate_says(evaluation: Evaluation) -> None:
     assert {"oracle", "random expert", "maths", "verse", "small talk"} <= rows.keys()
 
 
-def test_it_needs_nothing_else_and_can_be_read_without_eyes(evaluation: Evaluation) -> None:
-    text = report(evaluation, "t")
+def test_it_needs_nothing_else_and_can_be_read_without_eyes(text: str) -> None:
     assert len(text) < 300_000
     page = Page(text)
     assert not page.all("script")
@@ -133,8 +138,8 @@ def test_it_needs_nothing_else_and_can_be_read_without_eyes(evaluation: Evaluati
     assert "var(--s1)" in pictured
 
 
-def test_the_same_page_each_time(evaluation: Evaluation) -> None:
-    assert report(evaluation, "t") == report(evaluation, "t")
+def test_the_same_page_each_time(evaluation: Evaluation, text: str) -> None:
+    assert report(evaluation, "t <dev>") == text
 
 
 def test_without_costs_there_is_a_reason_instead_of_curves(tmp_path: Path) -> None:
@@ -250,13 +255,12 @@ def test_the_command(tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.skipif(CHROMIUM is None, reason="needs Debian's chromium")
 @pytest.mark.parametrize("width", [360, 1100])
-def test_a_browser_shows_it(evaluation: Evaluation, tmp_path: Path, width: int) -> None:
+def test_a_browser_shows_it(text: str, tmp_path: Path, width: int) -> None:
     """In a frame as wide as a phone or a screen: nothing is wider than the page, every picture has
     its size, and nothing is complained of."""
-    page = report(evaluation, "t")
     frame = tmp_path / "frame.html"
     frame.write_text(
-        f"""<!doctype html><iframe width="{width}" height="800" srcdoc="{html.escape(page)}">
+        f"""<!doctype html><iframe width="{width}" height="800" srcdoc="{html.escape(text)}">
         </iframe><pre id="found"></pre><script>
         document.querySelector("iframe").onload = event => {{
           const inside = event.target.contentDocument, root = inside.documentElement;
