@@ -106,7 +106,7 @@ class Margin:
         weights, start = {}, 0
         for view in VIEWS:
             end = start + features[view].shape[1]
-            # Kept in half precision: clinc150's are 16 MB then.
+            # Kept in half precision: clinc150's are 10 MB then.
             half = np.asarray(weight[start:end] * _length(settings, view), np.float16)
             weights[view], start = np.asarray(half, np.float32), end
         free = np.asarray(bias, np.float32)
