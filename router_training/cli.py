@@ -12,7 +12,7 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
-from router_training.commands import collect, join, profile, report, votes
+from router_training.commands import collect, join, profile, report, select, votes
 from router_training.console import (
     Data,
     Experts,
@@ -270,6 +270,7 @@ app.command()(profile.profile)
 app.command()(join.join)
 app.command()(votes.votes)
 app.command()(report.report)
+app.command()(select.select)
 
 
 def main() -> None:

@@ -15,6 +15,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import yaml
 from starlette.types import ASGIApp, Receive, Scope, Send
@@ -430,3 +431,26 @@ def test_tables_are_written_as_they_are_read(tmp_path: Path) -> None:
         assert next(csv.reader(file)) == [*columns]
     with pytest.raises(DataError, match="ending says no format"):
         write_table(tmp_path / "t.txt", columns)
+
+
+def test_select_asks_the_service_for_as_few_answers_as_it_takes(
+    served: tuple[str, Counted], questions: Path, recorded: Recorded
+) -> None:
+    """With the same scorers, in the service's own order of experts, and the best is kept."""
+    url, counted = served
+    status, said, err = run(
+        *("select", "--data", questions, "--keep", "1", "--examples", "40", "--url", url),
+        *("--scorer", "choice", "--json", "-"),
+    )
+    assert status == 0, err
+    found = json.loads(said)
+    right = {
+        e: np.mean([a == g for a, g in zip(recorded.answer[e], recorded.gold, strict=True)])
+        for e in EXPERTS
+    }
+    assert right[found["kept"][0]] >= max(right.values()) - 0.1
+    assert found["evaluations"] == len(counted.asked) <= found["exhaustive"] == 160
+    assert set(counted.asked.values()) == {1}
+    status, _, err = run("select", "--data", questions, "--url", url, "--scorer", "judge")
+    assert status == 2
+    assert "router-training collect" in err

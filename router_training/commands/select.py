@@ -1,0 +1,287 @@
+"""`router-training select`: the few of many experts that a task needs, or that fit a machine."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.markup import escape
+from rich.table import Table
+
+from router_training.commands.collect import ScorerName
+from router_training.console import (
+    Experts,
+    Json,
+    Pool,
+    Prices,
+    Seed,
+    Split,
+    bars,
+    named_experts,
+    out,
+    outcomes_of,
+    percent,
+    refuse,
+    say,
+    told_plainly,
+    written,
+)
+
+if TYPE_CHECKING:
+    from router_training.selection import Selection
+
+ONLY_RULES = {ScorerName.exact, ScorerName.regex, ScorerName.numeric, ScorerName.choice}
+
+
+def select(
+    data: Annotated[
+        str,
+        typer.Option(
+            help="Examples of the task. With outcomes of the experts these are read, one by one; "
+            "with --scorer the experts are asked."
+        ),
+    ],
+    keep: Annotated[int, typer.Option(min=1, help="How many experts to keep.")] = 3,
+    examples: Annotated[
+        int | None, typer.Option(min=1, help="Use at most so many of the examples.")
+    ] = None,
+    category: Annotated[
+        str | None, typer.Option(help="Only examples of this category or benchmark.")
+    ] = None,
+    confidence: Annotated[
+        float, typer.Option(min=0.5, max=0.999, help="That the best are kept.")
+    ] = 0.9,
+    tolerance: Annotated[
+        float, typer.Option(min=0.0, help="Mean score that may be lost by ending early.")
+    ] = 0.005,
+    experts: Experts = None,
+    pool: Pool = None,
+    registry: Annotated[
+        Path | None,
+        typer.Option(help="An experts.yaml: descriptions and examples that are like the task's."),
+    ] = None,
+    scorer: Annotated[
+        ScorerName | None, typer.Option(help="Ask the experts, and score so (as `collect`).")
+    ] = None,
+    url: Annotated[
+        str, typer.Option(help="The running service, or any OpenAI-compatible one.")
+    ] = "http://127.0.0.1:8000",
+    api_key_env: Annotated[
+        str, typer.Option(help="Name of the variable that holds the service's key.")
+    ] = "COMPOSER_API_KEY",
+    memory_gb: Annotated[
+        float | None, typer.Option(min=0.0, help="The best subset within this memory together.")
+    ] = None,
+    latency_ms: Annotated[
+        float | None, typer.Option(min=0.0, help="The best subset of experts as fast as this.")
+    ] = None,
+    max_cost: Annotated[
+        float | None,
+        typer.Option(min=0.0, help="The best expert for each kind within US dollars a question."),
+    ] = None,
+    measured: Annotated[
+        Path | None,
+        typer.Option(help="For these limits: a table of expert, memory_gb and latency_ms."),
+    ] = None,
+    prices: Prices = None,
+    split: Split = None,
+    seed: Seed = 0,
+    as_json: Json = None,
+) -> None:
+    """Pick the experts worth registering: the best for a task from few evaluations, or with
+    --memory-gb, --latency-ms or --max-cost the best subset within these limits."""
+    with told_plainly():
+        if memory_gb is not None or latency_ms is not None or max_cost is not None:
+            if scorer is not None:
+                refuse("limits are kept on recorded outcomes; leave --scorer out")
+            names = named_experts(data, experts, pool)
+            result = _within(
+                data, names, split, prices, (memory_gb, latency_ms, max_cost), measured
+            )
+            if not written(result, as_json):
+                _show_subset(result)
+            return
+        given = named_experts(data, experts, pool)
+        with bars(as_json) as progress:
+            settings: dict[str, Any] = {
+                "keep": keep, "confidence": confidence, "tolerance": tolerance,
+                "seed": seed, "progress": progress,
+            }  # fmt: skip
+            if scorer is None:
+                found = _recorded(
+                    data, given, split, prices, category, examples, registry, settings
+                )
+            elif scorer not in ONLY_RULES:
+                refuse(
+                    f"--scorer {scorer} is not one of {', '.join(sorted(ONLY_RULES))}; run "
+                    "`router-training collect` with it, and select from what it writes"
+                )
+            else:
+                if category is not None:
+                    refuse("--category is for recorded outcomes; name a file of the task's own")
+                key = os.environ.get(api_key_env)
+                found = _asked(Path(data), given, split, scorer, url, key, examples, registry,
+                               settings)  # fmt: skip
+    plain = {
+        "kept": list(found.kept),
+        "confidence": found.confidence,
+        "regret": found.regret,
+        "evaluations": found.evaluations,
+        "exhaustive": found.exhaustive,
+        "ranking": [
+            {name: getattr(one, name) for name in one.__slots__} for one in found.standings
+        ],
+    }
+    if not written(plain, as_json):
+        _show(found)
+
+
+def _recorded(
+    data: str,
+    names: Sequence[str] | None,
+    split: str | None,
+    prices: Path | None,
+    category: str | None,
+    examples: int | None,
+    registry: Path | None,
+    settings: dict[str, Any],
+) -> Selection:
+    import numpy as np
+
+    from router_training.errors import TrainingError
+    from router_training.selection import select as pick
+
+    outcomes = outcomes_of(data, names, split, prices)
+    if category is not None:
+        of = zip(outcomes.benchmark, outcomes.category, strict=True)
+        rows = np.array([category in pair for pair in of], np.bool_)
+        if not rows.any():
+            there = sorted({*outcomes.benchmark, *outcomes.category} - {""})
+            raise TrainingError(
+                f"no example is of {category!r}; there are: {', '.join(there) or 'none'}"
+            )
+        outcomes = outcomes.rows(rows)
+    rng = np.random.default_rng(settings["seed"])
+    outcomes = outcomes.rows(np.sort(rng.permutation(len(outcomes))[:examples]))
+    column = {expert: i for i, expert in enumerate(outcomes.experts)}
+
+    async def read(expert: str, rows: Sequence[int]) -> list[float | None]:
+        own = outcomes.quality[list(rows), column[expert]]
+        return [None if np.isnan(score) else float(score) for score in own]
+
+    settings["similarity"] = _similarity(registry, outcomes.experts, outcomes.text)
+    return asyncio.run(pick(outcomes.experts, len(outcomes), read, **settings))
+
+
+def _asked(
+    data: Path,
+    names: Sequence[str] | None,
+    split: str | None,
+    scorer: str,
+    url: str,
+    key: str | None,
+    examples: int | None,
+    registry: Path | None,
+    settings: dict[str, Any],
+) -> Selection:
+    from router_training.asking import Endpoint
+    from router_training.collect import Prompt, Questions, check, collect, read_questions
+    from router_training.scorers import make_scorer
+    from router_training.selection import select as pick
+
+    questions = read_questions(data, split)
+    count = len(questions) if examples is None else min(examples, len(questions))
+    scored = make_scorer(scorer)
+
+    async def run() -> Selection:
+        async with Endpoint(url, api_key=key) as endpoint:
+            there = await endpoint.check(names or ())
+            check(questions, scored, there)
+
+            async def ask(expert: str, rows: Sequence[int]) -> list[float | None]:
+                some = Questions(
+                    questions.table.rows(list(rows)), tuple(questions.examples[i] for i in rows)
+                )
+                answered = await collect(some, [expert], endpoint, scored, Prompt())
+                return answered.scores[expert]
+
+            texts = [example.text for example in questions.examples[:count]]
+            similarity = _similarity(registry, there, texts)
+            return await pick(there, count, ask, similarity=similarity, **settings)
+
+    return asyncio.run(run())
+
+
+def _similarity(registry: Path | None, experts: Sequence[str], texts: Sequence[str]) -> Any:
+    """(E,) how near each expert's texts in the registry come to the task's examples, on average
+    over these; None without a registry."""
+    if registry is None:
+        return None
+    from router_training.embedding import open_embedding
+    from router_training.registered import claims_in
+    from router_training.suitability import nearness
+
+    encode = open_embedding().kept.encode
+    claims = [claims_in(registry, expert) for expert in experts]
+    return nearness(claims, texts, encode)
+
+
+def _within(
+    data: str,
+    names: Sequence[str] | None,
+    split: str | None,
+    prices: Path | None,
+    limits: tuple[float | None, float | None, float | None],
+    measured: Path | None,
+) -> dict[str, Any]:
+    from dataclasses import asdict
+
+    from router_training.subset import Limits, keep_within, read_measured
+
+    outcomes = outcomes_of(data, names, split, prices)
+    if measured is None and limits[:2] != (None, None):
+        refuse("--memory-gb and --latency-ms need what was measured; name its file by --measured")
+    known = {} if measured is None else read_measured(measured, outcomes.experts)
+    kept = keep_within(outcomes, Limits(*limits), known)
+    return {**asdict(kept), "experts": list(kept.experts)}
+
+
+def _show(found: Selection) -> None:
+    table = Table("expert", "", "expected (95 %)", "among the best", "evaluations")
+    kept = set(found.kept)
+    for one in found.standings:
+        table.add_row(
+            escape(one.expert),
+            "kept" if one.expert in kept else "",
+            percent(one.expected, (one.low, one.high)),
+            percent(one.likely, None),
+            str(one.evaluations),
+        )
+    out.print(table)
+    say(
+        f"{found.evaluations} evaluations of {found.exhaustive}; these are the best with "
+        f"{percent(found.confidence, None)}, and the best are expected to be better by "
+        f"{100 * found.regret:.1f} points"
+    )
+
+
+def _show_subset(kept: dict[str, Any]) -> None:
+    table = Table("kind of question", "expert")
+    for kind, expert in kept["of"].items():
+        table.add_row(escape(kind), escape(expert))
+    out.print(table)
+    whole = "the best subset" if kept["exact"] else "the best subset is at most"
+    parts = [
+        f"kept: {', '.join(kept['experts'])}",
+        f"mean quality {percent(kept['value'], None)} ({whole} {percent(kept['best'], None)}, "
+        f"with everybody {percent(kept['everybody'], None)})",
+    ]
+    if kept["memory_gb"] is not None:
+        parts.append(f"{kept['memory_gb']:g} GB")
+    if kept["cost"] is not None:
+        parts.append(f"{kept['cost']:.3g} US dollars a question")
+    say("; ".join(parts))
