@@ -164,10 +164,12 @@ class Fitted:
     ) -> FloatArray:
         """(n,) what is said of the judged questions of an expert that joins by these."""
         if not claims and not shots:
-            return self.known.mean(axis=1)  # as it is for whoever has nothing to show
+            mean: FloatArray = self.known.mean(axis=1)  # of whom nothing is known
+            return mean
         model = join(self.model, expert, self.shop.encode, claims=claims, outcomes=shots)
         vectors = self.shop.asked["embedding"]
-        return model.newcomers.scores(self.known, vectors)[0][:, 0]
+        said: FloatArray = model.newcomers.scores(self.known, vectors)[0][:, 0]
+        return said
 
     def trained_on(self, outcomes: Outcomes) -> FloatArray:
         """(n, E) of the same family, trained anew on other outcomes of the same questions, with
@@ -176,8 +178,11 @@ class Fitted:
         family = shop.kind.fit(shop.features, outcomes, shop.chosen, shop.seed)
         raw = predicted(family, shop.asked).quality
         own = self.model.calibration
-        every = [np.repeat(part[:1], raw.shape[1], axis=0) for part in (own.b, own.covariance)]
-        return type(own)(*every).quality(raw)[0]
+        b, covariance = (
+            np.repeat(part[:1], raw.shape[1], axis=0) for part in (own.b, own.covariance)
+        )
+        quality: FloatArray = replace(own, b=b, covariance=covariance).quality(raw)[0]
+        return quality
 
 
 # --- generalists --------------------------------------------------------------------------

@@ -14,9 +14,9 @@ quality q(x) (E,) and their mean m(x),
 
 so without an outcome it is as good as they are on average, and every outcome moves it there, on
 like questions, and throughout, as far as these widths allow. An example or description is a claim:
-it counts as an outcome, as good as the best known expert is on average, that says nothing of b. The
-widths are learnt by leaving each known expert out in turn (`JoinPrior.fit`). It reads the others'
-scores and changes none.
+it counts as an outcome there, as good as the known experts are at what each of them is best at, and
+says nothing of b. The widths are learnt by leaving each known expert out in turn (`JoinPrior.fit`).
+It reads the others' scores and changes none.
 """
 
 from __future__ import annotations
@@ -41,8 +41,11 @@ SAMPLE, EXPERTS = 128, 12
 """Questions of each known expert, and such experts, from which the widths are learnt."""
 
 GAMMA = 0.3
-"""From 0.3 to 4 it makes no difference on the tables of generalists; specialists (clinc150's domains,
-on training rows) are found by their examples more often the smaller it is."""
+"""From 0.3 to 4 it makes no difference on the tables of generalists; specialists (clinc150's
+domains, on training rows) are found by their examples more often the smaller it is."""
+
+FORTE = 0.1
+"""Share of the questions that counts as what an expert is best at."""
 
 TRIED = (0.1, 1.0, 0.1, 0.4)
 """Widths before any data: offset, follow, own and noise, about those of the shared tables."""
@@ -54,14 +57,16 @@ LOOSE = 1.5
 @dataclass(frozen=True, slots=True)
 class JoinPrior:
     """The widths above; `noise` is the standard deviation of one outcome about its expectation.
-    `best` is the mean over questions of the best known expert's expected quality: how good an
-    expert is taken to be at what it is said to be for."""
+    `best` is how good an expert is taken to be at what it is said to be for: the known experts'
+    mean outcome on the questions (a share of FORTE) where each is expected to be furthest above the
+    others; `doubt` is its standard deviation among them."""
 
     offset: float
     follow: float
     own: float
     noise: float
     best: float
+    doubt: float = 0.0
     gamma: float = GAMMA
 
     @classmethod
@@ -74,11 +79,11 @@ class JoinPrior:
         expert says nothing of a population: then the prior's own."""
         from scipy.optimize import minimize
 
-        best = float(np.nanmean(quality.max(axis=1), dtype=np.float64))
+        best, doubt = _fortes(quality, outcomes)
         start = np.log(np.square(TRIED))
         parts = _left_out(quality, outcomes, vectors, seed)
         if not parts:
-            return cls.default(best)
+            return cls.default(best, doubt)
 
         def loss(theta: Float64) -> tuple[float, Float64]:
             scale = np.exp(theta)
@@ -96,12 +101,12 @@ class JoinPrior:
         bounds = [(at - 4 * LOOSE, at + 4 * LOOSE) for at in start]
         found = minimize(loss, start, jac=True, method="L-BFGS-B", bounds=bounds).x
         offset, follow, own, noise = np.exp(found / 2)
-        return cls(float(offset), float(follow), float(own), float(noise), best)
+        return cls(float(offset), float(follow), float(own), float(noise), best, doubt)
 
     @classmethod
-    def default(cls, best: float) -> JoinPrior:
+    def default(cls, best: float, doubt: float = 0.0) -> JoinPrior:
         """For an artefact that has learnt none."""
-        return cls(*TRIED, best=best)
+        return cls(*TRIED, best=best, doubt=doubt)
 
     def state(self) -> State:
         return State({}, asdict(self))
@@ -163,6 +168,8 @@ class Joined:
             evidence.vectors, evidence.vectors, prior.gamma
         )
         gram[np.diag_indices_from(gram)] += prior.noise**2
+        # All claims are the same expert's, so they are too high or too low together.
+        gram += prior.doubt**2 * np.outer(evidence.claimed, evidence.claimed)
         self._root = np.linalg.cholesky(gram)
         rest = evidence.outcome.astype(np.float64) - self._mean
         self._alpha = np.linalg.solve(self._root.T, np.linalg.solve(self._root, rest))
@@ -221,6 +228,21 @@ def _near(x: FloatArray, z: FloatArray, gamma: float) -> Float64:
     cosine = np.clip(x.astype(np.float64) @ z.astype(np.float64).T, -1, 1)
     near: Float64 = np.expm1(2 * gamma * cosine) / np.expm1(2 * gamma)
     return near
+
+
+def _fortes(quality: FloatArray, outcomes: Outcomes) -> tuple[float, float]:
+    """Mean and standard deviation over the experts of what each reaches where it is expected to
+    lead most."""
+    n, n_experts = quality.shape
+    lead = quality - (quality.sum(axis=1, keepdims=True) - quality) / max(n_experts - 1, 1)
+    count = max(1, round(FORTE * n))
+    reached = []
+    for e in range(n_experts):
+        rows = np.argsort(-lead[:, e], kind="stable")[:count]
+        known = outcomes.quality[rows, e]
+        if not np.isnan(known).all():
+            reached.append(float(np.nanmean(known, dtype=np.float64)))
+    return float(np.mean(reached)), float(np.std(reached))
 
 
 def _left_out(
