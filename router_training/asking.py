@@ -22,6 +22,9 @@ from router_training.errors import AskError, AskFailed, AskRefused
 BUSY = (429, 503)
 """Statuses that say: later."""
 
+PASSING = (408, 409, 425)
+"""Statuses of a request that another time would be answered."""
+
 FAULT_RETRIES = 2
 """Further tries after any other failure of a server, which rarely helps twice."""
 
@@ -177,7 +180,7 @@ class Endpoint:
                 status, reason = response.status_code, _reason(response)
                 if status not in BUSY:
                     faults += 1
-                    if status < 500:
+                    if status < 500 and status not in PASSING:
                         raise AskRefused(f"expert {expert!r} refuses (status {status}): {reason}")
                 problem = AskFailed(f"expert {expert!r} fails (status {status}): {reason}")
                 named = _retry_after(response) if status in BUSY else None
@@ -199,6 +202,8 @@ class Endpoint:
             return AskError(
                 f"{self.url} wants another key: {_reason(response)}; set the variable that holds it"
             )
+        if response.status_code == 402:
+            return AskError(f"{self.url} wants to be paid: {_reason(response)}; then ask again")
         if response.status_code == 404:
             return AskError(f"{self.url}: {_reason(response)}; see GET /v1/models")
         return None

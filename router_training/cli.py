@@ -66,7 +66,7 @@ def train(
     skills: Skills = None,
     split: Split = None,
     dev_split: Annotated[
-        str | None, typer.Option(help="As --split, for --dev; default: dev.", show_default=False)
+        str | None, typer.Option(help="As --split, for --dev; default: the whole file.")
     ] = None,
     seed: Seed = 0,
     as_json: Json = None,
@@ -190,7 +190,9 @@ def compare(
     prices: Prices = None,
     skills: Skills = None,
     split: Split = None,
-    dev_split: Annotated[str | None, typer.Option(help="As --split, for --dev.")] = None,
+    dev_split: Annotated[
+        str | None, typer.Option(help="As --split, for --dev; default: the whole file.")
+    ] = None,
     router: Annotated[
         list[str] | None,
         typer.Option(help="Only this family beside the tuned kNN; repeat for several."),

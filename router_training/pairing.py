@@ -43,9 +43,13 @@ def pair_measures(
         whole = pair(need[here], weakly, strongly)
         if whole is None:
             continue
+        # Rows of one group are one question, so whole groups are drawn.
+        _, number = np.unique(outcomes.group[here], return_inverse=True)
+        groups = int(number.max()) + 1
         drawn = []
         for _ in range(RESAMPLES):
-            some = rng.integers(len(here), size=len(here))
+            times = np.bincount(rng.integers(groups, size=groups), minlength=groups)
+            some = np.repeat(np.arange(len(here)), times[number])
             again = pair(need[here][some], weakly[some], strongly[some])
             if again is not None:
                 drawn.append(_plain(again))

@@ -11,6 +11,8 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import queue
+import random
 import secrets
 import select
 import shutil
@@ -32,7 +34,9 @@ MEMORY_MB = 1024
 
 FILES_MB = 64
 PROCESSES = 16
-NOBODY = 65534
+USERS = range(60_600, 60_664)
+"""Whom root's programs become, each another one at a time: processes are counted by user. No user
+and no service has these numbers (systemd, "Users, Groups, UIDs and GIDs")."""
 
 _OUTPUT = 65_536  # bytes that are read of what a program lets out past its closed output
 _START_S = 20.0  # the interpreter's own start on a busy machine is not the program's time
@@ -78,10 +82,10 @@ class Ran:
 
 @dataclass(frozen=True, slots=True)
 class _Way:
-    """How the interpreter is started. `drop`: the user it becomes, None to stay."""
+    """How the interpreter is started. `drop`: it becomes one of USERS."""
 
     command: tuple[str, ...]
-    drop: int | None
+    drop: bool
     confined: bool
 
 
@@ -92,6 +96,9 @@ class Sandbox:
         self._way = way
         self._timeout_s = timeout_s
         self._memory_mb = memory_mb
+        self._users: queue.SimpleQueue[int] = queue.SimpleQueue()
+        for user in random.sample(USERS, len(USERS)):  # other runs on this machine have them, too
+            self._users.put(user)
         self.warning = warning
 
     @property
@@ -139,12 +146,21 @@ class Sandbox:
         return await asyncio.to_thread(self._run, code, tests)
 
     def _run(self, code: str, tests: str) -> Ran:
+        if not self._way.drop:
+            return self._run_as(None, code, tests)
+        user = self._users.get()
+        try:
+            return self._run_as(user, code, tests)
+        finally:
+            self._users.put(user)
+
+    def _run_as(self, user: int | None, code: str, tests: str) -> Ran:
         token = secrets.token_hex(8)
         asked = {
             "code": code,
             "tests": tests,
             "token": token,
-            "drop": self._way.drop,
+            "drop": user,
             "limits": self._limits(),
         }
         with (
@@ -153,8 +169,8 @@ class Sandbox:
         ):
             given.write(json.dumps(asked).encode())
             given.seek(0)
-            if self._way.drop is not None and not self._way.confined:
-                os.chown(folder, self._way.drop, self._way.drop)
+            if user is not None and not self._way.confined:
+                os.chown(folder, user, user)
             try:
                 process = subprocess.Popen(
                     self._way.command,
@@ -206,7 +222,7 @@ class Sandbox:
 
     def _limits(self) -> dict[str, int]:
         processes = PROCESSES
-        if not self._way.confined and self._way.drop is None:
+        if not self._way.confined and not self._way.drop:
             processes += _own_threads()  # they are counted together
         return {
             "RLIMIT_CORE": 0,
@@ -220,14 +236,14 @@ class Sandbox:
 
 def _ways(bwrap: str | None) -> list[_Way]:
     """The best first. Root's number of processes is not limited, in a namespace of its own neither,
-    so there the program becomes nobody or is not run."""
+    so there the program becomes somebody else or is not run."""
     python = (sys.executable, "-I", "-c", _BOOTSTRAP)
-    drop = NOBODY if os.geteuid() == 0 else None
+    drop = os.geteuid() == 0
     ways = [_Way(python, drop, False)]
     if bwrap is not None:
         apart: tuple[str, ...] = ("--unshare-all", "--cap-drop", "ALL")
-        if drop is not None:
-            # A namespace of users would leave it root's processes; becoming nobody needs these two.
+        if drop:
+            # A namespace of users would leave it root's processes; becoming another needs these.
             apart = tuple(f"--unshare-{what}" for what in ("ipc", "pid", "net", "uts"))
             apart += ("--cap-drop", "ALL", "--cap-add", "CAP_SETUID", "--cap-add", "CAP_SETGID")
         ways.insert(0, _Way((bwrap, *apart, *_mounts(), "--", *python), drop, True))

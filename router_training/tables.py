@@ -17,6 +17,9 @@ import orjson
 
 from router_training.errors import DataError, Problems
 
+LONGEST = 1 << 26
+"""Characters of one CSV cell. The csv module's own bound is a long answer's length."""
+
 CSV, JSONL, PARQUET = (".csv", ".csv.gz"), (".jsonl", ".jsonl.gz"), (".parquet",)
 
 
@@ -85,6 +88,7 @@ def _open(path: Path) -> gzip.GzipFile | BufferedReader:
 
 def _read_csv(path: Path) -> Table:
     problems = Problems(str(path))
+    csv.field_size_limit(LONGEST)
     with _open(path) as raw:
         # Line breaks inside quotes are the text's own, so they are left as they are.
         text = (

@@ -52,10 +52,11 @@ def write_table(path: Path, columns: Columns) -> None:
 
 def _csv_lines(columns: Columns) -> Iterator[str]:
     buffer = io.StringIO(newline="")
-    writer = csv.writer(buffer, lineterminator="\n")
+    # A lone "\r" is quoted only where it is part of the line's own end.
+    writer = csv.writer(buffer, lineterminator="\r\n")
     for row in itertools.chain([tuple(columns)], zip(*columns.values(), strict=True)):
         writer.writerow([_in_text(cell) for cell in row])
-        yield buffer.getvalue()
+        yield buffer.getvalue().removesuffix("\r\n") + "\n"
         buffer.seek(0)
         buffer.truncate()
 

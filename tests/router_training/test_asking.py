@@ -120,8 +120,9 @@ async def test_not_for_ever(pauses: list[float]) -> None:
     assert pauses == []
 
 
-async def test_a_fault_is_tried_twice_more(pauses: list[float]) -> None:
-    handler, seen = replies(refusal(502, "broke"))
+@pytest.mark.parametrize("status", [502, 408, 409])
+async def test_a_fault_is_tried_twice_more(status: int, pauses: list[float]) -> None:
+    handler, seen = replies(refusal(status, "broke"))
     async with endpoint(handler) as ask:
         with pytest.raises(AskFailed, match="broke"):
             await ask("poet", HELLO)
@@ -134,6 +135,7 @@ async def test_a_fault_is_tried_twice_more(pauses: list[float]) -> None:
         (refusal(400, "too long"), AskRefused, r"status 400\): too long"),
         (refusal(403, "not that"), AskRefused, "not that"),
         (refusal(401, "key?"), AskError, "wants another key: key"),
+        (refusal(402, "no credit"), AskError, "wants to be paid: no credit"),
         (refusal(404, "no model"), AskError, "no model; see GET /v1/models"),
         (httpx.ReadTimeout("slow"), AskFailed, "did not answer within"),
         (httpx.Response(200, text="<html>"), AskFailed, "not OpenAI's chat format"),

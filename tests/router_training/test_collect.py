@@ -419,6 +419,7 @@ def test_tables_are_written_as_they_are_read(tmp_path: Path) -> None:
         "choices": [["a", "b"], None],
         "score|it's": [0.5, None],
         "in_chars": [3, 4],
+        "answer|it's": ["a\rb", "x" * 200_000],
     }
     for name in ("t.csv", "t.csv.gz", "t.jsonl", "t.jsonl.gz", "t.parquet"):
         path = tmp_path / name
@@ -427,6 +428,8 @@ def test_tables_are_written_as_they_are_read(tmp_path: Path) -> None:
         assert data.outcomes.text == ('say "hi",\nplease\nA. a\nB. b', "2020-01-01"), name
         assert data.outcomes.experts == ("it's",)
         assert data.outcomes.quality[0, 0] == 0.5
+        assert data.answers is not None
+        assert data.answers.given[:, 0].tolist() == columns["answer|it's"]
     with (tmp_path / "t.csv").open(newline="") as file:
         assert next(csv.reader(file)) == [*columns]
     with pytest.raises(DataError, match="ending says no format"):

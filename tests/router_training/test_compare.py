@@ -15,7 +15,9 @@ from router_training.compare import (
     over_pools,
 )
 from router_training.comparison import markdown
+from router_training.pairing import pair_measures
 from router_training.published import BAR
+from tests.router_training.helpers import outcomes
 from tests.router_training.synthetic import stamp, table
 from tests.routing.helpers import WordEmbedder
 
@@ -123,6 +125,21 @@ def test_a_pair_without_prices_is_judged_by_calls_to_the_stronger_one() -> None:
         recovered = (m.values.mean() - weak) / (single - weak)
         np.testing.assert_allclose(recovered, two.apgr.mean, atol=0.1)
     assert "over all shares of calls" in c.why or "the highest" in c.why
+
+
+def test_a_pair_is_drawn_by_groups() -> None:
+    """Each question told twice knows no more than told once."""
+    rng = np.random.default_rng(1)
+    quality = (rng.random((60, 2)) < (0.4, 0.7)).astype(np.float32)
+    once = outcomes(quality)
+    twice = outcomes(np.repeat(quality, 2, axis=0), group=np.repeat(np.arange(60), 2))
+    said = rng.random((60, 2), np.float32)
+    one = pair_measures(said, once, 1)
+    two = pair_measures(np.repeat(said, 2, axis=0), twice, 1)
+    for name in one:
+        np.testing.assert_allclose(
+            [two[name].apgr.low, two[name].apgr.high], [one[name].apgr.low, one[name].apgr.high]
+        )
 
 
 def test_comparisons_made_apart_are_merged_as_they_were() -> None:

@@ -111,6 +111,21 @@ with open("much", "wb") as file:
 """
 
 
+STARTS = f"""
+import threading, time
+begun = [threading.Thread(target=time.sleep, args=(0.7,)) for _ in range({PROCESSES // 2})]
+for one in begun:
+    one.start()
+for one in begun:
+    one.join()
+"""
+
+
+async def test_answers_that_run_at_once_are_counted_apart(confined: Sandbox) -> None:
+    ran = await asyncio.gather(*(confined.run(STARTS, "assert True") for _ in range(4)))
+    assert ran == [Ran(True)] * 4
+
+
 @pytest.mark.parametrize(
     ("code", "why"),
     [(FORKS, "RuntimeError: held after"), (GROWS, "MemoryError"), (FILLS, "OSError")],
