@@ -91,11 +91,19 @@ class Heard:
 @dataclass(frozen=True, slots=True, eq=False)
 class Told:
     """What a head says of questions after 1 … K calls: `score` (n, K) of the answer it would give,
-    `probability` (n, K) that it is right, `state` (n, K, 8)."""
+    `probability` (n, K) that it is right, `state` (n, K, 8), and `settled` (n,): after how many
+    calls no further one can change the answer."""
 
     score: Float64
     probability: Float64
     state: Float64
+    settled: IntArray
+
+    @classmethod
+    def nothing(cls, n: int, most: int) -> Told:
+        """To be filled in."""
+        state, settled = np.zeros((n, most, STATE)), np.full(n, most, np.int64)
+        return cls(np.zeros((n, most)), np.zeros((n, most)), state, settled)
 
 
 def numbered(answers: Answers, extract: Extractor) -> IntArray:
@@ -122,29 +130,31 @@ def tell(head: Head, heard: Heard) -> Told:
     """A question that nobody answered is given the best expert's silence."""
     n, most = heard.answers.shape
     rows = np.arange(n)
-    score, probability = np.zeros((n, most)), np.zeros((n, most))
-    state = np.zeros((n, most, STATE))
+    told = Told.nothing(n, most)
+    worth = head.worth(heard.log_odds)
     for k in range(1, most + 1):
         groups = heard.after(k)
         p, _ = head.posterior(groups)
         leader = p.argmax(axis=1)
-        score[:, k - 1] = heard.score[rows, leader]
-        probability[:, k - 1] = p[rows, leader]
-        state[:, k - 1] = state_of(head, groups, heard.ahead(k))
-    return Told(score, probability, state)
+        told.score[:, k - 1] = heard.score[rows, leader]
+        told.probability[:, k - 1] = p[rows, leader]
+        told.state[:, k - 1] = state_of(head, groups, heard.ahead(k))
+        stands = (told.settled == most) & head.settled(groups, worth[:, k:])
+        told.settled[stands] = k
+    return told
 
 
 def crossfitted(heard: Heard, seed: int = 0) -> tuple[Told, Float64]:
     """What heads fitted on other questions say of each, and (n, K − 1) the gain they expect."""
     fold = _folds(heard.group, seed)
     n, most = heard.answers.shape
-    told = Told(np.zeros((n, most)), np.zeros((n, most)), np.zeros((n, most, STATE)))
+    told = Told.nothing(n, most)
     gain = np.zeros((n, most - 1))
     for seen, held in parts(fold):
         head = fit_head(heard.rows(seen))
         own = tell(head, heard.rows(held))
         told.score[held], told.probability[held] = own.score, own.probability
-        told.state[held] = own.state
+        told.state[held], told.settled[held] = own.state, own.settled
         gain[held] = expected_gain(head, own)
     return told, gain
 
@@ -156,19 +166,20 @@ def expected_gain(head: Head, told: Told) -> Float64:
     )
 
 
-def calls_at(gain: Float64, bound: float, first: int) -> IntArray:
-    """(n,) calls spent: the first `first` at once, then one by one while the expected gain (n,
-    K − 1) is not below the bound."""
+def calls_at(told: Told, gain: Float64, bound: float, first: int) -> IntArray:
+    """(n,) calls spent: the first `first` at once, then one by one while another can change the
+    answer and the expected gain (n, K − 1) is not below the bound."""
     stops = gain[:, first - 1 :] < bound
     last = gain.shape[1] + 1 - first
-    return np.asarray(np.where(stops.any(axis=1), stops.argmax(axis=1), last) + first, np.int64)
+    calls = np.where(stops.any(axis=1), stops.argmax(axis=1), last) + first
+    return np.asarray(np.minimum(calls, np.maximum(told.settled, first)), np.int64)
 
 
-def bound_of(gain: Float64, first: int, calls: float) -> float:
+def bound_of(told: Told, gain: Float64, first: int, calls: float) -> float:
     """The least bound that leads to no more than so many calls on average."""
     tried = np.unique(np.quantile(gain[:, first - 1 :], np.linspace(0, 1, 400)))
     for bound in tried:
-        if calls_at(gain, float(bound), first).mean() <= calls:
+        if calls_at(told, gain, float(bound), first).mean() <= calls:
             return float(bound)
     return float(np.nextafter(tried[-1], np.inf))
 
@@ -179,8 +190,8 @@ def curve(told: Told, gain: Float64, first: int) -> tuple[Stop, ...]:
     rows = np.arange(len(gain))
     stops: list[Stop] = []
     for target in np.arange(first, most + STEPS / 2, STEPS):
-        bound = bound_of(gain, first, float(target))
-        calls = calls_at(gain, bound, first)
+        bound = bound_of(told, gain, first, float(target))
+        calls = calls_at(told, gain, bound, first)
         reached = float(calls.mean())
         if stops and reached <= stops[-1].calls:
             continue

@@ -90,8 +90,8 @@ def test_stops_save_calls_and_hardly_an_answer() -> None:
     gain = expected_gain(head, held)
     rows = np.arange(1200)
     for first in (1, 2):
-        bound = bound_of(gain, first, 3.0)
-        calls = calls_at(gain, bound, first)
+        bound = bound_of(held, gain, first, 3.0)
+        calls = calls_at(held, gain, bound, first)
         assert calls.min() >= first
         assert 2.5 < calls.mean() <= 3.0
         stopped = held.score[rows, calls - 1].mean()
@@ -108,9 +108,9 @@ def test_a_curve_rises_with_its_calls() -> None:
         assert calls == sorted(calls)
         assert bounds == sorted(bounds, reverse=True)
         assert calls[0] >= first
-        assert calls[-1] == pytest.approx(5, abs=0.3)
-        middle = (calls[1] + calls[2]) / 2
-        assert bounds[2] <= file.bound_for(first, middle) <= bounds[1]
+        assert calls[-1] <= 5
+        middle = (calls[0] + calls[1]) / 2
+        assert bounds[1] <= file.bound_for(first, middle) <= bounds[0]
 
 
 def test_heads_are_crossfitted_by_whole_questions() -> None:
@@ -223,7 +223,7 @@ async def test_what_the_command_writes_is_served_as_it_was_judged(
     heard = Heard.of(numbered(table.answers, choice), quality, table.outcomes, 4)
     told = tell(file.head, heard)
     bound = file.bound_for(2, 3.0)
-    expected = calls_at(expected_gain(file.head, told), bound, 2)
+    expected = calls_at(told, expected_gain(file.head, told), bound, 2)
     gold = dict(zip(recorded.query, recorded.gold, strict=True))
     text = policies(recorded, first=2, mean_calls=3.0)
     async with serving(tmp_path, text, **WAITS) as (client, _):
@@ -235,12 +235,9 @@ async def test_what_the_command_writes_is_served_as_it_was_judged(
             k = int(expected[i])
             right = body["choices"][0]["message"]["content"] == gold[query]
             assert right == (told.score[i, k - 1] == 1)
-            if details["stopped"] == "cannot_change":  # which arrays do not look for
-                assert details["asked"] <= k
-            else:
-                assert details["asked"] == k
+            assert details["asked"] == k == len(body["composer"]["experts"])
+            if k > 2:  # one of the first two may be cut short
                 assert details["probability"] == pytest.approx(told.probability[i, k - 1], abs=2e-4)
-            assert details["asked"] == len(body["composer"]["experts"])
 
 
 def test_a_policy_with_another_expert_is_refused(

@@ -12,8 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from composer.strategies.vote import Vote, VoteSettings
-from composer.strategies.voting.head import DOUBTS, STATE, Groups, Head, log_odds_of
-from composer.strategies.voting.learnt import TIE, HeadFile, HeadRule, Stop
+from composer.strategies.voting.head import DOUBTS, STATE, TIE, Groups, Head, log_odds_of
+from composer.strategies.voting.learnt import HeadFile, HeadRule, Stop
 from tests.strategies.test_strategies import Experts
 from tests.strategies.test_waves import rated, told
 

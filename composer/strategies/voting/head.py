@@ -32,6 +32,9 @@ IntArray = npt.NDArray[np.int64]
 CUT = 3.0
 """Log-odds are cut here: beyond .95 or below .05 a router's word is not that good."""
 
+TIE = 1e-9
+"""Scores nearer than this may be ordered by how they were added up: nothing is settled then."""
+
 DOUBTS = 6
 STATE = 8
 
@@ -54,10 +57,48 @@ class Head:
 
     def scores(self, groups: Groups) -> Float64:
         """(n, k) of the group that each place begins, −∞ at other places."""
-        by_size = np.concatenate([[0.0, 0.0], self.agreement])
-        value = self.follow * groups.total + by_size[groups.size]
-        value[:, 0] += self.best
+        value = self._followed(groups) + self._by_size[groups.size]
         return np.where(groups.begins, value, -np.inf)
+
+    def worth(self, log_odds: Float64) -> Float64:
+        """(n, K) what each expert adds to its group's score, but for the agreement; best first."""
+        value = self.follow * np.clip(log_odds, -CUT, CUT)
+        value[:, 0] += self.best
+        return np.asarray(value)
+
+    def settled(self, groups: Groups, open_worth: Float64) -> npt.NDArray[np.bool_]:
+        """(n,) whether the likeliest group stays so whatever the experts not heard say, who are
+        `worth` (n, m), or if they say nothing. Exact: of those that join the leader, and those that
+        join a rival or begin one, only how many there are and the extremes of their worth matter.
+        """
+        n, m = open_worth.shape
+        low = np.zeros((n, m + 1))
+        low[:, 1:] = np.cumsum(np.sort(open_worth, axis=1), axis=1)
+        high = np.zeros((n, m + 1))
+        high[:, 1:] = np.cumsum(-np.sort(-open_worth, axis=1), axis=1)
+        followed, by_size, rows = self._followed(groups), self._by_size, np.arange(n)
+        leader = self.scores(groups).argmax(axis=1)
+        rival = groups.begins & (np.arange(groups.place.shape[1]) != leader[:, None])
+        may_change = ~groups.begins.any(axis=1)
+        for i in range(m + 1):
+            least = followed[rows, leader] + low[:, i] + by_size[groups.size[rows, leader] + i]
+            for j in range(m - i + 1):
+                size = np.where(rival, groups.size, 0) + j
+                reach = np.where(rival, followed + high[:, j, None] + by_size[size], -np.inf)
+                most = reach.max(axis=1)
+                if j:
+                    most = np.maximum(most, high[:, j] + by_size[j])
+                may_change |= most > least - TIE
+        return np.asarray(~may_change, np.bool_)
+
+    @property
+    def _by_size(self) -> Float64:
+        return np.concatenate([[0.0, 0.0], self.agreement])
+
+    def _followed(self, groups: Groups) -> Float64:
+        value = self.follow * groups.total
+        value[:, 0] += self.best
+        return np.asarray(value)
 
     def posterior(self, groups: Groups) -> tuple[Float64, Float64]:
         """(n, k) the probability of the group that each place begins, 0 at other places, and (n,)

@@ -9,7 +9,6 @@ had in training, and fits nothing.
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -19,9 +18,6 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from composer.strategies.voting.counting import Keys, groups_of
 from composer.strategies.voting.head import DOUBTS, STATE, Float64, Groups, Head
-
-TIE = 1e-9
-"""Scores nearer than this may be ordered by how they were added up: nothing is settled then."""
 
 
 class Stop(BaseModel):
@@ -145,10 +141,7 @@ class HeadRule:
         self._head = head
         self._log_odds = log_odds
         self._bound = bound
-        worth = head.follow * log_odds
-        worth[0] += head.best
-        self._worth: list[float] = worth.tolist()
-        self._agreement: list[float] = [0.0, 0.0, *head.agreement.tolist()]
+        self._worth = head.worth(log_odds[None])[0]
 
     def winner(self, keys: Keys) -> int:
         if not any(key is not None for key in keys.values()):
@@ -156,21 +149,8 @@ class HeadRule:
         return int(self._head.scores(self._groups(keys))[0].argmax())
 
     def settled(self, keys: Keys, open_ranks: Collection[int]) -> bool:
-        groups = list(groups_of(keys).values())
-        if not groups:
-            return False
-        leader = max(groups, key=lambda g: (self._score(g), -min(g)))
-        low = sorted(self._worth[r] for r in open_ranks)
-        for i in range(len(low) + 1):  # who joins the leader: the i that are worth least
-            least = self._score(leader, low[:i])
-            for j in range(len(low) - i + 1):  # and a rival: the j that are worth most
-                joined = low[len(low) - j :]
-                rivals = [self._score(g, joined) for g in groups if g is not leader]
-                if joined:
-                    rivals.append(self._score([], joined))
-                if rivals and max(rivals) > least - TIE:
-                    return False
-        return True
+        worth = self._worth[None, list(open_ranks)]
+        return bool(self._head.settled(self._groups(keys), worth)[0])
 
     def enough(self, keys: Keys, ahead: Sequence[int]) -> str | None:
         groups = self._groups(keys)
@@ -189,8 +169,3 @@ class HeadRule:
         asked = max(keys) + 1
         answers = [-1 if (key := keys.get(rank)) is None else numbers[key] for rank in range(asked)]
         return Groups.of(np.array([answers]), self._log_odds[None, :asked])
-
-    def _score(self, members: Sequence[int], joined: Sequence[float] = ()) -> float:
-        size = len(members) + len(joined)
-        worth = math.fsum(self._worth[r] for r in members) + math.fsum(joined)
-        return worth + self._agreement[size]
