@@ -244,9 +244,10 @@ def compare(
 
 
 def _card_line(card: dict[str, Any]) -> str:
+    gain = card["gain_over_best_single"]
     parts = [
         f"accuracy {percent(card['avg_acc'], card['ci95'])}",
-        f"over best single {100 * (card['gain_over_best_single'] or 0):+.1f}",
+        f"over best single {'–' if gain is None else f'{100 * gain:+.1f}'}",
         f"Brier {number(card['brier'])} (base rate {number(card['brier_base_rate'])})",
         f"ECE {number(card['ece'])}",
     ]

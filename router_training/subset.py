@@ -15,6 +15,7 @@ from composer.routing.outcomes import Outcomes
 from composer.routing.subsets import ENUMERATED, best_subset, budgeted_map
 from router_training.cells import numbers, texts
 from router_training.errors import DataError, Problems, TrainingError
+from router_training.measures import base_rates
 from router_training.tables import read_table
 
 Float64 = npt.NDArray[np.float64]
@@ -105,7 +106,7 @@ def keep_within(
         value=value,
         best=value if np.isnan(best) else best,
         exact=exact,
-        everybody=float((share * quality.max(axis=1)).sum()),
+        everybody=float((share * np.nanmax(quality, axis=1)).sum()),
         memory_gb=None if limits.memory_gb is None else float(memory[own].sum()),
         cost=None if np.isnan(spent) else spent,
     )
@@ -127,14 +128,14 @@ def by_kind(
     outcomes: Outcomes, prior: float = PRIOR
 ) -> tuple[tuple[str, ...], Float64, Float64, Float64]:
     """The kinds (C,) of question, how many there are of each, and the experts' smoothed quality
-    and mean cost (C, E) there."""
+    and mean cost (C, E) there, NaN where nothing is known."""
     names = [
         "/".join(part for part in pair if part) or "all"
         for pair in zip(outcomes.benchmark, outcomes.category, strict=True)
     ]
     kinds, owner = np.unique(names, return_inverse=True)
     known = outcomes.known
-    overall = np.nanmean(outcomes.quality, axis=0, dtype=np.float64)
+    overall = base_rates(outcomes)
     quality, cost = [], []
     for kind in range(len(kinds)):
         own = owner == kind

@@ -161,6 +161,20 @@ TWO = outcomes(
 MEASURED = {"e0": (10.0, 50.0), "e1": (10.0, 200.0), "e2": (8.0, 20.0)}
 
 
+def test_an_expert_without_an_outcome_is_nobodys_choice() -> None:
+    quality = np.hstack([TWO.quality, np.full((60, 1), NAN)])
+    found = keep_within(
+        outcomes(quality, category=TWO.category),
+        Limits(memory_gb=40),
+        MEASURED | {"e3": (1.0, 1.0)},
+    )
+    assert "e3" not in found.of.values()
+    known = keep_within(
+        outcomes(TWO.quality, category=TWO.category), Limits(memory_gb=40), MEASURED
+    )
+    assert found.everybody == pytest.approx(known.everybody)
+
+
 @pytest.mark.parametrize(
     ("limits", "kept"),
     [

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from router_training.cli import app
+from router_training.cli import _card_line, app
 from router_training.embedding import Embedding
 from router_training.progress import Progress
 from router_training.vectors import KeptVectors
@@ -97,6 +97,12 @@ def test_a_table_of_intents(tmp_path: Path) -> None:
         == json.loads((folder / "manifest.json").read_text())["metrics"]["threshold"]
     )
     assert scope["auroc"] > 0.8
+
+
+def test_a_gain_that_is_not_known_is_no_zero() -> None:
+    card = {"avg_acc": 0.5, "ci95": None, "brier": 0.2, "brier_base_rate": 0.2, "ece": None}
+    assert "over best single –, " in _card_line({**card, "gain_over_best_single": None})
+    assert "over best single +0.0, " in _card_line({**card, "gain_over_best_single": 0.0})
 
 
 def test_json_alone_on_standard_output(data: Path, dev: Path, tmp_path: Path) -> None:
