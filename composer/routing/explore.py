@@ -109,7 +109,10 @@ def _drawn(
     floor = policy.unsure
     return replace(
         plan,
-        choices=tuple(Choice(e, float(w)) for e, w in zip(ids, weight[order], strict=True)),
+        choices=tuple(
+            Choice(e, float(w), float(q))
+            for e, w, q in zip(ids, weight[order], quality[experts[order]], strict=True)
+        ),
         calls=tuple(ids),
         scores={**plan.scores, **{scores.experts[e]: round(float(quality[e]), 4) for e in experts}},
         reasons={

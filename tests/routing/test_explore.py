@@ -83,6 +83,9 @@ def test_several_are_drawn_each_once_or_as_often_as_they_are() -> None:
         assert sum(weights) == pytest.approx(1)
         # Of three draws: k is 4, and the plan has the three who are eligible.
         assert all((3 * w) == pytest.approx(round(3 * w)) for w in weights)
+        # A share of the draws is no probability, and a vote by log-odds reads one.
+        for choice in plan.choices:
+            assert choice.quality == pytest.approx(QUALITY[IDS.index(choice.expert)])
     assert {len(plan.choices) for plan in often} >= {1, 2}
 
 
