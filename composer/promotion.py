@@ -13,6 +13,7 @@ from datetime import UTC, datetime
 from functools import partial
 from typing import Any, Protocol, runtime_checkable
 
+from composer.eligibility import restricted
 from composer.errors import ComposerError, Conflict, UnknownModel
 from composer.generations import Generations, Way
 from composer.pipeline import Outcome
@@ -115,6 +116,8 @@ class Promotions:
         if way is None or router is None or version != outcome.catalog_version:
             return None  # another catalog by now, perhaps with another shadow
         shadow: Router = router.shadow
+        # As the decision it is compared with: whom the key excludes was not to be chosen.
+        request = restricted(request, self._generations.live[-1].catalog)
         query = Query(request.text, request.turns[:-1])
         scores, _ = await conversation.score(shadow, query, way.eligibility.mask(request))
         aim = aim_of(

@@ -236,6 +236,24 @@ async def test_a_request_the_shadow_cannot_choose_for_leaves_the_others_of_its_p
         assert (shown["comparison"]["requests"], shown["left_out"]) == (3, 2)
 
 
+async def test_the_shadow_chooses_among_those_the_callers_key_leaves(
+    tmp_path: Path, artefacts: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("QUIET_KEY", "quiet")
+    config = yaml.safe_load(shadowed(artefacts))
+    config["keys"] = {"quiet": {"key_env": "QUIET_KEY", "exclude": ["uppercase"]}}
+    async with serving(tmp_path, yaml.safe_dump(config)) as (client, service):
+        client.headers["authorization"] = "Bearer quiet"
+        answers = await answered(client, 4)
+        await settled(service)
+        await judge(service, answers, "plural")
+        compared = await service.promotions._shadows.compared(
+            "auto",
+            service.generations.current.ways["auto"].router.shadow.artefact,  # type: ignore
+        )
+        assert [one.choice for one in compared] == ["plural"] * 4
+
+
 async def test_a_policy_may_have_a_slash_in_its_id(tmp_path: Path, artefacts: Path) -> None:
     async with serving(tmp_path, shadowed(artefacts, "team/auto")) as (client, _):
         for path in ("team/auto", "team%2Fauto"):
