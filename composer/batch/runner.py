@@ -124,7 +124,8 @@ class Runner:
                 if self._draining:
                     return
                 try:
-                    asked = self.codec.read(lines[index], "0" * 32)
+                    # An id of its own: who is tried out on a line is drawn by it.
+                    asked = self.codec.read(lines[index], uuid4().hex)
                     plan = await self._pipeline.plan(asked.request)
                 except EngineUnavailable:
                     raise

@@ -15,14 +15,15 @@ from composer.batch.answers import Answers
 from composer.batch.lines import Lines
 from composer.batch.runner import Unwatched
 from composer.errors import EngineError, EngineUnavailable, Overloaded, RequestError, StoreError
+from composer.routing.base import Exploration, Query, Scores
 from composer.scheduling.base import Lease, Place
 from composer.scheduling.events import Model
 from composer.scheduling.policy import PolicySettings, SwapPolicy
 from composer.scheduling.scheduler import DeviceScheduler
 from composer.strategies.vote import Vote, VoteSettings
-from composer.types import Call, Chunk, Component, Expert, Server
+from composer.types import Ask, BoolArray, Call, Chunk, Component, Expert, Server
 from tests.batch.helpers import ENDPOINTS, Bench, content, line, read, write
-from tests.fakes import FakeEngine, FakeScheduler, FakeSettings, Stage, place, stage
+from tests.fakes import FakeEngine, FakeRouter, FakeScheduler, FakeSettings, Stage, place, stage
 
 
 async def test_answers_come_in_the_inputs_order_with_openais_fields(tmp_path: Path) -> None:
@@ -322,6 +323,23 @@ async def test_plans_made_before_a_reload_are_made_anew(tmp_path: Path) -> None:
     source = write(tmp_path / "in", [line("a"), line("b", "please beta")])
     answered = await bench.run(source, tmp_path / "out")
     assert [content(one) for one in answered] == ["beta:please alpha", "beta:please beta"]
+
+
+class Exploring(FakeRouter):
+    """Spreads every request evenly over its experts."""
+
+    async def score(self, query: Query, eligible: BoolArray, ask: Ask | None = None) -> Scores:
+        return replace(await super().score(query, eligible), exploration=Exploration(1.0))
+
+
+async def test_each_line_is_explored_on_by_a_draw_of_its_own(tmp_path: Path) -> None:
+    staged = stage()
+    way = staged.generation.ways["auto"]
+    exploring = replace(way, router=Exploring(way.policy.experts))
+    staged.generation.ways["auto"] = exploring  # type: ignore[index]
+    source = write(tmp_path / "in", [line(f"id-{i}") for i in range(40)])
+    answered = await Bench(staged).run(source, tmp_path / "out")
+    assert {content(one).split(":")[0] for one in answered} == {"alpha", "beta"}
 
 
 async def test_memory_holds_few_lines(tmp_path: Path) -> None:
