@@ -54,8 +54,7 @@ class Edge:
             await self._app(scope, receive, send)
             return
         request_id = uuid4().hex
-        key = self._key_of(scope)
-        scope.setdefault("state", {}).update(request_id=request_id, key=key or "")
+        scope.setdefault("state", {})["request_id"] = request_id
         started = False
 
         async def send_with_id(message: Message) -> None:
@@ -65,11 +64,13 @@ class Edge:
                 MutableHeaders(scope=message)["x-request-id"] = request_id
             await send(message)
 
-        refusal = self._refusal(scope, known=key is not None)
-        if refusal is not None:
-            await refusal.response()(scope, receive, send_with_id)
-            return
         try:
+            key = self._key_of(scope)
+            scope["state"]["key"] = key or ""
+            refusal = self._refusal(scope, known=key is not None)
+            if refusal is not None:
+                await refusal.response()(scope, receive, send_with_id)
+                return
             await self._app(scope, self._limited(receive, self._limit(scope)), send_with_id)
         except Exception as error:
             if started:
@@ -77,7 +78,8 @@ class Edge:
             await logged(error, request_id).response()(scope, receive, send_with_id)
 
     def _key_of(self, scope: Scope) -> str | None:
-        """The name of the key that the request came with, None for one that opens nothing."""
+        """The name of the key that the request came with, None for one that opens nothing. Raises
+        EngineUnavailable where nobody knows the keys yet, or any more."""
         if scope["path"] in OPEN_PATHS:
             return ""
         named = tuple(self._keys())

@@ -83,6 +83,16 @@ async def test_where_there_are_keys_one_is_needed(client: httpx.AsyncClient) -> 
     assert (await client.get("/health")).status_code == 200
 
 
+async def test_while_no_keys_are_known_a_request_is_told_to_come_back() -> None:
+    world = make_world()
+    async with InProcess(world) as client:
+        await world.service.close()
+        refused = await client.get("/v1/models", headers=bearer("quiet"))
+        assert refused.status_code == 503
+        assert refused.json()["error"]["code"] == "engine_unavailable"
+        assert len(refused.headers["x-request-id"]) == 32
+
+
 async def test_the_services_own_key_excludes_nobody() -> None:
     world = make_world(settings=Settings(api_key="whole"))
     world.keys = (key("quiet", "shout"), ApiKey("unset", "UNSET_KEY", None, frozenset()))
