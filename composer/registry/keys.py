@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import os
-import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from composer.registry.blocks import ID_REMEDY, Block, Place, block_at, unknown_name, validate
+from composer.registry.blocks import Block, Place, block_named, unknown_name, validate
 from composer.registry.context import Context
-from composer.registry.specs import ID, KeySpec
+from composer.registry.specs import KeySpec
 from composer.types import ApiKey
 
 
@@ -22,10 +21,7 @@ def make_keys(
     keys: dict[str, ApiKey] = {}
     for id_, data in entries.items():
         place = Place(context.file, ("keys", id_))
-        if re.fullmatch(ID, id_) is None:
-            context.problems.append(place.problem(f"{id_!r} cannot be an id", ID_REMEDY))
-            continue
-        block, problems = block_at(place, data)
+        block, problems = block_named(place, id_, data)
         context.problems += problems
         if block is None:
             continue
