@@ -65,7 +65,7 @@ class AskedSkills:
         """Which skills, by number, none where no usable answer came; and what is to be told."""
         chosen = self._settings
         asking = Asking(ask, chosen.expert, None if query.patient else chosen.timeout_s)
-        question = keywords.PROMPT.format(text=query.text)
+        question = keywords.PROMPT.format(text=query.asked)
         said = await asyncio.gather(
             *(
                 asking.say(

@@ -16,12 +16,19 @@ from composer.types import Ask, BoolArray, Expert, FloatArray, Tier, empty
 class Query:
     """What can be read of a request. `text` is the caller's last words, untouched, and all that a
     router reads; `earlier` are their turns before it, oldest first, of which `conversation` makes
-    queries that need none. `patient`: nobody waits for the decision (a batch), so an LLM that the
-    router asks may take its time."""
+    queries that need none. `for_llm` is what an LLM that the router asks reads in the place of
+    `text`, where that differs. `patient`: nobody waits for the decision (a batch), so that LLM may
+    take its time."""
 
     text: str
     earlier: tuple[str, ...] = ()
     patient: bool = False
+    for_llm: str | None = None
+
+    @property
+    def asked(self) -> str:
+        """What an LLM reads."""
+        return self.text if self.for_llm is None else self.for_llm
 
 
 @dataclass(frozen=True, slots=True)

@@ -48,15 +48,18 @@ async def score(
     he was asked with, so a reading that repeats them outdoes a change of subject in few words.
 
     A router that asks an LLM is given all turns and nothing else: an LLM knows what a follow-up
-    follows, and three readings would be three calls. Where it cannot be asked (`ask` None) the
-    router falls back, and is read as any other.
+    follows, and three readings would be three calls. What it embeds beside that is cut to what an
+    embedder reads. Where it cannot be asked (`ask` None) the router falls back, and is read as any
+    other.
 
     `eligible` (E,). The readings are scored at once: an embedder makes one batch of them.
     """
     if router.asked is not None and ask is not None:
-        turns = [turn for turn in query.earlier if turn.strip()]
-        text = joined([*turns, query.text], ASKED_CHARS) if turns else query.text
-        return await router.score(_read(query, text), eligible, ask), len(turns) + 1
+        text, reach = readings(query)[-1]
+        every = [*_turns(query), query.text]
+        whole = joined(every, ASKED_CHARS) if reach > 1 else _cut(query.text, ASKED_CHARS)
+        read = replace(_read(query, text), for_llm=whole)
+        return await router.score(read, eligible, ask), reach
     found = readings(query)
     scored = await asyncio.gather(
         *(router.score(_read(query, text), eligible) for text, _ in found)
@@ -71,6 +74,10 @@ def _read(query: Query, text: str) -> Query:
     return replace(query, text=text, earlier=())
 
 
+def _turns(query: Query) -> list[str]:
+    return [turn for turn in query.earlier if turn.strip()]
+
+
 def readings(query: Query) -> list[tuple[str, int]]:
     """The last turn alone, with the turn before it, and with all turns, as far as these differ;
     each with the number of turns that it reaches back.
@@ -78,7 +85,7 @@ def readings(query: Query) -> list[tuple[str, int]]:
     At most three, because each is an embedding: what a follow-up refers to is mostly said just
     before it, or is what the conversation is about, which its first turn says.
     """
-    turns = [turn for turn in query.earlier if turn.strip()]
+    turns = _turns(query)
     found = [(query.text, 1)]
     if turns:
         found.append((joined([turns[-1], query.text]), 2))

@@ -135,13 +135,13 @@ class LlmRouter:
         asking = Asking(ask, chosen.expert, None if query.patient else chosen.timeout_s)
         told: dict[str, Any]
         if chosen.method == "instruction":
-            instruction = await _instruction(query.text, asking)
+            instruction = await _instruction(query.asked, asking)
             read = query if instruction is None else dataclasses.replace(query, text=instruction)
             scores = await self._base.score(read, eligible)
             told = {} if instruction is None else {"instruction": instruction}
         else:
             scores = await self._base.score(query, eligible)
-            scores, gone = await self._eliminated(query.text, scores, asking)
+            scores, gone = await self._eliminated(query.asked, scores, asking)
             told = {"eliminated": gone}
         told = {"asked": {"method": chosen.method, **asking.told, **told}}
         return dataclasses.replace(scores, told=told)

@@ -13,10 +13,10 @@ import pytest
 from composer.errors import EngineUnavailable
 from composer.routing.asking import Asking
 from composer.routing.base import Query, Scores
-from composer.routing.conversation import ASKED_CHARS, score
+from composer.routing.conversation import ASKED_CHARS, READ_CHARS, score
 from composer.routing.llm import LlmRouter, LlmSettings
 from composer.routing.neighbours import NeighboursRouter
-from composer.types import Chunk, Message, Sampling
+from composer.types import Chunk, FloatArray, Message, Sampling
 from tests.engines.scripted import chooses, expert_of
 from tests.routing.helpers import WordEmbedder, expert
 
@@ -210,9 +210,27 @@ async def test_of_a_conversation_the_llm_is_asked_once_with_all_turns() -> None:
     assert (best(found), turns) == ("bread", 3)
     assert len(llm.questions) == 1
     assert "how do I bake?\nwhy flour?\nand in French?" in llm.questions[0]
-    long = Query("and?", ("x" * 9000,))
-    await score(router(), long, ALL, llm)
-    assert len(llm.questions[-1]) < ASKED_CHARS + 1000
+    for long in (Query("and?", ("x" * 9000,)), Query("x" * 9000)):
+        await score(router(), long, ALL, llm)
+        assert len(llm.questions[-1]) < ASKED_CHARS + 1000
+
+
+async def test_what_retrieval_reads_beside_the_llm_reaches_the_last_turn() -> None:
+    embedder = WordEmbedder()
+    made = LlmRouter.build(EXPERTS, LlmSettings(expert="wise", method="elimination"), embedder)
+    read: list[str] = []
+    embed = embedder.embed
+
+    async def noted(text: str) -> FloatArray:
+        read.append(text)
+        return await embed(text)
+
+    embedder.embed = noted  # type: ignore[method-assign]
+    llm = Llm(lambda _: "1")
+    await score(made, Query("my cat purrs", ("x " * 3000,)), ALL, llm)
+    assert read
+    assert all(len(text) <= READ_CHARS + 10 and text.endswith("my cat purrs") for text in read)
+    assert all("x " * 1000 in question for question in llm.questions)
 
 
 async def test_of_a_conversation_nobody_can_be_asked_about_three_readings_are_scored() -> None:
