@@ -108,6 +108,10 @@ class VoteSettings(BaseModel):
             raise ValueError("with all asked at once no call can be spared; add `first`")
         elif self.mean_calls is not None and self.bound is not None:
             raise ValueError("`mean_calls` and `bound` both say when to stop; keep one")
+        elif self.mean_calls is not None and self.step > 1:
+            raise ValueError(
+                "`mean_calls` holds where those after `first` are asked one by one; drop `step`"
+            )
         return self
 
 

@@ -109,6 +109,17 @@ def test_settled_is_exact(head: Head, log_odds: list[float], said: list[str | No
 # --- the file ---------------------------------------------------------------------------
 
 
+@given(heads(), st.lists(st.floats(-4, 4), min_size=MOST, max_size=MOST))
+def test_a_call_that_was_cut_short_is_no_abstention(head: Head, log_odds: list[float]) -> None:
+    """Who was quick does not tell: 0 and 3 agree, and the others were not heard to their end."""
+    rule = HeadRule(head, log_odds_of(1 / (1 + np.exp(-np.array(log_odds)))), 0.0)
+    cut = {0: "a", 3: "a"}
+    two = HeadRule(head, log_odds_of(1 / (1 + np.exp(-np.array(log_odds)[[0, 3]]))), 0.0)
+    assert rule.probability(cut) == pytest.approx(two.probability({0: "a", 1: "a"}))
+    assert rule.winner({3: "a", 2: "b", 0: None}) in (2, 3)
+    assert rule.winner({3: "a", 1: None}) == 3
+
+
 def file_of(head: Head, **changed: Any) -> HeadFile:
     stops = tuple(
         Stop(calls=calls, bound=bound, accuracy=0.5)
@@ -236,6 +247,7 @@ def test_a_broken_file_is_told(tmp_path: Path, text: str | None, message: str) -
         {"head": "h.json", "weights": "majority"},
         {"head": "h.json", "bound": 0.1},
         {"head": "h.json", "first": 2, "bound": 0.1, "mean_calls": 3},
+        {"head": "h.json", "first": 2, "step": 2, "mean_calls": 3},
     ],
 )
 def test_settings_that_contradict_each_other_are_refused(wrong: dict[str, Any]) -> None:

@@ -135,7 +135,9 @@ class HeadFile(BaseModel):
 
 class HeadRule:
     """The head over the experts of one plan: `log_odds` (k,) best first. Nobody more is asked once
-    the expected gain is below `bound`. Whoever was asked and not heard counts as abstaining."""
+    the expected gain is below `bound`. A call that was cut short is no abstention: whoever was not
+    heard counts as not asked. Only the best expert's place stays, since it has a weight of its own.
+    """
 
     def __init__(self, head: Head, log_odds: Float64, bound: float) -> None:
         self._head = head
@@ -146,7 +148,7 @@ class HeadRule:
     def winner(self, keys: Keys) -> int:
         if not any(key is not None for key in keys.values()):
             return min(keys)
-        return int(self._head.scores(self._groups(keys))[0].argmax())
+        return _places(keys)[int(self._head.scores(self._groups(keys))[0].argmax())]
 
     def settled(self, keys: Keys, open_ranks: Collection[int]) -> bool:
         worth = self._worth[None, list(open_ranks)]
@@ -166,6 +168,11 @@ class HeadRule:
 
     def _groups(self, keys: Keys) -> Groups:
         numbers = {key: number for number, key in enumerate(groups_of(keys))}
-        asked = max(keys) + 1
-        answers = [-1 if (key := keys.get(rank)) is None else numbers[key] for rank in range(asked)]
-        return Groups.of(np.array([answers]), self._log_odds[None, :asked])
+        places = _places(keys)
+        answers = [-1 if (key := keys.get(rank)) is None else numbers[key] for rank in places]
+        return Groups.of(np.array([answers]), self._log_odds[None, places])
+
+
+def _places(keys: Keys) -> list[int]:
+    """The ranks that the head reads, best first."""
+    return sorted({0, *keys})
