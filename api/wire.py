@@ -247,16 +247,16 @@ def usage_body(usage: Usage) -> dict[str, int]:
 def composer_body(outcome: Outcome) -> dict[str, Any]:
     """Who answered and why: the `composer` field. Of an answer that has ended.
 
-    `expert` wrote the text; `experts` are all that were called for it, best first; `details` is
-    what the strategy tells of how it came about.
+    `expert` wrote the text; `experts` are all that were called for it, best first, but for a
+    router's own questions; `details` is what the strategy tells of how it came about.
     """
     plan, timings = outcome.plan, outcome.timings
     assert plan is not None
-    called = list(dict.fromkeys(str(call["expert"]) for call in timings.calls))
+    called = dict.fromkeys(str(c["expert"]) for c in timings.calls if "routing" not in c)
     first = timings.first_token_ms
     return {
         "expert": answered_by(outcome),
-        "experts": called,
+        "experts": list(called),
         "policy": plan.policy,
         "strategy": plan.strategy,
         "scores": plan.scores,

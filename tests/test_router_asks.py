@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import yaml
 
+from api.wire import composer_body
 from composer.build import load, make_embedder
 from composer.errors import CatalogError
 from composer.generations import Generations
@@ -122,6 +123,7 @@ async def test_the_call_counts_in_timings_usage_and_cost_and_takes_a_lease() -> 
     assert outcome.experts == ["beta"]
     # Nobody who only routed is taken for one who answered.
     assert record_of(outcome, content=False).experts == ("beta",)
+    assert composer_body(outcome)["experts"] == ["beta"]
 
 
 async def test_the_question_has_nothing_of_what_the_answer_is_to_be() -> None:
