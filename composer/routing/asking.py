@@ -15,8 +15,8 @@ from composer.types import Ask, Message, Sampling
 
 log = logging.getLogger(__name__)
 
-_THOUGHT = re.compile(r".*</think>", re.DOTALL)
-"""What a reasoning model writes before its answer."""
+_THOUGHT = re.compile(r".*</think>|<think>.*", re.DOTALL)
+"""What a reasoning model writes before its answer, or instead of it where its tokens run out."""
 
 
 class Asking:

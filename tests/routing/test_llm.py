@@ -197,6 +197,12 @@ async def test_what_was_eliminated_before_the_llm_failed_stays_so() -> None:
     assert np.nanargmin(found.quality) == 0
 
 
+async def test_a_thought_without_an_end_is_no_answer() -> None:
+    asking = Asking(Llm(lambda _: "<think>Expert 2 is about dogs, and"), "wise", None)
+    assert await asking.say("who?", max_tokens=7) is None
+    assert asking.failed == "empty"
+
+
 async def test_a_number_that_is_nobody_s_is_passed_over() -> None:
     llm = Llm(lambda q: "Of the 17 experts it is 2." if "2." in q else "1")
     found = await router(method="elimination", candidates=2).score(Query("my cat purrs"), ALL, llm)
