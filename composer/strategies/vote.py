@@ -212,5 +212,6 @@ def _details(poll: Poll, rule: Rule, key: str | None) -> dict[str, Any]:
         "asked": poll.asked,
         "agreed": sum(k == key for k in poll.keys.values()) if key is not None else 0,
         "stopped": poll.stopped,
+        **({"failed": [poll.experts[r] for r in sorted(poll.errors)]} if poll.errors else {}),
         **({} if probability is None else {"probability": round(probability, 4)}),
     }

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from composer.errors import EngineError
+from composer.errors import EngineError, Overloaded
 from composer.strategies.voting.counting import Weights, log_odds
 from composer.types import Choice, Plan, Usage
 from tests.strategies.test_strategies import Experts, collect, plan, vote
@@ -70,7 +70,17 @@ async def test_whoever_fails_abstains_and_the_next_is_asked() -> None:
     ask = Experts({"e0": EngineError("broke"), "e1": "no idea", "e2": "7", "e3": "7"})
     text, details = await told(ask, plan(*[0.25] * 4), extractor="number", first=1)
     assert ask.asked == ["e0", "e1", "e2"]  # the last could but tie, and ties go to the better
-    assert (text, details) == ("7", {"asked": 3, "agreed": 1, "stopped": "cannot_change"})
+    assert (text, details["agreed"]) == ("7", 1)
+    assert (details["asked"], details["stopped"]) == (3, "cannot_change")
+    assert details["failed"] == ["e0"]  # who gave no readable answer did answer
+
+
+async def test_who_is_refused_under_load_is_named() -> None:
+    full = {f"e{i}": Overloaded("full", retry_after=1) for i in (3, 1)}
+    ask = Experts({"e0": "a", **full, "e2": "b"}, steps={"e1": 4})
+    _, details = await told(ask, plan(*[0.25] * 4), weights="majority")
+    assert details["failed"] == ["e1", "e3"]
+    assert details["asked"] == 4
 
 
 async def test_when_all_fail_the_best_experts_error_is_raised() -> None:
