@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -104,7 +105,7 @@ def describe_base_model(
 
 def _read_config(folder: Path) -> dict[str, Any]:
     file = folder / "config.json"
-    if not folder.is_dir():
+    if not os.path.isdir(folder):  # False, too, for a name that no file system takes
         reason, remedy = "there is no such folder", "Name the base model's folder."
     elif not file.is_file():
         reason, remedy = "config.json is missing", "Name a model saved with `save_pretrained`."

@@ -221,6 +221,6 @@ def _read_base(
 def _is_path(context: Context, written: str) -> bool:
     """A folder that is there, or what could be nothing else; `org/name` that is no folder is a
     name on the hub."""
-    if written.startswith((".", "/", "~")) or context.located(written).is_dir():
+    if written.startswith((".", "/", "~")) or os.path.isdir(context.located(written)):
         return True
     return "/" in written and not is_hub_name(written)

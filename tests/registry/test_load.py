@@ -329,6 +329,15 @@ def test_the_table_names_every_expert_policy_and_digest(load: Load) -> None:
     assert "added at run time" in text
 
 
+@pytest.mark.parametrize("model", ["./" + "x" * 300, "x" * 300])
+def test_a_model_folder_that_no_file_system_takes_is_refused(
+    load: Load, registry: Path, model: str
+) -> None:
+    registry.write_text(REGISTRY.replace("./bases/tiny", model))
+    with pytest.raises(CatalogError, match=r"no such folder|neither a folder"):
+        load()
+
+
 # --- any text at all -------------------------------------------------------------------------
 
 PIECES = [
