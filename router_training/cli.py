@@ -23,6 +23,7 @@ from router_training.console import (
     Skills,
     Split,
     bars,
+    judged_by,
     named_experts,
     number,
     out,
@@ -139,7 +140,7 @@ def evaluate(
         from router_training.embedding import open_embedding
         from router_training.evaluate import evaluate as judge
 
-        outcomes = outcomes_of(data, None, split, prices, judging=True)
+        outcomes = judged_by(artefact, data, split, prices)
         with bars(as_json) as progress:
             embedding = open_embedding(progress)
             result = judge(

@@ -36,8 +36,8 @@ from router_training.tables import Table, read_table
 CONCURRENCY = 16
 
 FAILED_IN_A_ROW = 3
-"""Calls of one expert that fail, after all their tries, before the rest of its questions is left
-for another run."""
+"""Calls of one expert, or of the judge, that fail, after all their tries, before the rest of its
+questions, or of the answers, is left for another run."""
 
 PLACE = "{query}"
 
@@ -148,6 +148,8 @@ class Collected:
     notes: list[str] = field(default_factory=list)
     unasked: int = 0
     """Calls that failed and may succeed in another run."""
+    unread: list[str] = field(default_factory=list)
+    """Why answers have no score, one by one, of those that were tried."""
 
 
 async def collect(
@@ -162,6 +164,29 @@ async def collect(
 ) -> Collected:
     """Call `check` first. Raises AskError where nobody can be asked, TrainingError where there is
     not one answer, or not one that could be scored."""
+    found = await heard(
+        questions, experts, ask, scorer, prompt, concurrency=concurrency, progress=progress
+    )
+    answers = sum(answer is not None for said in found.said.values() for answer in said)
+    if not answers:
+        raise TrainingError("; ".join(["there is not one answer", *found.notes]))
+    if all(score is None for scores in found.scores.values() for score in scores):
+        raise TrainingError(f"not one of {answers} answers could be scored: {found.unread[0]}")
+    return found
+
+
+async def heard(
+    questions: Questions,
+    experts: Sequence[str],
+    ask: Ask,
+    scorer: Scorer,
+    prompt: Prompt,
+    *,
+    concurrency: int = CONCURRENCY,
+    progress: Progress = silent,
+) -> Collected:
+    """As `collect`, and silence is a finding, too: it may be without one answer or score. Raises
+    AskError where nobody can be asked."""
     found = Collected()
     for expert in experts:
         found.said[expert] = await _asked(
@@ -226,27 +251,31 @@ async def _score(
         for row, answer in enumerate(said)
         if answer is not None
     ]
-    if not todo:
-        raise TrainingError("; ".join(["there is not one answer", *found.notes]))
     found.scores = {expert: [None] * len(questions) for expert in found.said}
-    unread: list[str] = []
-    done = 0
+    unread = found.unread
+    done = in_a_row = left = 0
     progress("scoring", 0, len(todo))
 
     async def one(at: tuple[str, int]) -> None:
-        nonlocal done
+        nonlocal done, in_a_row, left
+        if in_a_row >= FAILED_IN_A_ROW:
+            left += 1
+            return
         expert, row = at
         answer = found.said[expert][row]
         assert answer is not None
         try:
             score = await scorer(answer.text, questions.examples[row])
+            in_a_row = 0
             if score is None:
                 unread.append("there is no verdict")
         except AskRefused as error:
             score = None
+            in_a_row = 0
             unread.append(str(error))
         except AskFailed as error:
             score = None
+            in_a_row += 1
             unread.append(str(error))
             found.unasked += 1
         found.scores[expert][row] = score
@@ -254,10 +283,10 @@ async def _score(
         progress("scoring", done, len(todo))
 
     await _each(todo, one, concurrency)
-    if len(unread) == len(todo):
-        raise TrainingError(f"not one of {len(todo)} answers could be scored: {unread[0]}")
+    found.unasked += left
     if unread:
-        found.notes.append(f"{len(unread)} answers could not be scored, the first: {unread[0]}")
+        rest = f", and {left} more were not tried" if left else ""
+        found.notes.append(f"{len(unread)} answers could not be scored{rest}; first: {unread[0]}")
 
 
 T = TypeVar("T")

@@ -22,6 +22,7 @@ from router_training.baselines import mean_costs, random_mix
 from router_training.criterion import Criterion
 from router_training.crossfit import Chosen
 from router_training.curves import BUDGETS, Points, aiq, operating_points
+from router_training.errors import NoBudget
 from router_training.evaluate import Latency, timed_in_turn
 from router_training.intervals import Difference, Interval, Verdict, paired, verdict
 from router_training.measures import earned
@@ -103,7 +104,8 @@ class Comparison:
     """`table` and `name` say which pool; `best` is the family that cross-validation chose, and
     `why`. `group` (n,) are the judged questions', `trained` (N,) those fitted on, both shared by
     all pools of a table; `apart` (N,) is what the family earns there that is chosen by the other
-    folds."""
+    folds. `within` is None without prices, and where no budget can be kept, as the best single
+    expert is the cheapest."""
 
     table: str
     name: str
@@ -168,7 +170,7 @@ def compare(
         best=best.family,
         why=choice["why"],
         baselines=baseline_cards(dev, workshop.yardstick, seed=seed),
-        within=None if judge.cost is None else judge.within(families, published),
+        within=judge.within(families, published),
     )
 
 
@@ -215,9 +217,17 @@ class Judge:
         card = self._workshop.judge(raw, self.cost, self._dev)
         return self._method(name, chosen, raw, raw, card, None, None)
 
-    def within(self, families: Sequence[str], published: Sequence[str]) -> Within:
-        """Of a priced pool."""
-        assert self.cost is not None
+    def within(self, families: Sequence[str], published: Sequence[str]) -> Within | None:
+        """None for a pool without prices, or where no budget can be kept."""
+        if self.cost is None:
+            return None
+        try:
+            return self._within(families, published)
+        except NoBudget:
+            return None
+
+    def _within(self, families: Sequence[str], published: Sequence[str]) -> Within:
+        """Raises NoBudget."""
         thrift = self._workshop.within(SHARES)
         methods = []
         for family in families:

@@ -78,13 +78,14 @@ def outcomes_of(
     *,
     judging: bool = False,
     skills: Path | None = None,
+    intents: Sequence[str] = (),
 ) -> Outcomes:
     """Notes go to standard error. What is contaminated is not judged on. `skills`: a profile to
-    annotate the questions with."""
+    annotate the questions with. `intents`: those that may have no query in a table of intents."""
     from router_training.data import load
     from router_training.errors import DataError
 
-    data = load(source, experts=experts, split=split, prices=prices)
+    data = load(source, experts=experts, split=split, prices=prices, intents=intents)
     for note in data.notes:
         err.print(f"{source}: {note}", style="dim", markup=False, highlight=False, soft_wrap=True)
     if skills is not None:
@@ -98,6 +99,17 @@ def outcomes_of(
         raise DataError.of(source, "all questions are contaminated", "Name other data.")
     err.print(f"{source}: {int((~left).sum())} contaminated questions are left out", style="dim")
     return data.rows(left).outcomes
+
+
+def judged_by(
+    artefacts: Sequence[Path], source: str, split: str | None, prices: Path | None
+) -> Outcomes:
+    """Outcomes to judge artefacts on; of a table of intents also those that only they know.
+    Raises ArtefactError where one has no manifest."""
+    from composer.routing.artefact import read_manifest
+
+    known = [name for folder in artefacts for name in read_manifest(folder).known]
+    return outcomes_of(source, None, split, prices, judging=True, intents=known)
 
 
 @contextmanager

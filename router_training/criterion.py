@@ -13,7 +13,7 @@ from composer.routing.family import decided
 from composer.routing.outcomes import Outcomes
 from composer.types import FloatArray
 from router_training.curves import operating_points
-from router_training.errors import TrainingError
+from router_training.errors import NoBudget, TrainingError
 from router_training.measures import earned
 
 Float64 = npt.NDArray[np.float64]
@@ -41,7 +41,7 @@ class Criterion:
 
     def values(self, predicted: FloatArray, outcomes: Outcomes) -> Float64:
         """(n,) what the decisions of these predictions (n, E) earn, question by question. Raises
-        TrainingError where no budget can be kept."""
+        TrainingError where a cost is missing, NoBudget where no budget can be kept."""
         if self.strong is not None:
             return over_shares(predicted, outcomes, self.strong)
         if not self.budgets:
@@ -61,7 +61,7 @@ class Criterion:
                 one, other = (earned(outcomes.quality, chosen[p]) for p in (low, high))
                 within.append((1 - share) * one + share * other)
         if not within:
-            raise TrainingError(
+            raise NoBudget(
                 f"no budget can be kept: the cheapest choice costs {points.cost[0]:.3g} US dollars "
                 f"a question, the largest budget is {max(self.budgets):.3g}; name a larger one"
             )

@@ -121,11 +121,13 @@ def load(
     experts: Sequence[str] | None = None,
     split: str | None = None,
     prices: str | Path | None = None,
+    intents: Sequence[str] = (),
 ) -> Dataset:
     """A file, or the URL of the service's database.
 
     `experts`: only these, in this order. `split`: only rows whose column `split` says so. `prices`:
-    a table of list prices; without it `models.csv` beside the file, if there is one.
+    a table of list prices; without it `models.csv` beside the file, if there is one. `intents`:
+    those that a table of intents may have no query of, and is asked about all the same.
     Raises DataError with all problems found, and StoreError for a database that cannot be read.
     """
     if str(source).startswith(DATABASES):
@@ -150,7 +152,7 @@ def load(
         elif is_long(table):
             draft = from_long(table, price)
         elif of_intents(table):
-            return _intents(table, experts)
+            return _intents(table, experts, intents)
         else:
             raise _no_outcomes(table)
     return _dataset(table.file, draft, experts)
@@ -185,8 +187,8 @@ def _no_outcomes(table: Table) -> DataError:
     )
 
 
-def _intents(table: Table, experts: Sequence[str] | None) -> Dataset:
-    outcomes = from_intents(table, experts=experts)
+def _intents(table: Table, experts: Sequence[str] | None, also: Sequence[str]) -> Dataset:
+    outcomes = from_intents(table, experts=experts, also=also)
     ids = table.columns.get("query_id", outcomes.text)
     nothing = np.zeros(len(table), np.bool_)
     outside = int((~outcomes.in_scope).sum())

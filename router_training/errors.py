@@ -57,6 +57,12 @@ class TrainingError(ComposerError):
     code = "cannot_train"
 
 
+class NoBudget(TrainingError):
+    """None of the budgets can be kept: even the cheapest choice costs more."""
+
+    code = "no_budget"
+
+
 class AskError(TrainingError):
     """A call of an expert got no answer. Raised itself where no call of any expert can get one:
     nobody is there, the key is wrong, there is no such expert."""

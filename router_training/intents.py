@@ -36,9 +36,14 @@ def of_intents(table: Table) -> bool:
 
 
 def from_intents(
-    table: Table, *, experts: Sequence[str] | None = None, out_of_scope: str = OUT_OF_SCOPE
+    table: Table,
+    *,
+    experts: Sequence[str] | None = None,
+    also: Sequence[str] = (),
+    out_of_scope: str = OUT_OF_SCOPE,
 ) -> Outcomes:
-    """As `read_intents`, of a table that is read."""
+    """As `read_intents`, of a table that is read. Without `experts` those in `also` are experts
+    beside the table's own."""
     lacking = [name for name in ("query", "intent") if name not in table.columns]
     if lacking:
         raise DataError.of(
@@ -51,7 +56,8 @@ def from_intents(
     intents = texts(table, "intent", problems, required=True)
     domains = texts(table, "domain", problems)
     if experts is None:
-        experts = sorted({intent for intent in intents if intent and intent != out_of_scope})
+        own = {intent for intent in intents if intent and intent != out_of_scope}
+        experts = sorted(own.union(also))
     place = {expert: column for column, expert in enumerate(experts)}
     quality = np.zeros((len(table), len(experts)), np.float32)
     for row, intent in enumerate(intents):

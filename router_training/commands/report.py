@@ -13,7 +13,7 @@ from router_training.console import (
     Seed,
     Split,
     bars,
-    outcomes_of,
+    judged_by,
     refuse,
     say,
     told_plainly,
@@ -37,7 +37,7 @@ def report(
 
         if out_file.suffix.lower() not in (".html", ".htm"):
             refuse(f"--out {out_file} is no page; name a file that ends in .html")
-        outcomes = outcomes_of(data, None, split, prices, judging=True)
+        outcomes = judged_by(artefact, data, split, prices)
         with bars(None) as progress:
             embedding = open_embedding(progress)
             result = evaluate(

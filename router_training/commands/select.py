@@ -21,6 +21,7 @@ from router_training.console import (
     Seed,
     Split,
     bars,
+    err,
     named_experts,
     out,
     outcomes_of,
@@ -32,6 +33,7 @@ from router_training.console import (
 )
 
 if TYPE_CHECKING:
+    from router_training.asking import Ask
     from router_training.selection import Selection
 
 ONLY_RULES = {ScorerName.exact, ScorerName.regex, ScorerName.numeric, ScorerName.choice}
@@ -73,6 +75,13 @@ def select(
     api_key_env: Annotated[
         str, typer.Option(help="Name of the variable that holds the service's key.")
     ] = "COMPOSER_API_KEY",
+    answers: Annotated[
+        Path | None,
+        typer.Option(
+            help="With --scorer: where answers are kept, so that a stopped run goes on; default: "
+            "beside --json, else beside the data."
+        ),
+    ] = None,
     memory_gb: Annotated[
         float | None, typer.Option(min=0.0, help="The best subset within this memory together.")
     ] = None,
@@ -124,8 +133,9 @@ def select(
                 if category is not None:
                     refuse("--category is for recorded outcomes; name a file of the task's own")
                 key = os.environ.get(api_key_env)
-                found = _asked(Path(data), given, split, scorer, url, key, examples, registry,
-                               settings)  # fmt: skip
+                kept = answers or _beside(Path(data), as_json)
+                found = _asked(Path(data), given, split, scorer, url, key, kept, examples,
+                               registry, settings)  # fmt: skip
     plain = {
         "kept": list(found.kept),
         "confidence": found.confidence,
@@ -177,6 +187,11 @@ def _recorded(
     return asyncio.run(pick(outcomes.experts, len(outcomes), read, **settings))
 
 
+def _beside(data: Path, as_json: Path | None) -> Path:
+    out_file = data if as_json is None or str(as_json) == "-" else as_json
+    return out_file.with_name(out_file.name + ".answers.jsonl")
+
+
 def _asked(
     data: Path,
     names: Sequence[str] | None,
@@ -184,36 +199,57 @@ def _asked(
     scorer: str,
     url: str,
     key: str | None,
+    answers: Path,
     examples: int | None,
     registry: Path | None,
     settings: dict[str, Any],
 ) -> Selection:
     from router_training.asking import Endpoint
-    from router_training.collect import Prompt, Questions, check, collect, read_questions
+    from router_training.calls import Journal, Remembered
+    from router_training.collect import Prompt, Questions, check, heard, read_questions
+    from router_training.errors import TrainingError
     from router_training.scorers import make_scorer
     from router_training.selection import select as pick
 
     questions = read_questions(data, split)
     count = len(questions) if examples is None else min(examples, len(questions))
     scored = make_scorer(scorer)
+    why: dict[str, str] = {}
+    tried: dict[str, int] = {}
+    missing: dict[str, int] = {}
 
     async def run() -> Selection:
         async with Endpoint(url, api_key=key) as endpoint:
             there = await endpoint.check(names or ())
             check(questions, scored, there)
+            with Journal(answers) as journal:
+                return await selected(there, Remembered(endpoint, journal, endpoint.how))
 
-            async def ask(expert: str, rows: Sequence[int]) -> list[float | None]:
-                some = Questions(
-                    questions.table.rows(list(rows)), tuple(questions.examples[i] for i in rows)
-                )
-                answered = await collect(some, [expert], endpoint, scored, Prompt())
-                return answered.scores[expert]
+    async def selected(there: Sequence[str], remembered: Ask) -> Selection:
+        async def ask(expert: str, rows: Sequence[int]) -> list[float | None]:
+            some = Questions(
+                questions.table.rows(list(rows)), tuple(questions.examples[i] for i in rows)
+            )
+            answered = await heard(some, [expert], remembered, scored, Prompt())
+            scores = answered.scores[expert]
+            tried[expert] = tried.get(expert, 0) + len(rows)
+            missing[expert] = missing.get(expert, 0) + scores.count(None)
+            if None in scores:
+                why.setdefault(expert, answered.notes[0])
+            if set(tried) == set(there) and tried == missing:
+                raise TrainingError("; ".join(["there is not one answer", *why.values()]))
+            return scores
 
-            texts = [example.text for example in questions.examples[:count]]
-            similarity = _similarity(registry, there, texts)
-            return await pick(there, count, ask, similarity=similarity, **settings)
+        texts = [example.text for example in questions.examples[:count]]
+        similarity = _similarity(registry, there, texts)
+        return await pick(there, count, ask, similarity=similarity, **settings)
 
-    return asyncio.run(run())
+    found = asyncio.run(run())
+    for expert, number in missing.items():
+        if number:
+            note = f"no score of {expert} on {number} of {tried[expert]} examples ({why[expert]})"
+            err.print(note, style="dim", markup=False, highlight=False, soft_wrap=True)
+    return found
 
 
 def _similarity(registry: Path | None, experts: Sequence[str], texts: Sequence[str]) -> Any:

@@ -31,7 +31,7 @@ from router_training.cli import app
 from router_training.collect import Prompt, check, collect, read_questions, table_of
 from router_training.data import load
 from router_training.errors import AskError, AskFailed, AskRefused, DataError, TrainingError
-from router_training.scoring import Choice, Exact, Numeric
+from router_training.scoring import Choice, Exact, Example, Numeric
 from router_training.writing import write_table
 from tests.api.conftest import Serving
 from tests.replayed import TOPICS, WAITS, Recorded, registry
@@ -457,3 +457,80 @@ def test_select_asks_the_service_for_as_few_answers_as_it_takes(
     status, _, err = run("select", "--data", questions, "--url", url, "--scorer", "judge")
     assert status == 2
     assert "router-training collect" in err
+
+
+def selecting(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, ask: Fake, *more: str | Path
+) -> tuple[int, str, str]:
+    """`select` of twelve questions, asking this in place of a service."""
+
+    class Service:
+        how = How()
+
+        def __init__(self, url: str, **given: Any) -> None: ...
+
+        async def __aenter__(self) -> Service:
+            return self
+
+        async def __aexit__(self, *error: object) -> None: ...
+
+        async def check(self, wanted: Sequence[str]) -> tuple[str, ...]:
+            return ("a", "b", "mute")
+
+        async def __call__(self, expert: str, messages: Sequence[Message]) -> Said:
+            return await ask(expert, messages)
+
+    monkeypatch.setattr("router_training.asking.Endpoint", Service)
+    data = two(tmp_path, 12)
+    return run("select", "--data", data, "--keep", "1", "--scorer", "exact", "--json", "-", *more)
+
+
+def test_select_goes_on_where_one_expert_is_silent_and_after_a_stop(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    answers: dict[tuple[str, str], Any] = {("a", f"q{i}"): str(i) for i in range(12)}
+    answers |= {("b", f"q{i}"): "no" for i in range(12)}
+    answers |= {("mute", f"q{i}"): AskRefused("no room") for i in range(12)}
+    lost = AskError("nobody there; start it")
+    stopped = Fake(answers | {("b", f"q{i}"): lost for i in range(12)})
+    status, _, err = selecting(monkeypatch, tmp_path, stopped)
+    assert status == 2
+    assert "nobody there; start it" in err
+    before = [key for key in stopped.asked if key[0] == "a"]
+    assert len(before) == 4
+    again = Fake(answers)
+    status, out, err = selecting(monkeypatch, tmp_path, again)
+    assert status == 0, err
+    assert not set(before) & set(again.asked)
+    assert json.loads(out)["kept"] == ["a"]
+    assert "no score of mute on" in err
+    assert "the first: no room" in err
+    assert (tmp_path / "q.csv.answers.jsonl").exists()
+    elsewhere = tmp_path / "elsewhere.jsonl"
+    nobody = Fake({key: AskRefused("no room") for key in answers})
+    status, _, err = selecting(monkeypatch, tmp_path, nobody, "--answers", elsewhere)
+    assert status == 2
+    assert "there is not one answer; a: 4 calls are refused" in err
+    assert len(nobody.asked) == 12  # one round of the three
+
+
+async def test_a_judge_that_only_fails_is_left_for_another_run(tmp_path: Path) -> None:
+    questions = read_questions(two(tmp_path, 50))
+    ask = Fake({("a", f"q{i}"): str(i) for i in range(50)})
+    tried = 0
+
+    class Down(Exact):
+        async def __call__(self, answer: str, example: Example) -> float | None:
+            nonlocal tried
+            tried += 1
+            if tried <= 2:
+                return 1.0
+            raise AskFailed("the judge is down")
+
+    found = await collect(questions, ["a"], ask, Down(), Prompt(), concurrency=1)
+    assert tried == 5
+    assert found.unasked == 48
+    assert found.scores["a"] == [1.0, 1.0] + [None] * 48
+    assert found.notes == [
+        "3 answers could not be scored, and 45 more were not tried; first: the judge is down"
+    ]

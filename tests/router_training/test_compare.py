@@ -5,6 +5,7 @@ from __future__ import annotations
 from functools import cache
 
 import numpy as np
+import pytest
 
 from router_training.compare import (
     COMPARISONS,
@@ -146,3 +147,17 @@ def test_comparisons_made_apart_are_merged_as_they_were() -> None:
     done = [compared(), compared("two", experts=2)]
     again = COMPARISONS.validate_json(COMPARISONS.dump_json(done))
     assert markdown(again) == markdown(done)
+
+
+def test_without_a_budget_that_can_be_kept_the_rest_is_shown(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As where the best single expert is the cheapest: every choice costs more than the shares."""
+    monkeypatch.setattr("router_training.compare.SHARES", (0.001, 0.002))
+    c = compared.__wrapped__("thrifty")
+    assert c.within is None
+    assert [m.name for m in c.methods] == [*FEW, *REBUILT]
+    page = markdown([c])
+    assert "category" in page
+    assert "Accuracy within shares" not in page
+    assert COMPARISONS.dump_json([c])

@@ -157,3 +157,16 @@ def test_the_same_seed_makes_the_same_artefact() -> None:
     for part, state in one.states.items():
         for name, array in state.arrays.items():
             np.testing.assert_array_equal(array, other.states[part].arrays[name])
+
+
+def test_what_is_no_list_of_texts_is_refused(tmp_path: Path) -> None:
+    trained("category", 60).artefact().save(tmp_path / "router")
+    loaded = load_router(tmp_path / "router", WordEmbedder())
+    nothing = loaded.score([])
+    assert nothing.cost is not None
+    for part in (nothing.quality, nothing.uncertainty, nothing.cost):
+        assert part.shape == (0, len(loaded.experts))
+    with pytest.raises(TypeError, match="one bare str; give a list of texts"):
+        loaded.score("single string")
+    with pytest.raises(TypeError, match="got NoneType at 1; give a list of texts"):
+        loaded.score(["a", None])  # type: ignore[list-item]

@@ -15,6 +15,7 @@ from router_training.cli import _card_line, app
 from router_training.embedding import Embedding
 from router_training.progress import Progress
 from router_training.vectors import KeptVectors
+from tests.router_training.helpers import write_csv
 from tests.router_training.intent_tables import intents, write_intents
 from tests.router_training.synthetic import table, write_table
 from tests.routing.helpers import WordEmbedder
@@ -97,6 +98,16 @@ def test_a_table_of_intents(tmp_path: Path) -> None:
         == json.loads((folder / "manifest.json").read_text())["metrics"]["threshold"]
     )
     assert scope["auroc"] > 0.8
+    lines = dev.read_text(encoding="utf-8").splitlines()
+    few = write_csv(tmp_path / "few.csv", *(line for line in lines if "travel" not in line))
+    assert len(few.read_text(encoding="utf-8").splitlines()) < len(lines)
+    status, out, err = run("evaluate", "--artefact", folder, "--data", few, "--json", "-")
+    assert status == 0, err
+    assert json.loads(out)["artefacts"][0]["avg_acc"] is not None
+    page = tmp_path / "page.html"
+    status, _, err = run("report", "--artefact", folder, "--data", few, "--out", page)
+    assert status == 0, err
+    assert "travel" in page.read_text(encoding="utf-8")
 
 
 def test_a_gain_that_is_not_known_is_no_zero() -> None:
