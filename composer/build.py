@@ -35,6 +35,7 @@ from composer.registry import (
     RouterFamily,
     load_catalog,
 )
+from composer.routing.artefact import ArtefactError
 from composer.routing.base import Embedder, Router
 from composer.routing.learned import LearnedRouter
 from composer.routing.llm import LlmRouter
@@ -144,18 +145,26 @@ def _check_components(loaded: Loaded, file: str) -> None:
         checks: list[tuple[str, Callable[[], None]]] = [
             ("router", partial(router.check, experts, policy.router.settings, needs_curve=aims)),
             ("router", partial(_check_asked, catalog, router.asks(policy.router.settings))),
-            ("strategy", partial(strategy.check_experts, policy.strategy.settings, policy.experts)),
+            (
+                "strategy",
+                partial(strategy.check_experts, policy.strategy.settings, policy.experts, policy.k),
+            ),
         ]
         for part, check in checks:
             try:
                 check()
             except ValueError as error:
-                message, _, remedy = str(error).partition("; ")
-                path = f"policies.{policy.id}.{part}"
-                problems.append(Problem(file, path, message, f"{remedy[:1].upper()}{remedy[1:]}."))
+                problems.append(_problem(file, policy, part, error))
                 break
     if problems:
         raise RegistryError(problems, loaded.watched)
+
+
+def _problem(file: str, policy: Policy, part: str, error: ValueError) -> Problem:
+    """Of an error that reads "what is wrong; the remedy"."""
+    message, _, remedy = str(error).partition("; ")
+    remedy = f"{remedy[:1].upper()}{remedy[1:]}."
+    return Problem(file, f"policies.{policy.id}.{part}", message, remedy)
 
 
 def _check_asked(catalog: Catalog, asked: str | None) -> None:
@@ -191,7 +200,7 @@ def make_service(settings: Settings) -> Service:
     store = Store(settings.database_url)
 
     async def build(catalog: Catalog, live: Sequence[Generation]) -> Generation:
-        return await build_generation(catalog, live, embedder)
+        return await build_generation(catalog, live, embedder, str(settings.experts))
 
     return Service(
         settings,
@@ -237,12 +246,13 @@ def place_of(server: Server, engine: Engine, taken: Collection[str]) -> Place:
 
 
 async def build_generation(
-    catalog: Catalog, live: Sequence[Generation], embedder: Embedder
+    catalog: Catalog, live: Sequence[Generation], embedder: Embedder, file: str = ""
 ) -> Generation:
     """Everything one catalog needs, ready to serve. Engines of live generations whose server
     is unchanged are shared, so that a reload loads only what is new.
 
     On any error the engines started here are closed and shared ones forget what was loaded.
+    Raises RegistryError (see `build_ways`), EngineError.
     """
     engines: dict[str, Engine] = {}
     places: dict[str, Place] = {}
@@ -252,7 +262,7 @@ async def build_generation(
         if (variable := getattr(server.settings, "api_key_env", None)) is not None
     )
     keys.hide(key.variable for key in catalog.keys.values())
-    making_ways = asyncio.create_task(build_ways(catalog, embedder))  # beside the engines
+    making_ways = asyncio.create_task(build_ways(catalog, embedder, file))  # beside the engines
     try:
         for server in catalog.servers.values():
             engines[server.id], places[server.id] = await _engine_for(server, live)
@@ -303,10 +313,11 @@ async def _started(server: str, engine: Engine) -> bool:
     return True
 
 
-async def build_ways(catalog: Catalog, embedder: Embedder) -> dict[str, Way]:
+async def build_ways(catalog: Catalog, embedder: Embedder, file: str = "") -> dict[str, Way]:
     """Every policy made runnable; policies with the same router over the same experts share it,
     except that a router which learns is one policy's own. Starts no engine, so that a decision can
-    be tried without one."""
+    be tried without one. Raises RegistryError, a problem of `file`, where a router's artefact
+    cannot be used: what shows only with its arrays or the embedder at hand."""
     routers: dict[tuple[str, str, tuple[str, ...], str], Router] = {}
     ways: dict[str, Way] = {}
     for policy in catalog.policies.values():
@@ -315,9 +326,12 @@ async def build_ways(catalog: Catalog, embedder: Embedder) -> dict[str, Way]:
         owner = policy.id if issubclass(kind, OnlineRouter) else ""
         key = (kind.name, repr(policy.router.settings), policy.experts, owner)
         if key not in routers:
-            routers[key] = await asyncio.to_thread(
-                kind.build, experts, policy.router.settings, embedder
-            )
+            try:
+                routers[key] = await asyncio.to_thread(
+                    kind.build, experts, policy.router.settings, embedder
+                )
+            except ArtefactError as error:
+                raise RegistryError([_problem(file, policy, "router", error)], {}) from error
         ways[policy.id] = _way(policy, experts, routers[key])
     return ways
 

@@ -97,7 +97,8 @@ def route(
 
     try:
         catalog = load(settings).catalog
-        decision = asyncio.run(_decide(text, policy, catalog, make_embedder(settings)))
+        embedder = make_embedder(settings)
+        decision = asyncio.run(_decide(text, policy, catalog, embedder, str(settings.experts)))
     except ComposerError as error:
         _fail(error)
     if as_json:
@@ -252,16 +253,19 @@ def schema() -> None:
     print(json.dumps(registry_json_schema(families()), indent=2))
 
 
-async def _decide(text: str, policy: str | None, catalog: Any, embedder: Any) -> dict[str, Any]:
+async def _decide(
+    text: str, policy: str | None, catalog: Any, embedder: Any, file: str
+) -> dict[str, Any]:
     from composer.build import build_ways, named_ways
     from composer.generations import Generation
     from composer.pipeline import decide, way_of
     from composer.types import Message, Request
 
-    generation = Generation(catalog, await build_ways(catalog, embedder), named_ways(catalog), {})
     messages: tuple[Message, ...] = ({"role": "user", "content": text},)
     request = Request(id="route", model=policy or "", messages=messages, explore=False)
     try:
+        ways = await build_ways(catalog, embedder, file)
+        generation = Generation(catalog, ways, named_ways(catalog), {})
         await embedder.embed("warm up")  # the first run of a model is not what a service sees
         began = perf_counter()
         plan = await decide(request, generation, way_of(request, generation))

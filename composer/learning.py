@@ -100,6 +100,7 @@ class Learning:
         if not self._generations.live:
             return 0
         routers = _learning(self._generations.live[-1])
+        self._taught = {policy: one for policy, one in self._taught.items() if policy in routers}
         if not routers:
             return 0
         await self._catch_up(routers)
@@ -107,8 +108,8 @@ class Learning:
         if not judged:
             return 0
         # Before the learning is awaited: where a state is taken up meanwhile, this is a Conflict.
-        taught = {policy: self._taught[policy] for policy in routers}
-        if any(taught[policy].router is not router for policy, router in routers.items()):
+        taught = {policy: one for policy, one in self._taught.items() if policy in routers}
+        if {policy: one.router for policy, one in taught.items()} != routers:
             return 0  # a new generation's routers were taken up meanwhile
         learnt, learners = [], {}
         for policy, router in routers.items():

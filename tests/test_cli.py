@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import json
+import socket
 from pathlib import Path
 from typing import Any
 
 import httpx
+import numpy as np
 import pytest
 import yaml
 from typer.testing import CliRunner
 
 from composer.cli import app
+from composer.routing.artefact import ARRAYS, EmbedderStamp
+from composer.routing.outcomes import Outcomes
+from router_training.train import train
+from tests.routing.helpers import WordEmbedder
 from tests.tiny import TINY, registry
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -164,6 +170,68 @@ def test_route_says_that_the_router_s_llm_was_not_asked(
     assert status == 0, err
     assert "policy auto → reverse" in out
     assert "asks 'wise' first; no engine runs here" in err
+
+
+@pytest.fixture
+def trained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A registry whose policy goes by an artefact beside it, fitted on another embedder."""
+    n = 24
+    blank = ("",) * n
+    outcomes = Outcomes(
+        ("reverse", "uppercase"),
+        tuple(f"question {i}" for i in range(n)),
+        np.eye(2, dtype=np.float32)[np.arange(n) % 2],
+        np.full((n, 2), np.nan, np.float32),
+        blank,
+        blank,
+        np.arange(n),
+    )
+    words = WordEmbedder()
+    stamp = EmbedderStamp(id=words.id, digest=words.digest, dim=words.dim)
+    train(outcomes, "clusters", words.encode, stamp).artefact().save(tmp_path / "router")
+    config = yaml.safe_load(registry("uppercase", "reverse"))
+    config["policies"]["auto"]["router"] = {"name": "learned", "artefact": "./router"}
+    file = tmp_path / "experts.yaml"
+    file.write_text(yaml.safe_dump(config))
+    monkeypatch.setenv("COMPOSER_ADAPTER_ROOTS", json.dumps([str(TINY)]))
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        monkeypatch.setenv("COMPOSER_PORT", str(probe.getsockname()[1]))
+    monkeypatch.setenv("COMPOSER_JOURNAL", str(tmp_path / "journal"))
+    monkeypatch.setenv("COMPOSER_DATABASE_URL", f"sqlite+aiosqlite:///{tmp_path}/composer.db")
+    return file
+
+
+@pytest.mark.parametrize("harm", ["torn", "missing"])
+def test_check_refuses_a_damaged_artefact(trained: Path, harm: str) -> None:
+    assert run("check", str(trained))[0] == 0
+    arrays = trained.parent / "router" / ARRAYS
+    if harm == "torn":
+        arrays.write_bytes(arrays.read_bytes()[:-9])
+    else:
+        arrays.unlink()
+    status, out, err = run("check", str(trained))
+    assert (status, out) == (2, "")
+    told, counted = err.splitlines()
+    assert told.startswith(f"{trained}: policies.auto.router: {arrays} ")
+    assert "Copy the whole folder" in told
+    assert counted == "1 problem(s); nothing was changed."
+
+
+@pytest.mark.parametrize(
+    "command",
+    [pytest.param(("serve",), marks=pytest.mark.slow), ("route", "say fox", "--experts")],
+)
+def test_an_artefact_of_another_embedder_is_told_in_a_sentence(
+    trained: Path, command: tuple[str, ...]
+) -> None:
+    status, out, err = run(*command, str(trained))
+    assert (status, out) == (2, "")
+    assert "Traceback" not in err
+    [told] = [line for line in err.splitlines() if line.startswith(f"{trained}: ")]
+    assert "policies.auto.router: " in told
+    assert "was trained on vectors of words (words), and this service embeds with " in told
+    assert told.endswith(". Set COMPOSER_EMBEDDER, or train it again.")
 
 
 def test_route_with_an_unknown_policy_names_it() -> None:

@@ -112,6 +112,19 @@ async def test_a_kept_state_that_cannot_be_read_is_begun_anew(tmp_path: Path) ->
         assert (await Lessons(service.store).versions(["auto"]))["auto"] == broken.version + 1
 
 
+async def test_a_policy_that_is_gone_is_not_held(tmp_path: Path) -> None:
+    config = yaml.safe_load(online())
+    config["policies"]["second"] = config["policies"]["auto"]
+    config["default_policy"] = "auto"
+    async with serving(tmp_path, yaml.safe_dump(config)) as (_, service):
+        assert service.learning.stats()["policies"].keys() == {"auto", "second"}
+        del config["policies"]["second"]
+        (tmp_path / "experts.yaml").write_text(yaml.safe_dump(config))
+        await service.reload()
+        await learn(service)
+        assert service.learning.stats()["policies"].keys() == {"auto"}
+
+
 async def test_a_fault_does_not_end_learning(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -153,15 +153,10 @@ class Artefact:
     def load(cls, folder: Path) -> Artefact:
         """Raises ArtefactError where the folder is missing, torn, altered or of another format."""
         manifest = read_manifest(folder)
+        packed = packed_arrays(folder, manifest)
         try:
-            packed = (folder / ARRAYS).read_bytes()
-            if hashlib.sha256(packed).hexdigest() != manifest.arrays_sha256:
-                raise ArtefactError(
-                    f"{folder / ARRAYS} is not the file that its manifest names; copy the whole "
-                    "folder, or train it again"
-                )
             arrays = load_arrays(packed)
-        except (OSError, SafetensorError) as error:
+        except SafetensorError as error:
             raise ArtefactError(
                 f"{folder / ARRAYS} cannot be read ({error}); copy the whole folder"
             ) from error
@@ -199,6 +194,22 @@ def read_manifest(folder: Path) -> Manifest:
         first = error.errors()[0]
         where = ".".join(str(step) for step in first["loc"])
         raise ArtefactError(f"{path}: {where}: {first['msg']}; train it again") from error
+
+
+def packed_arrays(folder: Path, manifest: Manifest) -> bytes:
+    """The arrays' file, which is the one that the manifest names; not parsed. Raises
+    ArtefactError."""
+    path = folder / ARRAYS
+    try:
+        packed = path.read_bytes()
+    except OSError as error:
+        raise ArtefactError(f"{path} cannot be read ({error}); copy the whole folder") from error
+    if hashlib.sha256(packed).hexdigest() != manifest.arrays_sha256:
+        raise ArtefactError(
+            f"{path} is not the file that its manifest names; copy the whole folder, or train it "
+            "again"
+        )
+    return packed
 
 
 def _put_in_place(draft: Path, folder: Path) -> None:

@@ -18,6 +18,7 @@ from composer.routing.artefact import (
     ArtefactError,
     JoinedStamp,
     Manifest,
+    packed_arrays,
     read_manifest,
 )
 from composer.routing.asked_skills import AskedSkills, AskedSkillsSettings
@@ -153,10 +154,12 @@ class LearnedRouter:
     def check(
         cls, experts: Sequence[Expert], settings: LearnedSettings, *, needs_curve: bool = False
     ) -> None:
-        """Reads the manifest only. Raises ValueError (ArtefactError) where an expert is unknown to
-        the artefact (and may not join, or has no text to join by), the folder is none, or a curve
-        is needed that it does not have."""
+        """Reads the manifest, and the arrays for their digest alone; whose vectors it was fitted
+        on is for `build` to compare, since that takes an embedder. Raises ValueError
+        (ArtefactError) where an expert is unknown to the artefact (and may not join, or has no text
+        to join by), the folder is none or damaged, or a curve is needed that it does not have."""
         manifest = read_manifest(settings.artefact)
+        packed_arrays(settings.artefact, manifest)
         new = _new(manifest.known, experts, settings)
         _check_skills(manifest, settings, new)
         if (shadow := settings.of_shadow) is not None:

@@ -87,8 +87,9 @@ class LlmRouter:
     out anew: the highest to the one that is left, the lowest to the first that went. So the level
     is retrieval's and the order the LLM's; whoever is no candidate stands behind, unmoved.
 
-    Where no usable answer comes, the query's own words decide (`instruction`), or who is left is
-    ordered as by retrieval (`elimination`). The price is the latency of the calls.
+    Nothing is asked where one expert alone is eligible. Where no usable answer comes,
+    the query's own words decide (`instruction`), or who is left is ordered as by retrieval
+    (`elimination`). The price is the latency of the calls.
     """
 
     name: ClassVar[str] = "llm"
@@ -134,7 +135,9 @@ class LlmRouter:
         chosen = self._settings
         asking = Asking(ask, chosen.expert, None if query.patient else chosen.timeout_s)
         told: dict[str, Any]
-        if chosen.method == "instruction":
+        if np.count_nonzero(eligible) <= 1:  # no answer could change who it is
+            scores, told = await self._base.score(query, eligible), {}
+        elif chosen.method == "instruction":
             instruction = await _instruction(query.asked, asking)
             read = query if instruction is None else dataclasses.replace(query, text=instruction)
             scores = await self._base.score(read, eligible)

@@ -142,9 +142,14 @@ class OnlineRouter:
         return cls(base, settings, embedder)
 
     async def score(self, query: Query, eligible: BoolArray, ask: Ask | None = None) -> Scores:
-        scored, vector = await asyncio.gather(
-            self.base.score(query, eligible, ask), self._embedder.embed(query.text)
-        )
+        scoring = asyncio.create_task(self.base.score(query, eligible, ask))
+        try:
+            vector = await self._embedder.embed(query.text)
+            scored = await scoring
+        except BaseException:
+            scoring.cancel()  # it may be asking an LLM, for a request that has ended
+            await asyncio.gather(scoring, return_exceptions=True)
+            raise
         context, learner = self.context(vector), self.learner
         quality, spread = learner.quality(context, scored.quality)
         quality[~eligible] = np.nan

@@ -21,9 +21,10 @@ class Strategy(Protocol):
     path_fields: ClassVar[tuple[str, ...]]
 
     @classmethod
-    def check_experts(cls, settings: Any, experts: Sequence[str]) -> None:
+    def check_experts(cls, settings: Any, experts: Sequence[str], k: int) -> None:
         """Raises ValueError ("what is wrong; the remedy") where files that the settings name are
-        missing, or do not fit the policy's experts. Quick: `composer check` asks it."""
+        missing, or do not fit the policy's experts, of which a plan has at most `k`. Quick:
+        `composer check` asks it."""
         ...
 
     def __init__(self, settings: Any) -> None: ...

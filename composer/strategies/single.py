@@ -28,7 +28,7 @@ class Single:
     path_fields: ClassVar[tuple[str, ...]] = ()
 
     @classmethod
-    def check_experts(cls, settings: SingleSettings, experts: Sequence[str]) -> None:
+    def check_experts(cls, settings: SingleSettings, experts: Sequence[str], k: int) -> None:
         """Whoever they are, one of them answers."""
 
     def __init__(self, settings: SingleSettings) -> None:

@@ -137,12 +137,14 @@ class Vote:
     path_fields: ClassVar[tuple[str, ...]] = ("head",)
 
     @classmethod
-    def check_experts(cls, settings: VoteSettings, experts: Sequence[str]) -> None:
+    def check_experts(cls, settings: VoteSettings, experts: Sequence[str], k: int) -> None:
         if settings.head is None:
             return
         file = HeadFile.load(settings.head)
         file.check(experts, settings.names, settings.extractor, settings.pattern)
         _bound(settings, file)
+        if settings.mean_calls is not None:
+            file.check_most(min(k, len(experts)))
 
     def __init__(self, settings: VoteSettings) -> None:
         self._settings = settings

@@ -177,13 +177,15 @@ async def test_who_is_no_candidate_or_not_eligible_stays_where_it_was() -> None:
     assert np.isnan(found.quality[3])
 
 
-async def test_one_candidate_needs_no_question() -> None:
+@pytest.mark.parametrize("method", ["instruction", "elimination"])
+async def test_where_one_alone_is_eligible_nothing_is_asked(method: str) -> None:
     llm = Llm(chooses("dogs"))
-    found = await router(method="elimination").score(
+    found = await router(method=method).score(
         Query("my cat purrs"), np.array([True, False, False, False]), llm
     )
     assert best(found) == "cats"
     assert llm.questions == []
+    assert found.told["asked"]["calls"] == 0
 
 
 async def test_what_was_eliminated_before_the_llm_failed_stays_so() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from pathlib import Path
 from typing import Any
@@ -124,6 +125,27 @@ async def test_a_decision_and_its_feedback_move_the_scores(kind: str) -> None:
     assert second.quality[1] == pytest.approx(first.quality[1], abs=1e-6)
     drawn = 0.2 if kind == "bandit" else 0.0
     assert (second.exploration.thompson, second.exploration.floor) == (drawn, 0.005)
+
+
+async def test_a_decision_that_fails_leaves_nothing_running() -> None:
+    """The base may be asking an LLM, in a call that takes a lease and costs."""
+    one, ended = router(), list[str]()
+
+    async def never(*_: Any) -> Any:
+        try:
+            await asyncio.Event().wait()
+        finally:
+            ended.append("base")
+
+    async def fails(_: str) -> Any:
+        await asyncio.sleep(0)  # so that both are under way
+        raise RuntimeError("no embedding")
+
+    one.base.score = never  # type: ignore[method-assign]
+    one._embedder.embed = fails  # type: ignore[method-assign]
+    with pytest.raises(RuntimeError, match="no embedding"):
+        await scored(one)
+    assert ended == ["base"]
 
 
 @pytest.mark.parametrize("kind", ["bandit", "full"])

@@ -219,7 +219,17 @@ def test_a_head_for_others_is_refused(
 ) -> None:
     own = VoteSettings(head=head_at(file_of(plain())), **wanted)
     with pytest.raises(ValueError, match=message):
-        Vote.check_experts(own, experts)
+        Vote.check_experts(own, experts, MOST)
+
+
+def test_mean_calls_hold_with_as_many_as_the_head_may_ask(head_at: Any) -> None:
+    path, experts = head_at(file_of(plain())), ["e0", "e1", "e2", "e3"]
+    wanted = VoteSettings(head=path, first=2, mean_calls=2.5)
+    Vote.check_experts(wanted, experts, MOST)
+    for few, k in ((experts, MOST - 1), (experts[:-1], MOST)):
+        with pytest.raises(ValueError, match=r"up to 4 experts .* at most 3 are; set the policy's"):
+            Vote.check_experts(wanted, few, k)
+    Vote.check_experts(VoteSettings(head=path, first=2, bound=0.1), experts, 2)
 
 
 @pytest.mark.parametrize(
@@ -236,7 +246,7 @@ def test_a_broken_file_is_told(tmp_path: Path, text: str | None, message: str) -
     if text is not None:
         path.write_text(text)
     with pytest.raises(ValueError, match=message):
-        Vote.check_experts(VoteSettings(head=path), ["e0"])
+        Vote.check_experts(VoteSettings(head=path), ["e0"], 1)
 
 
 @pytest.mark.parametrize(

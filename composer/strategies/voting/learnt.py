@@ -117,6 +117,17 @@ class HeadFile(BaseModel):
                 "again"
             )
 
+    def check_most(self, k: int) -> None:
+        """Raises ValueError ("what is wrong; the remedy") where fewer are asked at most than on the
+        questions whose mean number of calls `curves` tells."""
+        most = len(self.agreement) + 1
+        if k < most:
+            raise ValueError(
+                f"`mean_calls` was measured with up to {most} experts asked, and here at most {k} "
+                f"are; set the policy's `k` to {most} over as many experts, fit the head again "
+                f"with `--most {k}`, or give a `bound` in place of `mean_calls`"
+            )
+
     def bound_for(self, first: int, calls: float) -> float:
         """The bound that leads to so many calls on average, between those tried; `first` beyond
         the head's number of calls asks them all. Raises ValueError where no bound does."""
