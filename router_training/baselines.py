@@ -68,6 +68,8 @@ class CategoryBest:
         """(n,) the best expert of those with a known outcome; of equals the best over all."""
         keys = zip(outcomes.benchmark, outcomes.category, strict=True)
         rows = [self.row_of.get(key) for key in keys]
+        if not rows:
+            return np.empty(0, np.intp)
         rates = np.stack([self.overall if row is None else self.quality[row] for row in rows])
         # A tie-break far below any difference between two means of scores.
         rates = np.nan_to_num(rates + 1e-9 * self.overall, nan=-1.0)

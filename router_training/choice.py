@@ -19,8 +19,8 @@ Float64 = npt.NDArray[np.float64]
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Row:
-    """One family: the mean it earns, how far it is behind the highest, question by question (n,),
-    with the standard error of the mean of that, and its Brier score."""
+    """One family: the mean it earns, how far it is behind the highest, `decidable` question by
+    question, with the standard error of the mean of that, and its Brier score."""
 
     family: str
     value: float
@@ -46,19 +46,22 @@ class Ranking:
 def ranking(
     every: Sequence[Chosen], outcomes: Outcomes, rows: npt.NDArray[np.intp] | None = None
 ) -> Ranking:
-    """By all questions, or some of them. On the training parts of the shared tables it matters
+    """By all questions, or some of them: means by those that are `decidable`, of which there is
+    one, Brier scores by all. On the training parts of the shared tables it matters
     little: with the family chosen on the other folds the mean over eight pools is 73.99, that of
     the blend alone 74.04, of the highest mean taken as it is 73.93."""
     rows = np.arange(len(outcomes)) if rows is None else rows
     seen = outcomes.rows(rows)
-    values = [chosen.values[rows] for chosen in every]
+    told_by = rows[outcomes.decidable[rows]]
+    group = outcomes.group[told_by]
+    values = [chosen.values[told_by] for chosen in every]
     top = max(values, key=lambda own: float(own.mean()))
     told = []
     for chosen, own in zip(every, values, strict=True):
         score = brier(chosen.quality[rows], seen)
         assert score is not None  # out-of-fold predictions are complete
         behind = top - own
-        error = standard_error(behind, seen.group)
+        error = standard_error(behind, group)
         told.append(Row(chosen.family, float(own.mean()), behind, error, score))
     near = [row for row in told if row.near]
     winner = min(near, key=lambda row: row.brier)
@@ -67,9 +70,12 @@ def ranking(
 
 
 def earned_apart(every: Sequence[Chosen], outcomes: Outcomes, fold: IntArray) -> Float64:
-    """(n,) what the family earns on each fold that is chosen on the others."""
+    """(n,) what the family earns on each fold that is chosen on the others; the first of them where
+    no question of those is `decidable`."""
     out = np.empty(len(outcomes))
     of = {chosen.family: chosen.values for chosen in every}
     for seen, held in parts(fold):
-        out[held] = of[ranking(every, outcomes, seen).best][held]
+        told = bool(outcomes.decidable[seen].any())
+        best = ranking(every, outcomes, seen).best if told else every[0].family
+        out[held] = of[best][held]
     return out

@@ -118,6 +118,8 @@ def train(
         out.print(table)
         say(f"chosen: {metrics['choice']['why']}")
     say(f"settings: {json.dumps(manifest.settings)}")
+    if "note" in metrics:
+        say(f"note: {metrics['note']}")
     for title, key in (("cross-fitted on train", "cross_fitted"), ("dev", "dev")):
         if (card := metrics.get(key)) is not None:
             say(f"{title}: {_card_line(card)}")

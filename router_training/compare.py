@@ -19,7 +19,7 @@ from composer.routing.outcomes import Outcomes
 from composer.routing.views import Encode, Features
 from composer.types import FloatArray
 from router_training.baselines import mean_costs, random_mix
-from router_training.criterion import Criterion
+from router_training.criterion import Criterion, need_decisions
 from router_training.crossfit import Chosen
 from router_training.curves import BUDGETS, Points, aiq, operating_points
 from router_training.errors import NoBudget
@@ -142,15 +142,17 @@ def compare(
     seed: int = 0,
     progress: Progress = silent,
 ) -> Comparison:
-    """Questions of `dev` without an outcome are left out, and so are families that are not for this
-    kind of table, and what is published of such. The published BAR is always compared. With
-    `encode_anew`, which embeds without remembering, the time of each family's decisions is
-    measured, too. Raises TrainingError."""
+    """Questions of `dev` without an outcome are left out (with fewer than two, of all that is said
+    of decisions), and so are families that are not for this kind of table, and what is published of
+    such. The published BAR is always compared. With `encode_anew`, which embeds without
+    remembering, the time of each family's decisions is measured, too. Raises TrainingError."""
+    need_decisions(train, "the questions fitted on")
     families, _ = suited(train, families)
     published = list(dict.fromkeys([*published, BAR]))
     fit, _ = suited(train, [PUBLISHED[method].family for method in published])
     published = [method for method in published if PUBLISHED[method].family in fit]
     dev = same_experts(dev, train.experts)
+    need_decisions(dev, "the questions to judge on")
     dev = dev.rows(np.asarray(dev.known.any(axis=1), np.bool_))
     wanted = list(dict.fromkeys([*families, *(PUBLISHED[p].family for p in published)]))
     workshop = Workshop(train, wanted, encode, seed=seed, progress=progress)
@@ -159,13 +161,14 @@ def compare(
     methods = judge.families(families, encode_anew)
     methods += [judge.published(method) for method in published]
     best, choice = workshop.best(families)
+    told_by = workshop.outcomes.decidable
     return Comparison(
         table=table,
         name=name,
         experts=train.experts,
-        trained=workshop.outcomes.group,
-        apart=workshop.best_apart(families),
-        group=dev.group,
+        trained=workshop.outcomes.group[told_by],
+        apart=workshop.best_apart(families)[told_by],
+        group=dev.group[dev.decidable],
         methods=tuple(methods),
         best=best.family,
         why=choice["why"],
@@ -186,6 +189,8 @@ class Judge:
         embedder: EmbedderStamp,
     ) -> None:
         self._workshop, self._dev, self._features = workshop, dev, features
+        self._rows = dev.decidable
+        self._decided = dev.rows(self._rows)
         self._embedder = embedder
         self._yardstick: Yardstick = workshop.yardstick
         priced = workshop.costs is not None and dev.priced
@@ -242,7 +247,7 @@ class Judge:
         model = thrift.model(best, self._embedder)
         _, quality, uncertainty = self._said(model)
         told = thrift.card(model, self._dev, Scored(quality, uncertainty, self.cost))
-        mix = random_mix(self._dev)
+        mix = random_mix(self._decided)
         return Within(
             methods=tuple(methods),
             best=best.family,
@@ -267,16 +272,17 @@ class Judge:
         latency: Latency | None,
     ) -> Method:
         dev, strong = self._dev, self._yardstick.best
+        rows, told_by = self._rows, self._workshop.outcomes.decidable
         of_pair = self._workshop.criterion.strong is not None and dev.known.all()
         criterion = Criterion(strong=strong) if of_pair else Criterion()
         return Method(
             name=name,
             settings=chosen.settings.model_dump(mode="json"),
-            cv=float(chosen.values.mean()),
+            cv=float(np.nanmean(chosen.values)),
             card=card,
-            values=criterion.values(quality, dev),
-            apart=chosen.values,
-            raw=float(earned(dev.quality, decided(raw, dev.known)).mean()),
+            values=criterion.values(quality, dev)[rows],
+            apart=chosen.values[told_by],
+            raw=float(earned(dev.quality, decided(raw, dev.known))[rows].mean()),
             pairs=pair_measures(quality, dev, strong, seed=self._workshop.seed),
             cross_fitted=cross_fitted,
             latency=latency,
@@ -284,31 +290,32 @@ class Judge:
 
     def _thrifty(self, name: str, chosen: Chosen, quality: FloatArray) -> Thrifty:
         assert self.cost is not None
-        dev, best = self._dev, self._yardstick.best
+        dev, best = self._decided, self._yardstick.best
+        quality, cost = quality[self._rows], self.cost[self._rows]
         costs = mean_costs(dev)
         dollars = tuple(share * float(costs[best]) for share in SHARES)
-        found = operating_points(quality, self.cost, dev)
+        found = operating_points(quality, cost, dev)
         assert found is not None  # the pool is priced, or there would be no expected cost
         points = found[0]
         return Thrifty(
             name=name,
             settings=chosen.settings.model_dump(mode="json"),
-            cv=float(chosen.values.mean()),
-            values=Criterion(dollars, self.cost).values(quality, dev),
+            cv=float(np.nanmean(chosen.values)),
+            values=Criterion(dollars, cost).values(quality, dev),
             budgets=self._within_each(points.within),
             aiq=aiq(points, float(costs.max())),
             cost_at_best=self._cost_at_best(points),
         )
 
     def _within_each(self, within: Callable[[float], float | None]) -> dict[str, float | None]:
-        single = float(mean_costs(self._dev)[self._yardstick.best])
+        single = float(mean_costs(self._decided)[self._yardstick.best])
         return {f"{share:.2f}": within(share * single) for share in SHARES}
 
     def _cost_at_best(self, points: Points) -> float | None:
         best = self._yardstick.best
-        target = float(np.nanmean(self._dev.quality[:, best], dtype=np.float64))
+        target = float(np.nanmean(self._decided.quality[:, best], dtype=np.float64))
         good = points.cost[points.quality >= target]
-        return float(good[0] / mean_costs(self._dev)[best]) if len(good) else None
+        return float(good[0] / mean_costs(self._decided)[best]) if len(good) else None
 
 
 COMPARISONS = TypeAdapter(list[Comparison])

@@ -40,15 +40,26 @@ class Criterion:
         return "mean quality of its decisions"
 
     def values(self, predicted: FloatArray, outcomes: Outcomes) -> Float64:
-        """(n,) what the decisions of these predictions (n, E) earn, question by question. Raises
-        TrainingError where a cost is missing, NoBudget where no budget can be kept."""
+        """(n,) what the decisions of these predictions (n, E) earn, question by question; NaN where
+        a question is not `decidable`. Raises TrainingError where a cost is missing, NoBudget where
+        no budget can be kept."""
+        rows = outcomes.decidable
+        out = np.full(len(outcomes), np.nan)
+        if rows.any():
+            cost = None if self.expected_cost is None else self.expected_cost[rows]
+            out[rows] = self._earned(predicted[rows], cost, outcomes.rows(rows))
+        return out
+
+    def _earned(
+        self, predicted: FloatArray, expected_cost: FloatArray | None, outcomes: Outcomes
+    ) -> Float64:
         if self.strong is not None:
             return over_shares(predicted, outcomes, self.strong)
         if not self.budgets:
             return earned(outcomes.quality, decided(predicted, outcomes.known))
         found = None
-        if self.expected_cost is not None:
-            found = operating_points(predicted, self.expected_cost, outcomes)
+        if expected_cost is not None:
+            found = operating_points(predicted, expected_cost, outcomes)
         if found is None:
             raise TrainingError(
                 "budgets need the cost of every outcome; give prices, or choose by accuracy"
@@ -66,6 +77,16 @@ class Criterion:
                 f"a question, the largest budget is {max(self.budgets):.3g}; name a larger one"
             )
         return np.asarray(np.mean(within, axis=0), np.float64)
+
+
+def need_decisions(outcomes: Outcomes, place: str) -> None:
+    """Raises TrainingError where no question is `decidable`. `place` is what needs one."""
+    if not outcomes.decidable.any():
+        raise TrainingError(
+            f"{place}: none of the {len(outcomes)} questions has known outcomes of two experts, so "
+            "nothing tells a better decision from a worse one; ask several experts the same "
+            "questions (`router-training collect`), or name one family and no budget for `train`"
+        )
 
 
 def over_shares(predicted: FloatArray, outcomes: Outcomes, strong: int) -> Float64:

@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from copy import copy
 from dataclasses import dataclass, replace
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -30,6 +30,7 @@ from router_training.suited import grid_of
 FOLDS = 5
 
 Float64 = npt.NDArray[np.float64]
+SettingsT = TypeVar("SettingsT", bound=BaseModel)
 
 
 def by_stem(outcomes: Outcomes) -> Outcomes:
@@ -53,8 +54,9 @@ class Trial:
 @dataclass(frozen=True, slots=True, eq=False)
 class Chosen:
     """A family with the settings chosen for it. `raw` (n, E) are its out-of-fold predictions,
-    `quality` the same calibrated on the other folds, `values` (n,) what these decide; `signs`
-    (n, J), where the family has such, of whether a question is anybody's."""
+    `quality` the same calibrated on the other folds, `values` (n,) what these decide, NaN where a
+    question is not `decidable`; `signs` (n, J), where the family has such, of whether a question is
+    anybody's. No `trials` where no question is: then the settings are the default."""
 
     family: str
     settings: BaseModel
@@ -100,13 +102,14 @@ class CrossFit:
     def choose(self, family: str) -> Chosen:
         """The first settings of the family's grid, which begins with its default, that are behind
         the best ones by no more than one standard error (Breiman et al. 1984, section 3.4.3: the
-        best of a grid is often so by luck). Raises TrainingError."""
+        best of a grid is often so by luck). The default where no question is `decidable`. Raises
+        TrainingError."""
         if family not in self._chosen:
             kind = kind_of(family)
             if kind is Blend:
                 self._chosen[family] = self._stacked()
             else:
-                grid = list(grid_of(kind, self.outcomes))
+                grid = self._told_apart(grid_of(kind, self.outcomes))
                 self._chosen[family] = self._best(family, grid, self._predicted(kind, grid))
         return self._chosen[family]
 
@@ -115,6 +118,10 @@ class CrossFit:
         how methods are judged that were published so."""
         said = self._predicted(kind_of(family), grid)
         return self._best(family, grid, said, calibrated=False, tolerant=False)
+
+    def _told_apart(self, grid: Sequence[SettingsT]) -> list[SettingsT]:
+        """The settings worth trying: the default alone where no decision can be judged."""
+        return list(grid if self.outcomes.decidable.any() else grid[:1])
 
     def _predicted(self, kind: type[Family], grid: Sequence[BaseModel]) -> list[Predicted]:
         """(S,) out-of-fold predictions with each of the settings, each made once."""
@@ -157,19 +164,22 @@ class CrossFit:
         tolerant: bool = True,
     ) -> Chosen:
         """`apart` (S,): what was said with each of the settings of the grid."""
+        rows = self.outcomes.decidable
         quality = [one.quality for one in apart]
         if calibrated:
             quality = [calibrated_apart(one, self.outcomes, self.fold) for one in apart]
         values = np.stack([self._criterion.values(q, self.outcomes) for q in quality])  # (S, n)
-        best = int(values.mean(axis=1).argmax())
-        trials = []
-        for settings, own in zip(grid, values, strict=True):
-            behind = values[best] - own
-            error = standard_error(behind, self.outcomes.group)
-            trials.append(Trial(settings, float(own.mean()), float(behind.mean()), error))
-        # The best one is behind itself by 0 ± 0, so there always is one.
-        near = next(i for i, t in enumerate(trials) if t.behind <= t.error)
-        number = near if tolerant else best
+        number, trials = 0, []
+        if rows.any():
+            told = values[:, rows]
+            best = int(told.mean(axis=1).argmax())
+            for settings, own in zip(grid, told, strict=True):
+                behind = told[best] - own
+                error = standard_error(behind, self.outcomes.group[rows])
+                trials.append(Trial(settings, float(own.mean()), float(behind.mean()), error))
+            # The best one is behind itself by 0 ± 0, so there always is one.
+            near = next(i for i, t in enumerate(trials) if t.behind <= t.error)
+            number = near if tolerant else best
         return Chosen(
             family,
             grid[number],
@@ -189,7 +199,7 @@ class CrossFit:
         grid: list[BlendSettings] = []
         blended: list[Predicted] = []
         members: list[tuple[Chosen, ...]] = []
-        for tried in Blend.grid():
+        for tried in self._told_apart(Blend.grid()):
             own = tuple(self.choose(m.family) for m in tried.members)
             named = tuple(
                 Member(family=m.family, settings=m.settings.model_dump(mode="json")) for m in own

@@ -117,7 +117,8 @@ def evaluate(
 
     `encode_anew` embeds without remembering, for the time that a decision takes; without it
     `embedder` is timed. Raises ArtefactError for an artefact that cannot be used or does not fit:
-    the data has to have outcomes of all its experts, and the artefacts the same experts.
+    the data has to have outcomes of all its experts, and the artefacts the same experts. Questions
+    with one known outcome say how well quality was foretold, and nothing of decisions.
     """
     if not folders:
         raise TrainingError("there is no artefact to evaluate; name at least one folder")

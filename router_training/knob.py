@@ -35,12 +35,15 @@ def curve_of(
 ) -> Curve | None:
     """The curve of cross-fitted calibrated `quality` and `expected_cost` (n, E), of which the
     decisions are made, and the outcomes they had. `best` is the best single expert's column.
-    Weights that decide the same are one point. None where an outcome has no cost, or where the
-    best single expert was never right: there are no shares of nothing."""
-    if expected_cost is None or not outcomes.priced or not outcomes.known.any(axis=1).all():
+    Weights that decide the same are one point. Only of `decidable` questions; None where there is
+    none, where an outcome has no cost, or where the best single expert was never right: there are
+    no shares of nothing."""
+    if expected_cost is None or not outcomes.priced:
         return None
+    rows = outcomes.decidable
+    outcomes, quality, expected_cost = outcomes.rows(rows), quality[rows], expected_cost[rows]
     best_single = float(base_rates(outcomes)[best])
-    if best_single <= 0:
+    if not best_single > 0:  # or NaN, of an expert without an outcome
         return None
     scale = float(expected_cost[outcomes.known].mean(dtype=np.float64))
     grid = [0.0, *(np.geomspace(*WEIGHTS, STEPS) / scale)] if scale > 0 else [0.0]
@@ -101,9 +104,9 @@ def kept_promises(
     expert's quality on the curve's own: that mean quality is what is promised, with the bounds that
     the curve gives, and `within_interval` says whether what was achieved lies between them. They
     know nothing of how easy other questions are, so `achieved_share` tells the same as a share of
-    what the best single expert reaches there. Questions without an outcome of it are left out.
-    None without any other, or without their costs."""
-    rows = np.asarray(outcomes.known[:, best], np.bool_)
+    what the best single expert reaches there. Questions without an outcome of it, or of anybody
+    else, are left out. None without any other, or without their costs."""
+    rows = np.asarray(outcomes.known[:, best] & outcomes.decidable, np.bool_)
     outcomes, quality, expected_cost = outcomes.rows(rows), quality[rows], expected_cost[rows]
     if not len(outcomes) or not outcomes.priced:
         return None

@@ -78,8 +78,12 @@ def portrait_of(
     *,
     seed: int = 0,
 ) -> Portrait:
-    """`predicted` (n, E) is calibrated quality, `expected_cost` (n, E) US dollars. Every question
-    has a known outcome."""
+    """`predicted` (n, E) is calibrated quality, `expected_cost` (n, E) US dollars. Of decisions the
+    `decidable` questions tell, of which there is one."""
+    calibration = reliability(predicted, outcomes)
+    rows = outcomes.decidable
+    outcomes, predicted = outcomes.rows(rows), predicted[rows]
+    expected_cost = None if expected_cost is None else expected_cost[rows]
     chosen = decided(predicted.astype(np.float32), outcomes.known)
     quality, cost = base.chosen_by(outcomes, chosen)
     counts = np.bincount(chosen, minlength=len(outcomes.experts)) / len(outcomes)
@@ -90,12 +94,13 @@ def portrait_of(
         at_quality=_spot("", quality, cost, outcomes, seed),
         parts=_by_part(quality, outcomes, _parts_are(outcomes), seed),
         shares=dict(zip(outcomes.experts, counts.tolist(), strict=True)),
-        calibration=reliability(predicted, outcomes),
+        calibration=calibration,
     )
 
 
 def backdrop_of(outcomes: Outcomes, yardstick: Yardstick, *, seed: int = 0) -> Backdrop:
-    """Every question has a known outcome. An expert is told by the questions that it has one of."""
+    """Of the `decidable` questions. An expert is told by those that it has an outcome of."""
+    outcomes = outcomes.rows(outcomes.decidable)
     oracle_choice = base.oracle(outcomes)
     best = base.single(outcomes, yardstick.best)
     oracle = base.chosen_by(outcomes, oracle_choice)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from importlib.resources import files
 from typing import Any
 
+from router_training.criterion import need_decisions
 from router_training.errors import TrainingError
 from router_training.evaluate import Evaluation, Judged
 from router_training.intervals import Interval
@@ -73,6 +74,7 @@ def report(evaluation: Evaluation, data: str, *, seed: int = 0) -> str:
             "reports need the package jinja2; pip install 'composer[training]'"
         ) from error
     outcomes = evaluation.outcomes
+    need_decisions(outcomes, "the report")
     backdrop = backdrop_of(outcomes, evaluation.yardstick, seed=seed)
     drawn = [
         Drawn(judged, portrait_of(outcomes, judged.predicted, judged.expected_cost, seed=seed))

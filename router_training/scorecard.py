@@ -53,12 +53,18 @@ def scorecard(
     """`predicted` (n, E) is calibrated quality; the best of it is chosen, of the experts with a
     known outcome. `expected_cost` (n, E), US dollars, is what a router thinks an answer will cost;
     without it there are no budgets. Below `threshold` a question counts as turned away in `scope`
-    (see `scope_card`), and nowhere else. Questions without a known outcome are left out.
+    (see `scope_card`), and nowhere else. What is said of decisions is said of the `decidable`
+    questions alone; Brier score and ECE are of all known outcomes.
 
-    Plain values for JSON. None: a score, length or price is missing, or the measure means nothing
-    here (`apgr` and `cpt` are of pools of two).
+    Plain values for JSON. None: a score, length or price is missing, no question is decidable, or
+    the measure means nothing here (`apgr` and `cpt` are of pools of two).
     """
-    rows = _comparable(outcomes, yardstick)
+    rows = _decidable(outcomes, yardstick)
+    calibration = {
+        "brier": measures.brier(predicted, outcomes),
+        "brier_base_rate": measures.brier(yardstick.rates, outcomes),
+        "ece": measures.ece(predicted, outcomes),
+    }
     outcomes, predicted = outcomes.rows(rows), predicted[rows]
     chosen = decided(predicted.astype(np.float32), outcomes.known)
     quality, cost = base.chosen_by(outcomes, chosen)
@@ -83,17 +89,16 @@ def scorecard(
         "apgr": None if two is None else two.apgr,
         "cpt50": None if two is None else two.cpt50,
         "cpt80": None if two is None else two.cpt80,
-        "brier": measures.brier(predicted, outcomes),
-        "brier_base_rate": measures.brier(yardstick.rates, outcomes),
-        "ece": measures.ece(predicted, outcomes),
+        **calibration,
         "acc_at_80_coverage": measures.selective(quality, confidence, COVERAGE),
         "scope": scope_card(outcomes, confidence, chosen, threshold, seed=seed),
     }
 
 
 def baseline_cards(outcomes: Outcomes, yardstick: Yardstick, *, seed: int = 0) -> dict[str, Any]:
-    """`random`, `best_single`, `category_best`, `random_mix` (within budgets) and `oracle`."""
-    outcomes = outcomes.rows(_comparable(outcomes, yardstick))
+    """`random`, `best_single`, `category_best`, `random_mix` (within budgets) and `oracle`, on the
+    `decidable` questions."""
+    outcomes = outcomes.rows(_decidable(outcomes, yardstick))
     best = base.single(outcomes, yardstick.best)
     ways = {
         "random": base.random_choice(outcomes),
@@ -149,12 +154,11 @@ def _of_choices(
     }
 
 
-def _comparable(outcomes: Outcomes, yardstick: Yardstick) -> npt.NDArray[np.bool_]:
-    """(n,) questions with a known outcome. Raises ValueError for other experts than the
-    yardstick's, or where no question is left."""
+def _decidable(outcomes: Outcomes, yardstick: Yardstick) -> npt.NDArray[np.bool_]:
+    """(n,) questions that say something of a decision. Raises ValueError for other experts than the
+    yardstick's, or where no question has a known outcome."""
     if outcomes.experts != yardstick.experts:
         raise ValueError("the experts differ from those fitted on; select the same, in their order")
-    rows = np.asarray(outcomes.known.any(axis=1), np.bool_)
-    if not rows.any():
+    if not outcomes.known.any():
         raise ValueError("no question has a known outcome; name other data")
-    return rows
+    return outcomes.decidable

@@ -26,7 +26,7 @@ from composer.types import FloatArray
 from router_training.baselines import mean_costs
 from router_training.cells import listed
 from router_training.choice import earned_apart, ranking
-from router_training.criterion import Criterion
+from router_training.criterion import Criterion, need_decisions
 from router_training.crossfit import (
     Chosen,
     CrossFit,
@@ -48,6 +48,11 @@ from router_training.yardsticks import yardstick_values
 
 BEST = "best"
 
+UNDECIDED = (
+    "no question has known outcomes of two experts, so no decision can be judged: settings are the "
+    "family's defaults, and there is no curve"
+)
+
 
 def train(
     outcomes: Outcomes,
@@ -67,8 +72,12 @@ def train(
     `dev` is judged on once and decides nothing. `budgets` are shares of the best single expert's
     mean cost: settings and family are then chosen by the mean quality within them, not by the best
     quality there is. The manifest's metrics tell what was chosen and why, and what it reached.
+    Questions with fewer than two known outcomes are fitted on and decide nothing; where there are
+    no others a family has its default settings and no curve, and `best` and budgets are refused.
     Raises TrainingError.
     """
+    if router == BEST:
+        need_decisions(outcomes, f"the router {BEST!r}")
     families, left = suited(outcomes, list(FAMILIES)) if router == BEST else ([router], {})
     workshop = Workshop(outcomes, families, encode, budgets=budgets, seed=seed, progress=progress)
     chosen, choice = workshop.best(families) if router == BEST else (workshop.choose(router), None)
@@ -131,6 +140,7 @@ class Workshop:
                 raise TrainingError(
                     "budgets need the cost of every outcome; give prices, or choose by accuracy"
                 )
+            need_decisions(self.outcomes, "budgets")
             single = float(mean_costs(self.outcomes)[self.yardstick.best])
             return Criterion(tuple(share * single for share in budgets), self.expected_cost)
         if len(self.outcomes.experts) == 2 and self.costs is None and self.outcomes.known.all():
@@ -182,13 +192,14 @@ class Workshop:
         """Of the families that are behind the highest cross-fitted mean by no more than one
         standard error, that with the lowest Brier score: who decides as well, as far as can be
         told, and knows better how well it does. Also what each reached, and why it is this one, in
-        plain values."""
+        plain values. Some question is `decidable`."""
         every = [self.choose(family) for family in families]
         ranked = ranking(every, self.outcomes)
+        group = self.outcomes.group[self.outcomes.decidable]
         rows: dict[str, dict[str, Any]] = {}
         for row in ranked.rows:
-            around = paired(row.behind, self.outcomes.group, seed=self.seed)
-            assert around is not None  # every question has an outcome
+            around = paired(row.behind, group, seed=self.seed)
+            assert around is not None  # whoever asks for the best has decidable questions
             rows[row.family] = {
                 "value": row.value,
                 "behind": around.mean,
@@ -277,6 +288,8 @@ class Workshop:
             "settings_tried": tried,
             "yardstick": yardstick_values(self.yardstick),
         }
+        if not self.outcomes.decidable.any():
+            metrics["note"] = UNDECIDED
         return metrics if choice is None else {**metrics, "choice": dict(choice)}
 
     def _threshold(self, chosen: Chosen) -> float | None:

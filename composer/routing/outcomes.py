@@ -43,6 +43,12 @@ class Outcomes:
         return ~np.isnan(self.quality)
 
     @property
+    def decidable(self) -> npt.NDArray[np.bool_]:
+        """(n,) where two experts or more have an outcome. A question with fewer says nothing of a
+        decision: every choice among the known would earn the same."""
+        return np.asarray(self.known.sum(axis=1) >= 2, np.bool_)
+
+    @property
     def priced(self) -> bool:
         """Whether every known outcome has its cost, so that budgets mean something."""
         return bool(self.known.any()) and not bool(np.isnan(self.cost[self.known]).any())

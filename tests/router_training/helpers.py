@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,16 @@ def outcomes(
         benchmark=tuple(benchmark or [""] * n),
         group=np.asarray(range(n) if group is None else group, np.int64),
     )
+
+
+def logged(whole: Outcomes, seed: int = 1000) -> Outcomes:
+    """As a service's log has them: of each question one expert's outcome, drawn at random.
+    `seed` is another than the table's, or who is asked would follow from the kind of question."""
+    rng = np.random.default_rng(seed)
+    asked = rng.integers(len(whole.experts), size=len(whole))
+    gone = asked[:, None] != np.arange(len(whole.experts))
+    quality, cost = (np.where(gone, np.float32(NAN), v) for v in (whole.quality, whole.cost))
+    return replace(whole, quality=quality, cost=cost)
 
 
 def write_csv(path: Path, *rows: str) -> Path:

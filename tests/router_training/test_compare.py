@@ -16,9 +16,10 @@ from router_training.compare import (
     over_pools,
 )
 from router_training.comparison import markdown
+from router_training.errors import TrainingError
 from router_training.pairing import pair_measures
 from router_training.published import BAR
-from tests.router_training.helpers import outcomes
+from tests.router_training.helpers import logged, outcomes
 from tests.router_training.synthetic import stamp, table
 from tests.routing.helpers import WordEmbedder
 
@@ -59,6 +60,25 @@ def test_every_method_is_judged_on_the_same_questions() -> None:
     assert ahead is not None
     expected = c.of("category").values.mean() - c.of(BAR).values.mean()
     np.testing.assert_allclose(ahead.mean, expected, atol=1e-12)
+
+
+def test_single_outcomes_judge_no_decision() -> None:
+    train, dev, encode = table(120), table(80, seed=2), WordEmbedder().encode
+    for whole, kept in ((train, 90), (dev, 60)):
+        gone = np.ix_(np.arange(kept, len(whole)), [0, 2])
+        whole.quality[gone] = whole.cost[gone] = np.nan
+    c = compare("t", "some", train, dev, encode, stamp(), families=FEW[:1], published=())
+    method = c.of(FEW[0])
+    assert len(method.values) == len(c.group) == 60
+    assert len(method.apart) == len(c.trained) == len(c.apart) == 90
+    assert method.card["avg_acc"] == np.mean(method.values)
+    np.testing.assert_allclose(method.apart.mean(), method.cv)
+    assert c.within is not None
+    assert len(c.within.of(FEW[0]).values) == 60
+    assert markdown([c]).startswith("## t, some")
+    for one, other, said in ((logged(train), dev, "fitted"), (train, logged(dev), "to judge")):
+        with pytest.raises(TrainingError, match=f"the questions {said} on: none of the"):
+            compare("t", "some", one, other, encode, stamp(), families=FEW[:1], published=())
 
 
 def test_the_markdown_has_every_table_that_the_pools_allow() -> None:

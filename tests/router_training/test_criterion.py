@@ -9,8 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from router_training.criterion import Criterion, over_shares
+from router_training.criterion import Criterion, need_decisions, over_shares
 from router_training.errors import TrainingError
+from tests.router_training.helpers import NAN
 from tests.router_training.helpers import outcomes as made
 
 
@@ -45,3 +46,18 @@ def test_budgets_need_costs() -> None:
     outcomes = made(np.eye(2))
     with pytest.raises(TrainingError, match="budgets need the cost"):
         Criterion(budgets=(1.0,)).values(np.eye(2, dtype=np.float32), outcomes)
+
+
+def test_a_question_with_one_outcome_says_nothing_of_a_decision() -> None:
+    quality = [[1, NAN, NAN], [0, 1, NAN], [NAN, NAN, 0], [1, 0, 0]]
+    cost = np.tile(np.array([1, 2, 3], np.float32), (4, 1))
+    some = made(quality, cost)
+    predicted = np.tile(np.array([0.2, 0.8, 0.1], np.float32), (4, 1))
+    np.testing.assert_array_equal(Criterion().values(predicted, some), [NAN, 1, NAN, 0])
+    by_budget = Criterion((2.0,), cost).values(predicted, some)
+    np.testing.assert_array_equal(by_budget, [NAN, 1, NAN, 0])
+    need_decisions(some, "somebody")
+    alone = some.rows(np.array([0, 2]))
+    assert np.isnan(Criterion().values(predicted[:2], alone)).all()
+    with pytest.raises(TrainingError, match="somebody: none of the 2 questions"):
+        need_decisions(alone, "somebody")

@@ -14,7 +14,9 @@ from composer.routing.artefact import ArtefactError
 from composer.routing.outcomes import Outcomes
 from router_training.errors import TrainingError
 from router_training.evaluate import evaluate
+from router_training.report import report
 from router_training.train import train
+from tests.router_training.helpers import logged
 from tests.router_training.synthetic import stamp, table
 from tests.routing.helpers import WordEmbedder
 
@@ -75,6 +77,18 @@ def test_without_prices_what_needs_them_is_null(tmp_path: Path) -> None:
     assert set(artefact["budget_acc"].values()) == {None}
     assert value["baselines"]["random_mix"] is None
     assert artefact["avg_acc"] is not None
+
+
+def test_of_single_outcomes_only_calibration_is_told(tmp_path: Path) -> None:
+    folder = made(tmp_path / "a", table())
+    result = evaluate([folder], logged(table(100, seed=2)), WordEmbedder())
+    value = json.loads(json.dumps(result.as_json(), allow_nan=False))
+    artefact = value["artefacts"][0]
+    assert artefact["avg_acc"] is artefact["ci95"] is artefact["mean_cost"] is None
+    assert artefact["brier"] < artefact["brier_base_rate"]
+    assert value["baselines"]["oracle"]["avg_acc"] is None
+    with pytest.raises(TrainingError, match="the report: none of the 100 questions"):
+        report(result, "a log")
 
 
 def test_a_pair_has_its_own_measures(tmp_path: Path) -> None:

@@ -54,3 +54,17 @@ def test_without_costs_there_is_none() -> None:
     free = outcomes([[1, 0], [0, 1]])
     assert curve_of(free.quality, None, free, 0) is None
     assert curve_of(free.quality, free.quality, free, 0) is None
+
+
+def test_the_curve_is_of_questions_with_a_choice() -> None:
+    quality, cost = np.array([[1.0, 0.0], [1.0, 1.0]] * 20), np.tile([[1.0, 0.1]], (40, 1))
+    predicted = np.tile([[0.9, 0.5]], (40, 1))
+    both = outcomes(quality, cost)
+    once = outcomes(np.vstack([quality, [[0, np.nan]] * 30]), np.vstack([cost, cost[:30]]))
+    wider = [np.vstack([a, a[:30]]) for a in (predicted, cost)]
+    assert curve_of(*wider, once, 0, seed=1) == curve_of(predicted, cost, both, 0, seed=1)
+    alone = once.rows(np.arange(40, 70))
+    assert curve_of(wider[0][40:], wider[1][40:], alone, 0) is None
+    curve = curve_of(predicted, cost, both, 0)
+    assert curve is not None
+    assert kept_promises(curve, wider[0][40:], wider[1][40:], alone, 0) is None

@@ -56,13 +56,33 @@ def test_without_prices_nothing_is_said_of_cost() -> None:
 
 
 def test_missing_outcomes_are_not_chosen_and_empty_questions_left_out() -> None:
-    data = outcomes([[1, NAN], [NAN, NAN], [0, 1]])
-    card = scorecard(data, Yardstick.fit(data), np.array([[0.1, 0.9], [0.5, 0.5], [0.2, 0.9]]))
-    assert card["avg_acc"] == 1
-    assert card["brier"] == pytest.approx((0.81 + 0.04 + 0.01) / 3)
-    # of the second expert one outcome is not known, so neither is what is gained over it
+    data = outcomes([[1, 0, NAN], [NAN, NAN, NAN], [0, NAN, 1], [NAN, 1, NAN]])
+    told = np.array([[0.1, 0.9, 1], [0.5, 0.5, 0.5], [0.2, 1, 0.9], [0.3, 0.7, 1]])
+    card = scorecard(data, Yardstick.fit(data), told)
+    # the last question has one outcome: nothing was decided there, and quality was foretold
+    assert card["avg_acc"] == 0.5
+    assert card["brier"] == pytest.approx((0.81 + 0.81 + 0.04 + 0.01 + 0.09) / 5)
+    # of the best expert one outcome is not known, so neither is what is gained over it
     assert card["gain_at_best"] is None
     assert card["gap_closed"] is None
+
+
+def test_without_a_decision_to_judge_there_is_no_figure_of_one() -> None:
+    data = outcomes([[1, NAN], [NAN, 0], [0, NAN]], COST[:3])
+    yardstick = Yardstick.fit(data)
+    card = scorecard(data, yardstick, PREDICTED[:3], expected_cost=COST[:3])
+    json.dumps(card, allow_nan=False)
+    known = {"brier", "brier_base_rate", "ece"}
+    assert card.pop("per_benchmark") == {}
+    assert {key for key, value in card.items() if value is not None} == known
+    assert card["brier"] == pytest.approx((0.01 + 0.64 + 0.09) / 3)
+    for name, baseline in baseline_cards(data, yardstick).items():
+        if name == "random_mix":
+            assert baseline is None
+        else:
+            assert baseline["avg_acc"] is None
+            assert baseline["ci95"] is None
+            assert baseline["gap_closed"] is None
 
 
 def test_baselines() -> None:

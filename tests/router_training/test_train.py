@@ -18,6 +18,7 @@ from router_training import load_router
 from router_training.errors import TrainingError
 from router_training.measures import earned
 from router_training.train import train
+from tests.router_training.helpers import logged
 from tests.router_training.synthetic import EXPERTS, stamp, table
 from tests.routing.helpers import WordEmbedder
 
@@ -98,6 +99,53 @@ def test_missing_outcomes_and_repeated_questions() -> None:
     for some in (outcomes, twice):
         model = train(some, "category", ENCODE, stamp())
         assert np.isfinite(model.score(some.text, ENCODE).quality).all()
+
+
+@pytest.mark.parametrize("router", ["neighbours", "blend"])
+def test_a_log_of_single_outcomes_is_fitted_on_and_judges_no_decision(router: str) -> None:
+    log = logged(table(300))
+    model = train(log, router, ENCODE, stamp(), dev=logged(table(90, seed=3)))
+    metrics = model.manifest.metrics
+    assert json.loads(json.dumps(metrics, allow_nan=False)) == metrics
+    assert metrics["settings_tried"] == []
+    assert "no decision can be judged" in metrics["note"]
+    assert model.manifest.curve is None
+    for card in (metrics["cross_fitted"], metrics["dev"]):
+        assert card["avg_acc"] is None
+        assert card["budget_acc"] is None
+        assert card["brier"] < card["brier_base_rate"]
+    held_out = table(600, seed=5)
+    chosen = model.score(held_out.text, ENCODE).quality.argmax(axis=1)
+    assert earned(held_out.quality, chosen).mean() > held_out.quality.mean(axis=0).max() + 0.05
+    if router == "neighbours":
+        default = FAMILIES[router].grid()[0].model_dump(mode="json")
+        assert model.manifest.settings == default
+
+
+def test_single_outcomes_decide_nothing_beside_whole_ones() -> None:
+    whole, log = table(150), logged(table(150, seed=7))
+    both = replace(
+        whole,
+        text=whole.text + log.text,
+        quality=np.vstack([whole.quality, log.quality]),
+        cost=np.vstack([whole.cost, log.cost]),
+        category=whole.category + log.category,
+        benchmark=whole.benchmark + log.benchmark,
+        group=np.arange(300),
+    )
+    model = train(both, "neighbours", ENCODE, stamp())
+    assert "note" not in model.manifest.metrics
+    reached = model.manifest.metrics["cross_fitted"]["avg_acc"]
+    assert reached * 150 == pytest.approx(round(reached * 150), abs=1e-6)  # 150 whole answers
+    assert model.manifest.curve is not None
+    assert model.manifest.curve.best_single == pytest.approx(whole.quality.mean(axis=0).max())
+
+
+def test_what_needs_decisions_refuses_a_log_of_single_outcomes() -> None:
+    log = logged(table(60))
+    for router, budgets, said in (("best", (), "'best'"), ("neighbours", (0.5,), "budgets")):
+        with pytest.raises(TrainingError, match=f"{said}: none of the 60 .*training collect"):
+            train(log, router, ENCODE, stamp(), budgets=budgets)
 
 
 def test_best_is_the_one_that_cross_validation_prefers(monkeypatch: pytest.MonkeyPatch) -> None:

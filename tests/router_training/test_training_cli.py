@@ -15,7 +15,7 @@ from router_training.cli import _card_line, app
 from router_training.embedding import Embedding
 from router_training.progress import Progress
 from router_training.vectors import KeptVectors
-from tests.router_training.helpers import write_csv
+from tests.router_training.helpers import logged, write_csv
 from tests.router_training.intent_tables import intents, write_intents
 from tests.router_training.synthetic import table, write_table
 from tests.routing.helpers import WordEmbedder
@@ -114,6 +114,21 @@ def test_a_gain_that_is_not_known_is_no_zero() -> None:
     card = {"avg_acc": 0.5, "ci95": None, "brier": 0.2, "brier_base_rate": 0.2, "ece": None}
     assert "over best single –, " in _card_line({**card, "gain_over_best_single": None})
     assert "over best single +0.0, " in _card_line({**card, "gain_over_best_single": 0.0})
+
+
+def test_a_log_of_single_outcomes_is_told_of(tmp_path: Path) -> None:
+    data = write_table(tmp_path / "log.csv", logged(table(90)))
+    train = ("train", "--data", data, "--out", tmp_path / "r", "--router")
+    status, out, err = run(*train, "best")
+    assert (status, out) == (2, "")
+    assert "the router 'best': none of the 90 questions" in err
+    assert not (tmp_path / "r").exists()
+    status, out, err = run(*train, "category")
+    assert status == 0, err
+    assert "note: no question has known outcomes of two experts" in out
+    assert "accuracy –, over best single –, Brier 0." in out
+    status, out, err = run("evaluate", "--artefact", tmp_path / "r", "--data", data)
+    assert status == 0, err
 
 
 def test_json_alone_on_standard_output(data: Path, dev: Path, tmp_path: Path) -> None:
