@@ -258,16 +258,18 @@ def _mounts() -> Sequence[str]:
             args += ["--symlink", os.readlink(path), name]
         elif path.is_dir():
             args += ["--ro-bind", name, name]
+    # Before what may lie in it: the interpreter's own folder.
+    args += ["--size", str(FILES_MB << 20), "--perms", "1777", "--tmpfs", "/tmp"]
     for prefix in dict.fromkeys((sys.base_prefix, sys.prefix)):
         if not Path(prefix).is_relative_to("/usr"):
             # What lies above a mount would be made for root alone.
             for above in reversed(Path(prefix).parents[:-1]):
-                args += ["--perms", "0755", "--dir", str(above)]
+                if above != Path("/tmp"):
+                    args += ["--perms", "0755", "--dir", str(above)]
             args += ["--ro-bind", prefix, prefix]
     args += ["--perms", "0755", "--dir", "/etc"]
     args += ["--ro-bind-try", "/etc/ld.so.cache", "/etc/ld.so.cache"]
-    args += ["--proc", "/proc", "--dev", "/dev", "--size", str(FILES_MB << 20)]
-    args += ["--perms", "1777", "--tmpfs", "/tmp", "--chdir", "/tmp", "--setenv", "HOME", "/tmp"]
+    args += ["--proc", "/proc", "--dev", "/dev", "--chdir", "/tmp", "--setenv", "HOME", "/tmp"]
     return args
 
 
