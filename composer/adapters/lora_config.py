@@ -8,7 +8,7 @@ import re
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from composer.adapters.files import CONFIG
 from composer.errors import Problem
@@ -17,6 +17,8 @@ AdapterFeature = Literal["rank_pattern", "alpha_pattern"]
 """What an engine may or may not be able to do beyond plain LoRA."""
 
 MAX_RANK = 4096
+
+_Number = TypeVar("_Number", int, float)
 
 _INERT = frozenset(
     {
@@ -87,10 +89,13 @@ class LoraConfig:
     def rank_of(self, module: str) -> int:
         """The rank of one module, by peft's rule for `rank_pattern`: the first key that ends
         the module's name, keys being regular expressions."""
-        for pattern, rank in self.rank_pattern.items():
-            if re.match(rf"(.*\.)?({pattern})$", module):
-                return rank
-        return self.rank
+        return _of_pattern(self.rank_pattern, module, self.rank)
+
+    def scaling_of(self, module: str) -> float:
+        """What peft multiplies one module's B·A by, `alpha_pattern` by the same rule."""
+        alpha: float = _of_pattern(self.raw.get("alpha_pattern") or {}, module, self.alpha)
+        rank = self.rank_of(module)
+        return alpha / (math.sqrt(rank) if self.rank_stabilised else rank)
 
     def covers(self, module: str) -> bool | None:
         """Whether peft would put factors on `module`; None where only peft can tell (targets
@@ -218,6 +223,13 @@ def _parse(raw: Mapping[str, Any], refuse: Refuse) -> LoraConfig | None:
         rank_pattern=rank_pattern,
         raw=raw,
     )
+
+
+def _of_pattern(patterns: Mapping[str, _Number], module: str, otherwise: _Number) -> _Number:
+    for pattern, value in patterns.items():
+        if re.match(rf"(.*\.)?({pattern})$", module):
+            return value
+    return otherwise
 
 
 def _is_rank(value: object) -> bool:

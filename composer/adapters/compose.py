@@ -1,0 +1,203 @@
+"""A composition as written (members, weights, method) → a peft adapter folder that says what it was
+made of. Knows no engine and no registry."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from composer.adapters.factors import Lora, read_lora, write_lora
+from composer.adapters.merging import METHODS
+from composer.adapters.merging.base import Weights
+from composer.adapters.merging.truncation import fitted
+from composer.durable import sync_folder
+from composer.errors import AdapterError, Problem
+from composer.types import empty
+
+PROVENANCE = "composition.json"
+
+FORMAT = 1
+"""Goes up when the same recipe gives other tensors than before."""
+
+VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
+"""What vLLM takes as `max_lora_rank` (its LoRAConfig); a composed adapter has one of these."""
+
+
+@dataclass(frozen=True, slots=True)
+class Member:
+    """`weight` counts but where `Recipe.modules` has a module's own. `digest` None: whatever the
+    folder holds."""
+
+    name: str
+    folder: Path
+    weight: float = 1.0
+    digest: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Recipe:
+    """`modules`: module → (M,) weights of its own. `max_rank`: the server's `max_lora_rank`; what
+    has more is truncated. `settings` are the method's."""
+
+    members: tuple[Member, ...]
+    method: str = "cat"
+    settings: Mapping[str, Any] = field(default_factory=empty)
+    modules: Mapping[str, tuple[float, ...]] = field(default_factory=empty)
+    max_rank: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Composition:
+    """What was made. `rank` is that of the folder's adapter, `needed` what the method gave before
+    it was fitted to the server; `energy` the smallest share of a module's squared norm that the
+    fitting kept, 1 where nothing was cut. `built` False: it was there already."""
+
+    folder: Path
+    rank: int
+    needed: int
+    energy: float
+    report: Mapping[str, Any]
+    built: bool
+    seconds: float
+
+
+def compose(recipe: Recipe, into: Path) -> Composition:
+    """The composition's folder below `into`, named by what it is made of, so that the same recipe
+    over the same weights is built once, and a name never means other weights. Blocks. Raises
+    AdapterError; nothing is left half-written."""
+    began = time.monotonic()
+    loras = [_read(member) for member in recipe.members]
+    if not loras:
+        raise _refused(into, "members", "there is none", "Name at least one adapter.")
+    _one_base(recipe.members, loras)
+    digest = recipe_digest(recipe, [lora.digest for lora in loras])
+    folder = into / digest.removeprefix("sha256:")[:32]
+    if (folder / PROVENANCE).is_file():
+        told = json.loads((folder / PROVENANCE).read_text(encoding="utf-8"))
+        kept = {key: told[key] for key in ("rank", "needed", "energy", "report")}
+        return Composition(folder, **kept, built=False, seconds=time.monotonic() - began)
+    made, needed, energy, report = _merged(recipe, loras, into)
+    rank = servable_rank(made.rank, recipe.max_rank)
+    told = {
+        "format": FORMAT,
+        "digest": digest,
+        "method": recipe.method,
+        "paper": METHODS[recipe.method].paper,
+        "settings": dict(recipe.settings),
+        "members": [
+            {**asdict(member), "folder": str(member.folder), "digest": lora.digest}
+            for member, lora in zip(recipe.members, loras, strict=True)
+        ],
+        "modules": {module: list(own) for module, own in recipe.modules.items()},
+        "base": made.base,
+        "rank": rank,
+        "needed": needed,
+        "energy": energy,
+        "report": dict(report),
+    }
+    _published(folder, made, rank, told)
+    return Composition(folder, rank, needed, energy, report, True, time.monotonic() - began)
+
+
+def recipe_digest(recipe: Recipe, digests: Sequence[str]) -> str:
+    """`sha256:…` of all that decides the tensors: names and folders of members do not."""
+    method = METHODS.get(recipe.method)
+    settings = {} if method is None else method.settings(**recipe.settings).model_dump(mode="json")
+    told = {
+        "format": FORMAT,
+        "method": recipe.method,
+        "settings": settings,
+        "members": [
+            [digest, member.weight] for digest, member in zip(digests, recipe.members, strict=True)
+        ],
+        "modules": {module: list(own) for module, own in sorted(recipe.modules.items())},
+        "max_rank": recipe.max_rank,
+    }
+    return f"sha256:{hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()}"
+
+
+def servable_rank(rank: int, limit: int | None) -> int:
+    """The least rank that vLLM can be started for and that holds `rank`, but no more than `limit`;
+    `rank` itself above the largest. `rank` is within `limit`."""
+    fits = next((allowed for allowed in VLLM_RANKS if allowed >= rank), rank)
+    return fits if limit is None else min(fits, limit)
+
+
+def _merged(
+    recipe: Recipe, loras: Sequence[Lora], into: Path
+) -> tuple[Lora, int, float, Mapping[str, Any]]:
+    method = METHODS.get(recipe.method)
+    if method is None:
+        known = ", ".join(METHODS)
+        raise _refused(into, "method", f"there is no method {recipe.method!r}", f"One of {known}.")
+    weights = Weights(tuple(member.weight for member in recipe.members), recipe.modules)
+    try:
+        settings = method.settings(**recipe.settings)
+        merged = method.merge([lora.modules for lora in loras], weights, settings)
+    except (ValidationError, ValueError) as error:
+        remedy = "Mend the composition."
+        raise _refused(into, recipe.method, str(error), remedy) from error
+    made = Lora(merged.modules, loras[0].base)
+    needed, energy = made.rank, 1.0
+    if recipe.max_rank is not None and needed > recipe.max_rank:
+        modules, energy = fitted(merged.modules, recipe.max_rank)
+        made = Lora(modules, made.base)
+    return made, needed, energy, merged.report
+
+
+def _published(folder: Path, made: Lora, rank: int, told: Mapping[str, Any]) -> None:
+    """Whole or not at all: made beside its place and moved there. Two processes that build the same
+    composition write the same bytes, and whoever comes second throws its own away."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    part = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+    try:
+        write_lora(part, made, rank=rank)
+        text = json.dumps(told, indent=2, ensure_ascii=False) + "\n"
+        (part / PROVENANCE).write_text(text, encoding="utf-8")
+        part.chmod(0o755)
+        try:
+            os.rename(part, folder)
+        except OSError:
+            if not (folder / PROVENANCE).is_file():
+                raise
+        sync_folder(folder.parent)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+
+
+def _read(member: Member) -> Lora:
+    lora = read_lora(member.folder)
+    if member.digest is not None and lora.digest != member.digest:
+        raise _refused(
+            member.folder,
+            "",
+            f"{member.name!r} has the digest {lora.digest}, not {member.digest}",
+            "Restore the files that were checked, or reload the registry, which checks them again.",
+        )
+    return lora
+
+
+def _one_base(members: Sequence[Member], loras: Sequence[Lora]) -> None:
+    for member, lora in zip(members, loras, strict=True):
+        if lora.base != loras[0].base:
+            raise _refused(
+                member.folder,
+                "base_model_name_or_path",
+                f"{member.name!r} was trained on {lora.base!r}, {members[0].name!r} on "
+                f"{loras[0].base!r}",
+                "Compose adapters of one base model.",
+            )
+
+
+def _refused(file: Path, path: str, message: str, remedy: str) -> AdapterError:
+    return AdapterError([Problem(file=str(file), path=path, message=message, remedy=remedy)])

@@ -1,0 +1,171 @@
+"""LoRA adapters as torch tensors: the factors of each module, read from a peft folder and written
+to one. Knows no base model and no way of merging."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from composer.adapters.files import CONFIG, WEIGHTS
+from composer.adapters.lora_config import read_lora_config
+from composer.adapters.tensors import TensorFileError, read_tensors
+from composer.adapters.verify import adapter_digest
+from composer.errors import AdapterError, Problem
+
+_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+_PREFIX = "base_model.model."
+_FACTOR = re.compile(r"base_model\.model\.(?P<module>.+)\.lora_(?P<side>[AB])\.weight")
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Factors:
+    """ΔW = scale · b @ a of one linear layer, a (r, d_in) and b (d_out, r) of one dtype."""
+
+    a: Tensor
+    b: Tensor
+    scale: float = 1.0
+
+    @property
+    def rank(self) -> int:
+        return self.a.shape[0]
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(d_out, d_in) of the layer."""
+        return self.b.shape[0], self.a.shape[1]
+
+    def delta(self) -> Tensor:
+        """ΔW (d_out, d_in) in float32. As large as the layer: for small ones and for tests."""
+        return self.scale * (self.b.float() @ self.a.float())
+
+    def times(self, weight: float) -> Factors:
+        return Factors(self.a, self.b, self.scale * weight)
+
+
+Modules = Mapping[str, Factors]
+"""Module name, as the base model has it → its factors."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Lora:
+    """An adapter in memory. `base` is the name of the model it was trained on, as its config has
+    it; `digest` is that of `verify.py`, "" for one that has no folder yet."""
+
+    modules: Modules
+    base: str | None
+    digest: str = ""
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The widest of its tensors'."""
+        widest = torch.bfloat16
+        kinds = {t.dtype for f in self.modules.values() for t in (f.a, f.b)}
+        for kind in kinds:
+            widest = kind if len(kinds) == 1 else torch.promote_types(widest, kind)
+        return widest
+
+    @property
+    def rank(self) -> int:
+        """The largest of its modules'."""
+        return max(f.rank for f in self.modules.values())
+
+
+def read_lora(folder: Path) -> Lora:
+    """The adapter in `folder`, each module with the scaling that peft would apply. Raises
+    AdapterError for what is not plain LoRA on linear layers."""
+    config, problems = read_lora_config(folder, ("rank_pattern", "alpha_pattern"))
+    if problems or config is None:
+        raise AdapterError(problems)
+    try:
+        tensors = read_tensors(folder / WEIGHTS)
+    except (TensorFileError, OSError) as error:
+        raise _refused(folder, "", f"it cannot be read: {error}", "Copy it again.") from error
+    sides: dict[str, dict[str, Tensor]] = {}
+    for name, raw in tensors.items():
+        match = _FACTOR.fullmatch(name)
+        if match is None or raw.dtype not in _DTYPES or len(raw.shape) != 2:
+            raise _refused(
+                folder,
+                name,
+                "only LoRA factors of linear layers can be composed",
+                "Leave this adapter out, or train it on linear layers alone.",
+            )
+        flat = torch.frombuffer(bytearray(raw.data), dtype=_DTYPES[raw.dtype])
+        sides.setdefault(match["module"], {})[match["side"]] = flat.reshape(raw.shape)
+    modules = {}
+    for module, pair in sorted(sides.items()):
+        if len(pair) != 2 or pair["A"].shape[0] != pair["B"].shape[1]:
+            raise _refused(
+                folder, module, "its two factors do not fit together", "Save the adapter again."
+            )
+        modules[module] = Factors(pair["A"], pair["B"], config.scaling_of(module))
+    if not modules:
+        raise _refused(folder, "", "it holds no LoRA factor", "Save the adapter again.")
+    return Lora(modules, config.base, adapter_digest(config, tensors))
+
+
+def write_lora(folder: Path, lora: Lora, *, rank: int | None = None) -> None:
+    """As peft saves one: any engine that serves peft's adapters serves it. Each module's scale is
+    folded into its b, and all are filled up with zeros to one rank (`rank`, or their largest),
+    since vLLM knows one rank and one alpha. `folder` must exist. Raises ValueError where `rank`
+    is smaller than a module's."""
+    largest = lora.rank
+    rank = largest if rank is None else rank
+    if rank < largest:
+        raise ValueError(f"rank {rank} is below that of a module, {largest}; truncate it first")
+    dtype = lora.dtype
+    tensors = {}
+    for module, factors in lora.modules.items():
+        b = (factors.b.float() * factors.scale).to(dtype)
+        grow = rank - factors.rank
+        name = f"{_PREFIX}{module}.lora"
+        tensors[f"{name}_A.weight"] = _padded(factors.a.to(dtype), (0, 0, 0, grow))
+        tensors[f"{name}_B.weight"] = _padded(b, (0, grow))
+    save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
+    config = lora_json(lora, rank)
+    (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+
+def lora_json(lora: Lora, rank: int) -> dict[str, Any]:
+    """adapter_config.json of an adapter of scaling 1. Targets are whole module names, so that a
+    layer without factors is not taken for one that lost them."""
+    return {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": lora.base,
+        "r": rank,
+        "lora_alpha": rank,
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "inference_mode": True,
+        "target_modules": _targets(lora.modules),
+    }
+
+
+def _targets(modules: Modules) -> list[str]:
+    """Last names where these say the same (vLLM checks them against its packed modules), else
+    whole ones."""
+    last = {module.rsplit(".", 1)[-1] for module in modules}
+    layers = {module.rsplit(".", 1)[-1]: 0 for module in modules}
+    for module in modules:
+        layers[module.rsplit(".", 1)[-1]] += 1
+    return sorted(last) if len(set(layers.values())) == 1 else sorted(modules)
+
+
+def _padded(tensor: Tensor, sides: tuple[int, ...]) -> Tensor:
+    if not any(sides):
+        return tensor.contiguous()
+    return torch.nn.functional.pad(tensor, sides).contiguous()
+
+
+def _refused(folder: Path, path: str, message: str, remedy: str) -> AdapterError:
+    file = str(folder / WEIGHTS)
+    return AdapterError([Problem(file=file, path=path, message=message, remedy=remedy)])
