@@ -18,7 +18,7 @@ from pydantic import ValidationError
 
 from composer.adapters.factors import Lora, read_lora, write_lora
 from composer.adapters.merging import METHODS
-from composer.adapters.merging.base import Weights
+from composer.adapters.merging.base import MergeSettings, Method, Weights
 from composer.adapters.merging.truncation import fitted
 from composer.durable import sync_folder
 from composer.errors import AdapterError, Problem
@@ -76,24 +76,25 @@ def compose(recipe: Recipe, into: Path) -> Composition:
     over the same weights is built once, and a name never means other weights. Blocks. Raises
     AdapterError; nothing is left half-written."""
     began = time.monotonic()
+    method, settings = _checked(recipe, into)
     loras = [_read(member) for member in recipe.members]
     if not loras:
         raise _refused(into, "members", "there is none", "Name at least one adapter.")
     _one_base(recipe.members, loras)
-    digest = recipe_digest(recipe, [lora.digest for lora in loras])
+    digest = _digest(recipe, settings, [lora.digest for lora in loras])
     folder = into / digest.removeprefix("sha256:")[:32]
     if (folder / PROVENANCE).is_file():
         told = json.loads((folder / PROVENANCE).read_text(encoding="utf-8"))
         kept = {key: told[key] for key in ("rank", "needed", "energy", "report")}
         return Composition(folder, **kept, built=False, seconds=time.monotonic() - began)
-    made, needed, energy, report = _merged(recipe, loras, into)
+    made, needed, energy, report = _merged(recipe, method, settings, loras, into)
     rank = servable_rank(made.rank, recipe.max_rank)
     told = {
         "format": FORMAT,
         "digest": digest,
         "method": recipe.method,
-        "paper": METHODS[recipe.method].paper,
-        "settings": dict(recipe.settings),
+        "paper": method.paper,
+        "settings": settings.model_dump(mode="json"),
         "members": [
             {**asdict(member), "folder": str(member.folder), "digest": lora.digest}
             for member, lora in zip(recipe.members, loras, strict=True)
@@ -109,14 +110,27 @@ def compose(recipe: Recipe, into: Path) -> Composition:
     return Composition(folder, rank, needed, energy, report, True, time.monotonic() - began)
 
 
-def recipe_digest(recipe: Recipe, digests: Sequence[str]) -> str:
+def _checked(recipe: Recipe, into: Path) -> tuple[type[Method], MergeSettings]:
+    if recipe.method not in METHODS:
+        known = ", ".join(METHODS)
+        raise _refused(into, "method", f"there is no method {recipe.method!r}", f"One of {known}.")
+    method = METHODS[recipe.method]
+    try:
+        return method, method.settings.model_validate(recipe.settings)
+    except ValidationError as error:
+        wrong = "; ".join(
+            f"{'.'.join(map(str, e['loc'])) or 'settings'}: {e['msg']}" for e in error.errors()
+        )
+        known = ", ".join(method.settings.model_fields) or "none"
+        raise _refused(into, "settings", wrong, f"{recipe.method} has: {known}.") from error
+
+
+def _digest(recipe: Recipe, settings: MergeSettings, digests: Sequence[str]) -> str:
     """`sha256:…` of all that decides the tensors: names and folders of members do not."""
-    method = METHODS.get(recipe.method)
-    settings = {} if method is None else method.settings(**recipe.settings).model_dump(mode="json")
     told = {
         "format": FORMAT,
         "method": recipe.method,
-        "settings": settings,
+        "settings": settings.model_dump(mode="json"),
         "members": [
             [digest, member.weight] for digest, member in zip(digests, recipe.members, strict=True)
         ],
@@ -134,19 +148,20 @@ def servable_rank(rank: int, limit: int | None) -> int:
 
 
 def _merged(
-    recipe: Recipe, loras: Sequence[Lora], into: Path
+    recipe: Recipe,
+    method: type[Method],
+    settings: MergeSettings,
+    loras: Sequence[Lora],
+    into: Path,
 ) -> tuple[Lora, int, float, Mapping[str, Any]]:
-    method = METHODS.get(recipe.method)
-    if method is None:
-        known = ", ".join(METHODS)
-        raise _refused(into, "method", f"there is no method {recipe.method!r}", f"One of {known}.")
     weights = Weights(tuple(member.weight for member in recipe.members), recipe.modules)
     try:
-        settings = method.settings(**recipe.settings)
         merged = method.merge([lora.modules for lora in loras], weights, settings)
-    except (ValidationError, ValueError) as error:
-        remedy = "Mend the composition."
-        raise _refused(into, recipe.method, str(error), remedy) from error
+    except ValueError as error:
+        message, _, remedy = str(error).partition("; ")
+        raise _refused(
+            into, recipe.method, message, f"{remedy[:1].upper()}{remedy[1:]}."
+        ) from error
     made = Lora(merged.modules, loras[0].base)
     needed, energy = made.rank, 1.0
     if recipe.max_rank is not None and needed > recipe.max_rank:
