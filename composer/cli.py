@@ -1,5 +1,5 @@
-"""The command line: serve · check · route · batch · promote · experts · embedder · schema.
-Decides nothing."""
+"""The command line: serve · check · route · batch · promote · experts · compose · embedder ·
+schema. Decides nothing."""
 
 from __future__ import annotations
 
@@ -220,6 +220,69 @@ def list_experts(experts: ExpertsFile = None) -> None:
         _fail(error)
     for expert in catalog.experts.values():
         print(f"{expert.id}\t{expert.server}\t{expert.description}")
+
+
+@app.command()
+def compose(
+    adapters: Annotated[list[Path], typer.Argument(help="Folders of LoRA adapters of one base.")],
+    into: Annotated[
+        Path, typer.Option("--out", help="The composed adapter becomes a folder below this one.")
+    ],
+    weight: Annotated[
+        list[float] | None,
+        typer.Option(help="One for each adapter, in their order; default: equal shares of 1."),
+    ] = None,
+    method: Annotated[str, typer.Option(help="cat, svd, arithmetic, lego or twin.")] = "cat",
+    setting: Annotated[
+        list[str] | None,
+        typer.Option("--set", help="A setting of the method, such as rank=8; repeat for several."),
+    ] = None,
+    max_rank: Annotated[
+        int | None, typer.Option(min=1, help="The server's max_lora_rank; more is truncated.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
+) -> None:
+    """Compose LoRA adapters into one that any engine serves, with the recipe beside it."""
+    _settings()
+    from composer.adapters.compose import Member, Recipe
+    from composer.adapters.compose import compose as build
+
+    shares = weight or [1 / len(adapters)] * len(adapters)
+    try:
+        if len(shares) != len(adapters):
+            raise SettingsError(
+                f"{len(shares)} weights for {len(adapters)} adapters; give one for each, or none"
+            )
+        members = [
+            Member(folder.name, folder, share)
+            for folder, share in zip(adapters, shares, strict=True)
+        ]
+        recipe = Recipe(tuple(members), method, _assigned(setting or []), max_rank=max_rank)
+        made = build(recipe, into)
+    except ComposerError as error:
+        _fail(error)
+    if as_json:
+        told = {"folder": str(made.folder), "rank": made.rank, "needed": made.needed}
+        more = {"energy": made.energy, "report": dict(made.report), "built": made.built}
+        print(json.dumps(told | more | {"seconds": round(made.seconds, 3)}))
+        return
+    cut = f", truncated from {made.needed} keeping {made.energy:.1%}" if made.energy < 1 else ""
+    done = f"made in {made.seconds:.2f} s" if made.built else "was there already"
+    print(f"{made.folder}: rank {made.rank}{cut}; {done}")
+
+
+def _assigned(settings: list[str]) -> dict[str, Any]:
+    """`name=value` with values as JSON has them, or else as they stand."""
+    out: dict[str, Any] = {}
+    for one in settings:
+        name, given, value = one.partition("=")
+        if not given or not name:
+            raise SettingsError(f"--set {one!r} is not name=value; write it so")
+        try:
+            out[name] = json.loads(value)
+        except ValueError:
+            out[name] = value
+    return out
 
 
 @app.command()
