@@ -37,6 +37,10 @@ class Projection:
             rows = torch.nn.functional.layer_norm(rows, (width,), eps=EPS) / width**0.5
         return cls(rows.contiguous(), normalise, None if bias is None else bias.float())
 
+    def to(self, device: torch.device) -> Projection:
+        bias = None if self.bias is None else self.bias.to(device)
+        return Projection(self.rows.to(device), self.normalise, bias)
+
     def logits(self, x: Tensor) -> Tensor:
         """(…, d_in) → (…, E) in float32."""
         return self.finish(x.float() @ self.rows.T, x)

@@ -17,7 +17,7 @@ from composer.adapters.gates.selection import Selection
 @dataclass(frozen=True, slots=True, eq=False)
 class Stacked:
     """A (Σr, d_in) and B (d_out, Σr), scales folded into B; `ranks` (E,) is each member's share of
-    the rows of A, 0 for one that has no factors here, which then has a say in the gate only."""
+    the rows of A, 0 for one that has no factors here."""
 
     a: Tensor
     b: Tensor
@@ -36,6 +36,9 @@ class Stacked:
         b = torch.cat([factors.b.float() * factors.scale for factors in present], dim=1)
         ranks = tuple(0 if factors is None else factors.rank for factors in members)
         return cls(a.to(dtype).contiguous(), b.to(dtype).contiguous(), ranks)
+
+    def to(self, device: torch.device, dtype: torch.dtype) -> Stacked:
+        return Stacked(self.a.to(device, dtype), self.b.to(device, dtype), self.ranks)
 
     def expanded(self, weights: Tensor) -> Tensor:
         """(…, E) → (…, Σr): each member's weight once for each of its ranks."""
@@ -64,6 +67,12 @@ class GatedLayer:
         query (GLIDER, arXiv 2410.07172, section 3.3)."""
         logits = self.projection.logits(x)
         return self.selection.weights(logits if prior is None else logits + prior)
+
+    def to(self, device: torch.device, dtype: torch.dtype) -> GatedLayer:
+        """Factors in `dtype`; the gate stays in float32."""
+        return GatedLayer(
+            self.stacked.to(device, dtype), self.projection.to(device), self.selection
+        )
 
     def delta(self, x: Tensor, prior: Tensor | None = None) -> Tensor:
         return self.stacked.delta(x, self.weights(x, prior)).to(x.dtype)
