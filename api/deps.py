@@ -12,7 +12,10 @@ from fastapi.routing import APIRoute
 from starlette.responses import Response
 
 from api.schemas import Caller
+from composer.eligibility import key_of
+from composer.errors import Forbidden
 from composer.service import Service
+from composer.types import ApiKey
 
 
 def _service(request: Request) -> Service:
@@ -33,8 +36,31 @@ def _caller(request: Request) -> Caller:
     return Caller(digest, session, request.state.key)
 
 
+def _excluded(request: Request) -> frozenset[str]:
+    key = _key(request)
+    return frozenset() if key is None else key.exclude
+
+
+def _admin(request: Request) -> None:
+    """Raises Forbidden for a key with a name that is no admin's."""
+    key = _key(request)
+    if key is not None and not key.admin:
+        raise Forbidden(
+            f"the key {key.id!r} may ask experts and not do this; send an admin's key, or set "
+            f"`admin: true` at keys.{key.id} in the registry"
+        )
+
+
+def _key(request: Request) -> ApiKey | None:
+    return key_of(request.state.key, _service(request).generations.current.catalog)
+
+
 CallerDep = Annotated[Caller, Depends(_caller)]
 ServiceDep = Annotated[Service, Depends(_service)]
+Excluded = Annotated[frozenset[str], Depends(_excluded)]
+"""Experts that there are not for the caller's key."""
+ADMIN = Depends(_admin)
+"""Of routes that change the service, or watch it as a whole: `dependencies=[ADMIN]`."""
 RequestId = Annotated[str, Depends(_request_id)]
 
 

@@ -8,8 +8,8 @@ from typing import get_args
 
 import numpy as np
 
-from composer.errors import ContextTooLong, RequestError, Unsupported
-from composer.types import Ability, BoolArray, Catalog, Expert, FloatArray, Request
+from composer.errors import ContextTooLong, RequestError, UnknownModel, Unsupported
+from composer.types import Ability, ApiKey, BoolArray, Catalog, Expert, FloatArray, Request
 
 MOST_CHARS_PER_TOKEN = 16
 """Text that averages more than this is not seen outside of long repeats."""
@@ -110,21 +110,30 @@ def check_exclude(exclude: frozenset[str], experts: Mapping[str, Expert]) -> Non
         )
 
 
-def restricted(request: Request, catalog: Catalog) -> Request:
-    """The request, which excludes whom its key excludes, too. Raises Unsupported where the very
-    model that it names is one of these, or where its key is there no more: whom that excluded is
-    not known then, so nobody may answer."""
-    if not request.key:
-        return request
-    key = catalog.keys.get(request.key)
+def key_of(name: str, catalog: Catalog) -> ApiKey | None:
+    """The caller's key by its name; None for "", whoever needs none or has the service's own.
+    Raises Unsupported where it is there no more: whom it excluded and what it was allowed is not
+    known then."""
+    if not name:
+        return None
+    key = catalog.keys.get(name)
     if key is None:
         raise Unsupported(
-            f"the key {request.key!r} is no longer known here; send the request with one that is"
+            f"the key {name!r} is no longer known here; send the request with one that is"
         )
+    return key
+
+
+def restricted(request: Request, catalog: Catalog) -> Request:
+    """The request, which excludes whom its key excludes, too. Raises UnknownModel where the very
+    model that it names is one of these; as `key_of`."""
+    key = key_of(request.key, catalog)
+    if key is None:
+        return request
     if request.model in key.exclude:
-        raise Unsupported(
-            f"{request.model!r} does not answer requests with the key {key.id!r}; ask another "
-            "model, or send another key",
+        raise UnknownModel(
+            f"there is no model {request.model!r} for the key {key.id!r}; GET /v1/models lists "
+            "those that there are",
             param="model",
         )
     return replace(request, exclude=request.exclude | key.exclude)

@@ -2,7 +2,8 @@
 
 ComposerError
 ├── RequestError            the caller's to mend
-│   ├── UnknownModel        the `model` is neither a policy nor an expert
+│   ├── UnknownModel        the `model` is neither a policy nor an expert, for this caller
+│   ├── Forbidden           the caller's key may not do this
 │   ├── NotFound            there is no such file or batch
 │   ├── Unsupported         no eligible expert (or not this one) can honour what was asked
 │   ├── ContextTooLong      the prompt and `max_tokens` exceed the expert's context window
@@ -45,6 +46,10 @@ class RequestError(ComposerError):
 
 class UnknownModel(RequestError):
     code = "model_not_found"
+
+
+class Forbidden(RequestError):
+    code = "insufficient_permissions"
 
 
 class NotFound(RequestError):

@@ -6,7 +6,7 @@ from typing import Any
 
 from starlette.responses import Response
 
-from api.deps import ServiceDep, make_router
+from api.deps import ADMIN, Excluded, ServiceDep, make_router
 from api.responses import Json
 from api.schemas import ExpertBody
 from composer.errors import UnknownModel
@@ -15,7 +15,7 @@ from composer.types import Expert
 router = make_router()
 
 
-@router.post("/v1/experts", status_code=201)
+@router.post("/v1/experts", status_code=201, dependencies=[ADMIN])
 async def add(body: ExpertBody, service: ServiceDep) -> Response:
     """Serve one more expert, now and after a restart. The body is an entry of experts.yaml
     with its `id`; it joins every policy that takes all experts."""
@@ -26,20 +26,22 @@ async def add(body: ExpertBody, service: ServiceDep) -> Response:
 
 
 @router.get("/v1/experts")
-async def list_all(service: ServiceDep) -> Response:
+async def list_all(service: ServiceDep, excluded: Excluded) -> Response:
+    """All but those that the caller's key excludes."""
     experts = service.generations.current.catalog.experts.values()
-    return Json({"object": "list", "data": [expert_body(expert) for expert in experts]})
+    data = [expert_body(expert) for expert in experts if expert.id not in excluded]
+    return Json({"object": "list", "data": data})
 
 
 @router.get("/v1/experts/{expert:path}")
-async def get(expert: str, service: ServiceDep) -> Response:
+async def get(expert: str, service: ServiceDep, excluded: Excluded) -> Response:
     found = service.generations.current.catalog.experts.get(expert)
-    if found is None:
+    if found is None or expert in excluded:
         raise UnknownModel(f"there is no expert {expert!r}; GET /v1/experts lists them", param="id")
     return Json(expert_body(found))
 
 
-@router.delete("/v1/experts/{expert:path}")
+@router.delete("/v1/experts/{expert:path}", dependencies=[ADMIN])
 async def remove(expert: str, service: ServiceDep) -> Response:
     """Take an expert away that was added here. Requests it is answering go on to their end."""
     await service.remove_expert(expert)

@@ -8,7 +8,7 @@ from typing import Any
 from fastapi import Request
 from starlette.responses import Response
 
-from api.deps import ServiceDep, make_router
+from api.deps import Excluded, ServiceDep, make_router
 from api.responses import Json
 from composer.errors import UnknownModel
 from composer.service import Service
@@ -18,26 +18,29 @@ router = make_router()
 
 
 @router.get("/v1/models")
-async def list_all(request: Request, service: ServiceDep) -> Response:
-    """Policies first, then experts, then the embedding model of /v1/embeddings."""
+async def list_all(request: Request, service: ServiceDep, excluded: Excluded) -> Response:
+    """Policies first, then experts, then the embedding model of /v1/embeddings. Whom the caller's
+    key excludes is not there, nor a policy that has nobody else."""
     created = request.app.state.created
-    return Json({"object": "list", "data": list(_models(service, created))})
+    return Json({"object": "list", "data": list(_models(service, created, excluded))})
 
 
 @router.get("/v1/models/{model:path}")
-async def get(model: str, request: Request, service: ServiceDep) -> Response:
-    for entry in _models(service, request.app.state.created):
+async def get(model: str, request: Request, service: ServiceDep, excluded: Excluded) -> Response:
+    for entry in _models(service, request.app.state.created, excluded):
         if entry["id"] == model:
             return Json(entry)
     raise UnknownModel(f"there is no model {model!r}; GET /v1/models lists them", param="model")
 
 
-def _models(service: Service, created: int) -> Iterator[dict[str, Any]]:
+def _models(service: Service, created: int, excluded: frozenset[str]) -> Iterator[dict[str, Any]]:
     catalog = service.generations.current.catalog
     for policy in catalog.policies.values():
-        yield _model(policy.id, created, "composer", _policy(policy))
+        if not excluded.issuperset(policy.experts):
+            yield _model(policy.id, created, "composer", _policy(policy, excluded))
     for expert in catalog.experts.values():
-        yield _model(expert.id, created, expert.server, _expert(expert))
+        if expert.id not in excluded:
+            yield _model(expert.id, created, expert.server, _expert(expert))
     embedder = service.embedder
     yield _model(embedder.id, created, "composer", {"kind": "embedder", "dimensions": embedder.dim})
 
@@ -52,13 +55,14 @@ def _model(id_: str, created: int, owner: str, more: dict[str, Any]) -> dict[str
     }
 
 
-def _policy(policy: Policy) -> dict[str, Any]:
+def _policy(policy: Policy, excluded: frozenset[str]) -> dict[str, Any]:
+    default = policy.default_expert
     return {
         "kind": "policy",
         "router": policy.router.name,
         "strategy": policy.strategy.name,
-        "experts": policy.experts,
-        "default_expert": policy.default_expert,
+        "experts": [expert for expert in policy.experts if expert not in excluded],
+        "default_expert": None if default in excluded else default,
     }
 
 

@@ -6,7 +6,7 @@ from typing import Literal
 
 from starlette.responses import Response
 
-from api.deps import ServiceDep, make_router
+from api.deps import ADMIN, ServiceDep, make_router
 from api.responses import Json
 from api.schemas import Body
 from composer.errors import Conflict, UnknownModel
@@ -18,7 +18,7 @@ class PromotionBody(Body):
     action: Literal["promote", "undo"]
 
 
-@router.get("/v1/policies/{policy:path}/promotion")
+@router.get("/v1/policies/{policy:path}/promotion", dependencies=[ADMIN])
 async def show(policy: str, service: ServiceDep) -> Response:
     """What serves and what runs in shadow, the doubly robust estimate of the difference with its
     95 % interval, and the promotion in force. `better`: the interval lies above 0. `left_out`:
@@ -26,7 +26,7 @@ async def show(policy: str, service: ServiceDep) -> Response:
     return Json({"object": "promotion", **await service.promotions.status(policy)})
 
 
-@router.post("/v1/policies/{policy:path}/promotion")
+@router.post("/v1/policies/{policy:path}/promotion", dependencies=[ADMIN])
 async def change(policy: str, body: PromotionBody, service: ServiceDep) -> Response:
     """Promote the artefact in shadow, where it proved better, or undo that. In force when this
     answers, and after a restart. One that the registry does not fit any more can be undone too."""

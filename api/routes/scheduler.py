@@ -7,7 +7,7 @@ from typing import Annotated
 from fastapi import Query
 from starlette.responses import Response
 
-from api.deps import ServiceDep, make_router
+from api.deps import ADMIN, ServiceDep, make_router
 from api.errors import without_paths
 from api.responses import Json
 
@@ -16,7 +16,7 @@ MOST_EVENTS = 10_000
 router = make_router()
 
 
-@router.get("/v1/scheduler")
+@router.get("/v1/scheduler", dependencies=[ADMIN])
 async def scheduler(
     service: ServiceDep, events: Annotated[int, Query(ge=0, le=MOST_EVENTS)] = 0
 ) -> Response:

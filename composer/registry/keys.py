@@ -34,7 +34,7 @@ def make_keys(
                 message, remedy = unknown_name("expert", expert, experts)
                 context.problems.append(block.problem(("exclude", number), message, remedy))
         digest = _digest(context, block, spec.key_env, list(keys.values()))
-        keys[id_] = ApiKey(id_, spec.key_env, digest, frozenset(spec.exclude))
+        keys[id_] = ApiKey(id_, spec.key_env, digest, frozenset(spec.exclude), spec.admin)
     return keys
 
 

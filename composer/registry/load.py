@@ -246,8 +246,8 @@ def _digest(
 ) -> str:
     """`sha256:…` over what is served, equal on every machine for equal content: adapters count
     by their digest, servers by their settings as written, paths as servers see them likewise; a
-    caller's key counts by whom it excludes. A base model counts by its name, so replacing its
-    weights in place needs a restart."""
+    caller's key counts by whom it excludes and whether it is an admin's. A base model counts by its
+    name, so replacing its weights in place needs a restart."""
     content = {
         "devices": {id_: device.memory_gb for id_, device in devices.items()},
         "servers": {
@@ -260,7 +260,7 @@ def _digest(
         },
         "experts": {id_: _expert_content(expert) for id_, expert in experts.items()},
         "policies": {id_: _policy_content(policy) for id_, policy in policies.items()},
-        "keys": {id_: sorted(key.exclude) for id_, key in keys.items()},
+        "keys": {id_: [sorted(key.exclude), key.admin] for id_, key in keys.items()},
         "default_policy": default_policy,
     }
     text = json.dumps(content, sort_keys=True, ensure_ascii=True, separators=(",", ":"))

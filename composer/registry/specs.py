@@ -53,6 +53,12 @@ class KeySpec(Spec):
         description="The environment variable that holds the key: it never stands in this file.",
     )
     exclude: tuple[Text, ...] = Field((), description="Ids of experts that must not answer.")
+    admin: bool = Field(
+        False,
+        strict=True,
+        description="Whether it may also add and delete experts, promote routers, and see the "
+        "scheduler and the metrics. COMPOSER_API_KEY always may.",
+    )
 
 
 class DeviceSpec(Spec):

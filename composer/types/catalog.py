@@ -198,12 +198,14 @@ class Policy:
 @dataclass(frozen=True, slots=True)
 class ApiKey:
     """A caller's key with a name, and the experts that must not answer its requests. The key itself
-    stands in the environment `variable`; `digest` is its sha256, None while that is not set."""
+    stands in the environment `variable`; `digest` is its sha256, None while that is not set.
+    `admin`: it may also change and watch the service, not only ask it."""
 
     id: str
     variable: str
     digest: bytes | None
     exclude: frozenset[str]
+    admin: bool = False
 
     def opens(self, given: bytes) -> bool:
         """Whether this is the key. In constant time."""

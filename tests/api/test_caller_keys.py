@@ -24,9 +24,9 @@ WAIT_S = 60
 """Only ends a test that has failed."""
 
 
-def key(name: str, *exclude: str) -> ApiKey:
+def key(name: str, *exclude: str, admin: bool = False) -> ApiKey:
     digest = hashlib.sha256(f"{name}'s key".encode()).digest()
-    return ApiKey(name, f"{name.upper()}_KEY", digest, frozenset(exclude))
+    return ApiKey(name, f"{name.upper()}_KEY", digest, frozenset(exclude), admin)
 
 
 def bearer(name: str) -> dict[str, str]:
@@ -36,7 +36,7 @@ def bearer(name: str) -> dict[str, str]:
 @pytest.fixture
 def world() -> World:
     world = make_world()
-    world.keys = (key("quiet", "shout"), key("open"))
+    world.keys = (key("quiet", "shout"), key("open"), key("ops", admin=True))
     return world
 
 
@@ -133,11 +133,80 @@ async def test_a_model_that_the_key_excludes_is_refused_by_name(
     client: httpx.AsyncClient, world: World
 ) -> None:
     refused = await ask(client, "hello", model="shout")
-    assert refused.status_code == 400
-    assert refused.json()["error"]["param"] == "model"
-    assert "'shout' does not answer requests with the key 'quiet'" in refused.text
+    assert refused.status_code == 404
+    error = refused.json()["error"]
+    assert (error["param"], error["code"]) == ("model", "model_not_found")
+    assert "there is no model 'shout' for the key 'quiet'" in refused.text
     assert (await ask(client, "hello", "open", model="shout")).status_code == 200
     assert asked(world) == ["shout"]
+
+
+async def test_whom_a_key_excludes_is_not_listed_for_it(client: httpx.AsyncClient) -> None:
+    async def listed(path: str, name: str) -> dict[str, Any]:
+        answer = await client.get(path, headers=bearer(name))
+        return {entry["id"]: entry for entry in answer.json()["data"]}
+
+    for path in ("/v1/models", "/v1/experts"):
+        assert {"shout", "team/sort"} <= (await listed(path, "open")).keys()
+        assert "shout" not in await listed(path, "quiet")
+        assert "team/sort" in await listed(path, "quiet")
+        one = await client.get(f"{path}/shout", headers=bearer("quiet"))
+        assert (one.status_code, one.json()["error"]["code"]) == (404, "model_not_found")
+    policy = (await listed("/v1/models", "quiet"))["auto"]["composer"]
+    assert policy["experts"] == ["team/sort"]
+
+
+async def test_a_policy_and_a_default_that_the_key_leaves_nothing_of_are_not_listed(
+    client: httpx.AsyncClient, world: World, policies: dict[str, Any]
+) -> None:
+    policies["default_expert"] = "shout"
+    world.keys = (key("quiet", "shout"), key("mute", "shout", "team/sort"))
+    await world.service.add_expert({"id": "third", "server": "box", "description": "x"})
+    models = (await client.get("/v1/models", headers=bearer("quiet"))).json()["data"]
+    (auto,) = (model for model in models if model["id"] == "auto")
+    assert auto["composer"]["default_expert"] is None
+    world.keys = (key("mute", "shout", "team/sort", "third", "fourth"),)
+    await world.service.add_expert({"id": "fourth", "server": "box", "description": "x"})
+    models = (await client.get("/v1/models", headers=bearer("mute"))).json()["data"]
+    assert [model["id"] for model in models] == ["fake-embedder"]
+
+
+# --- what a key may do beside asking ------------------------------------------------------
+
+
+ADMIN_ONLY = [
+    ("POST", "/v1/experts"),
+    ("DELETE", "/v1/experts/shout"),
+    ("GET", "/v1/policies/auto/promotion"),
+    ("POST", "/v1/policies/auto/promotion"),
+    ("GET", "/v1/scheduler"),
+    ("GET", "/metrics"),
+]
+
+
+@pytest.mark.parametrize(("method", "path"), ADMIN_ONLY)
+async def test_only_an_admins_key_changes_or_watches_the_service(
+    client: httpx.AsyncClient, world: World, method: str, path: str
+) -> None:
+    body = {"id": "third", "server": "box", "description": "x"} if path == "/v1/experts" else None
+    refused = await client.request(method, path, json=body, headers=bearer("open"))
+    assert refused.status_code == 403
+    error = refused.json()["error"]
+    assert (error["type"], error["code"]) == ("invalid_request_error", "insufficient_permissions")
+    assert "the key 'open' may ask experts and not do this" in error["message"]
+    assert "third" not in world.service.generations.current.catalog.experts
+    allowed = await client.request(method, path, json=body, headers=bearer("ops"))
+    assert allowed.status_code != 403
+
+
+async def test_without_a_name_a_key_is_an_admins() -> None:
+    world = make_world(settings=Settings(api_key="whole"))
+    world.keys = (key("open"),)
+    async with InProcess(world) as client:
+        for name, status in (("whole", 200), ("open's key", 403)):
+            headers = {"authorization": f"Bearer {name}"}
+            answer = await client.get("/v1/scheduler", headers=headers)
+            assert answer.status_code == status
 
 
 async def test_votes_are_held_without_whom_the_key_excludes(

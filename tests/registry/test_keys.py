@@ -30,6 +30,7 @@ def test_keys_are_known_by_their_digests(load: Load) -> None:
     keys = load().catalog.keys
     assert keys["ann"].exclude == {"general"}
     assert keys["bob"].exclude == frozenset()
+    assert not keys["bob"].admin
     assert keys["ann"].digest == hashlib.sha256(b"a").digest()
     assert keys["ann"].opens(b"a")
     assert not keys["ann"].opens(b"b")
@@ -51,6 +52,7 @@ def test_a_run_time_expert_can_be_excluded(load: Load, edit: Callable[[str, str]
         ("ANN_KEY", "BOB_KEY", "keys.bob.key_env: it is the key of 'ann' too"),
         ("key_env: BOB_KEY", "key: b", "keys.bob.key_env: "),
         ("key_env: BOB_KEY", "key_env: not-a-name", "keys.bob.key_env: "),
+        ("{key_env: BOB_KEY}", "{key_env: BOB_KEY, admin: 1}", "keys.bob.admin: "),
         ("bob:", "Bob:", "keys.Bob: 'Bob' cannot be an id"),
         ("{key_env: BOB_KEY}", "BOB_KEY", "keys.bob: it should have keys below it"),
     ],
@@ -82,5 +84,8 @@ def test_whom_a_key_excludes_is_part_of_what_is_served(
     before = load().catalog.digest
     monkeypatch.setenv("BOB_KEY", "another")
     assert load().catalog.digest == before
+    edit("{key_env: BOB_KEY}", "{key_env: BOB_KEY, admin: true}")
+    admin = load().catalog
+    assert admin.keys["bob"].admin
     edit("[general]", "[fox]")
-    assert load().catalog.digest != before
+    assert len({before, admin.digest, load().catalog.digest}) == 3
