@@ -79,3 +79,9 @@ class Settings(BaseSettings):
     drain_timeout_s: float = Field(
         30.0, gt=0, description="How long a stop waits for running requests."
     )
+
+    @property
+    def url(self) -> str:
+        """Where a service with these settings is reached from its own machine."""
+        host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(self.host, self.host)
+        return f"http://{f'[{host}]' if ':' in host else host}:{self.port}"

@@ -7,14 +7,13 @@ import asyncio
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
-from email.utils import parsedate_to_datetime
 from types import TracebackType
 from typing import Any, Protocol, Self
 
 import httpx
 import orjson
 
+from composer.engines.http import retry_after
 from composer.types import Message
 from router_training.cells import listed
 from router_training.errors import AskError, AskFailed, AskRefused
@@ -95,6 +94,7 @@ class Endpoint:
         self.how = how or How()
         self._wait_s = wait_s
         self._batch: dict[str, Any] = {}
+        self._revisions: dict[str, str] = {}
         try:
             self._client = httpx.AsyncClient(
                 base_url=self.url,
@@ -136,6 +136,7 @@ class Endpoint:
             models = response.json()["data"]
             ours = [m["id"] for m in models if m.get("composer", {}).get("kind") == "expert"]
             everybody = [m["id"] for m in models]
+            told = {m["id"]: m.get("composer", {}).get("revision") for m in models}
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise AskError(
                 f"{self.url} answers GET /v1/models with what is no list of models; name the "
@@ -144,7 +145,14 @@ class Endpoint:
         if not ours:
             return tuple(everybody)
         self._batch = {"composer": {"priority": "batch"}}
+        self._revisions = {id_: str(revision) for id_, revision in told.items() if revision}
         return tuple(ours)
+
+    def source(self, expert: str) -> str:
+        """Whose answers these are: the expert's revision where the service told one (`experts`),
+        which is the same at every address, else the address."""
+        revision = self._revisions.get(expert)
+        return self.url if revision is None else f"revision {revision}"
 
     async def check(self, wanted: Sequence[str]) -> tuple[str, ...]:
         """The experts wanted, none: all. Raises AskError, naming those that are not there."""
@@ -183,7 +191,7 @@ class Endpoint:
                     if status < 500 and status not in PASSING:
                         raise AskRefused(f"expert {expert!r} refuses (status {status}): {reason}")
                 problem = AskFailed(f"expert {expert!r} fails (status {status}): {reason}")
-                named = _retry_after(response) if status in BUSY else None
+                named = retry_after(response.headers) if status in BUSY else None
                 pause = _backoff(tries) if named is None else named
                 wait = self._wait_s
             if faults > FAULT_RETRIES or clock() + pause > began + wait:
@@ -235,22 +243,6 @@ def _reason(response: httpx.Response) -> str:
         return str(response.json()["error"]["message"])
     except (ValueError, KeyError, TypeError):
         return " ".join(response.text.split())[:200] or "it says nothing"
-
-
-def _retry_after(response: httpx.Response) -> float | None:
-    """Seconds, from either form of the header (RFC 9110, section 10.2.3)."""
-    value = response.headers.get("retry-after", "")
-    try:
-        return max(0.0, float(value))
-    except ValueError:
-        pass
-    try:
-        at = parsedate_to_datetime(value)
-    except ValueError:
-        return None
-    if at.tzinfo is None:
-        at = at.replace(tzinfo=UTC)
-    return max(0.0, (at - datetime.now(UTC)).total_seconds())
 
 
 def _backoff(tries: int) -> float:

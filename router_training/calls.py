@@ -7,7 +7,7 @@ import asyncio
 import fcntl
 import hashlib
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -17,6 +17,9 @@ import orjson
 from composer.types import Message
 from router_training.asking import Ask, How, Said
 from router_training.errors import AskRefused, TrainingError
+
+UNTOLD = "an unknown source"
+"""Of lines that do not say."""
 
 
 class Journal:
@@ -31,6 +34,7 @@ class Journal:
         cannot be opened."""
         self.path = path
         self._said: dict[str, Said | str] = {}
+        self._sources: dict[str, dict[str, int]] = {}
         path.parent.mkdir(parents=True, exist_ok=True)
         self._file = path.open("a+b")
         try:
@@ -55,6 +59,7 @@ class Journal:
                 entry = orjson.loads(line)
                 refused = entry.get("refused")
                 self._said[entry["key"]] = refused or Said(**entry["said"])
+                self._count(entry["expert"], entry.get("source", UNTOLD))
             except (ValueError, KeyError, TypeError, AttributeError) as error:
                 raise TrainingError(
                     f"{self.path}, line {number}, is no answer that a run has kept; remove the "
@@ -85,24 +90,51 @@ class Journal:
         """The answer, the words of a final refusal, or None."""
         return self._said.get(key)
 
-    def keep(self, key: str, expert: str, said: Said | str) -> None:
+    def check(self, expert: str, source: str) -> None:
+        """Raises TrainingError where it keeps answers of this expert from elsewhere."""
+        others = {name: n for name, n in self._sources.get(expert, {}).items() if name != source}
+        if others:
+            name, count = next(iter(others.items()))
+            raise TrainingError(
+                f"{self.path} keeps {count} answers of {expert!r} from {name}, and those asked for "
+                f"now are from {source}: two services, or an expert before and after a change, "
+                "would be mixed; name another output, or remove the file to ask everything anew"
+            )
+
+    def keep(self, key: str, expert: str, said: Said | str, source: str) -> None:
         """On disk, as far as a killed process goes, when this returns. Raises OSError."""
-        entry: dict[str, Any] = {"key": key, "expert": expert}
+        entry: dict[str, Any] = {"key": key, "expert": expert, "source": source}
         entry |= {"refused": said} if isinstance(said, str) else {"said": said}
         self._file.write(orjson.dumps(entry) + b"\n")
         self._file.flush()
         self._said[key] = said
+        self._count(expert, source)
+
+    def _count(self, expert: str, source: str) -> None:
+        of = self._sources.setdefault(expert, {})
+        of[source] = of.get(source, 0) + 1
 
 
 class Remembered:
     """An `Ask` that looks into a journal first. Calls are the same where expert, messages and what
-    they are asked with are; two at the same time are made once."""
+    they are asked with are; two at the same time are made once. The journal says from where its
+    answers are: those of two services are not mixed (`check`)."""
 
-    def __init__(self, ask: Ask, journal: Journal, how: How) -> None:
+    def __init__(
+        self, ask: Ask, journal: Journal, how: How, source: Callable[[str], str] = lambda _: ""
+    ) -> None:
+        """`source` says of an expert whose answers these are (`Endpoint.source`)."""
+        self._source = source
         self._ask = ask
         self._journal = journal
         self._how = orjson.dumps(how.body(), option=orjson.OPT_SORT_KEYS)
         self._running: dict[str, asyncio.Future[Said]] = {}
+
+    def check(self, experts: Iterable[str]) -> None:
+        """Before anybody is asked. Raises TrainingError where the journal has answers of one of
+        these experts from another source."""
+        for expert in experts:
+            self._journal.check(expert, self._source(expert))
 
     async def __call__(self, expert: str, messages: Sequence[Message]) -> Said:
         key = self._key(expert, messages)
@@ -123,9 +155,9 @@ class Remembered:
         try:
             said = await self._ask(expert, messages)
         except AskRefused as error:
-            self._journal.keep(key, expert, str(error))
+            self._journal.keep(key, expert, str(error), self._source(expert))
             raise
-        self._journal.keep(key, expert, said)
+        self._journal.keep(key, expert, said, self._source(expert))
         return said
 
     def _key(self, expert: str, messages: Sequence[Message]) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -51,6 +52,22 @@ Skills = Annotated[
 ]
 Split = Annotated[str | None, typer.Option(help="Only rows whose column `split` says so.")]
 Seed = Annotated[int, typer.Option(help="Of folds, fits and intervals.")]
+Url = Annotated[
+    str | None,
+    typer.Option(
+        "--url",
+        help="The running service, or any OpenAI-compatible one; default: COMPOSER_HOST and "
+        "COMPOSER_PORT.",
+        show_default=False,
+    ),
+]
+ApiKeyEnv = Annotated[
+    str,
+    typer.Option(
+        "--api-key-env", help="Name of the variable that holds the service's key, if it wants one."
+    ),
+]
+API_KEY_ENV = "COMPOSER_API_KEY"
 Json = Annotated[
     Path | None, typer.Option("--json", help="Also write the result here as JSON; - prints it.")
 ]
@@ -68,6 +85,11 @@ def named_experts(data: str, experts: str | None, pool: str | None) -> list[str]
     if experts is None:
         return None
     return [name.strip() for name in experts.split(",") if name.strip()]
+
+
+def service_at(url: str | None, api_key_env: str) -> tuple[str, str | None]:
+    """The address of the service to ask, by default this machine's own, and its key."""
+    return url or process_settings().url, os.environ.get(api_key_env)
 
 
 def outcomes_of(

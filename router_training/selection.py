@@ -50,13 +50,17 @@ class Standing:
     high: float
     likely: float
     evaluations: int
+    scores: int
+    """Of the evaluations, those that gave a score. Without any nothing is known of a candidate: the
+    expectation is the prior's, and it is not kept."""
 
 
 @dataclass(frozen=True, slots=True)
 class Selection:
-    """`standings` are the best first, the first `keep` of them kept. `confidence` is the
-    probability that these are the best, `regret` how much better in the mean the best are expected
-    to be. `exhaustive` evaluations would have tried all candidates on all examples."""
+    """`standings` are the best first, the first `keep` of them kept, but for those without a score,
+    who stand last. `confidence` is the probability that the kept are the best of those with a
+    score, `regret` how much better in the mean the best are expected to be. `exhaustive`
+    evaluations would have tried all candidates on all examples."""
 
     standings: tuple[Standing, ...]
     keep: int
@@ -67,7 +71,12 @@ class Selection:
 
     @property
     def kept(self) -> tuple[str, ...]:
-        return tuple(one.expert for one in self.standings[: self.keep])
+        return tuple(one.expert for one in self.standings[: self.keep] if one.scores)
+
+    @property
+    def unknown(self) -> tuple[str, ...]:
+        """Those without a score."""
+        return tuple(one.expert for one in self.standings if not one.scores)
 
 
 async def select(
@@ -87,8 +96,9 @@ async def select(
     A candidate is tried no further once those dropped hold one of the best with a probability of at
     most 1 − `confidence` together; it ends when the kept are the best with `confidence`, when the
     best are expected to be better by less than `tolerance`, or when the examples are used up.
-    `similarity` (E,) is that of the descriptions. Raises TrainingError for no choice or no example,
-    and what `evaluate` raises.
+    A candidate that has given no score counts in none of these, and is tried as long as the others
+    are. `similarity` (E,) is that of the descriptions. Raises TrainingError for no choice, no
+    example or no score, and what `evaluate` raises.
     """
     if not 1 <= keep < len(candidates):
         raise TrainingError(
@@ -113,14 +123,23 @@ async def select(
         done += len(rows)
         mean, covariance = posterior(scores, similarity)
         drawn = rng.multivariate_normal(mean, covariance, DRAWS, check_valid="ignore")  # (D, E)
-        likely, sure, regret = _judged(drawn, mean, keep)
-        if done == examples or sure >= confidence or regret <= tolerance:
+        heard = ~np.isnan(scores).all(axis=1)
+        likely = np.zeros(len(candidates))
+        choice = int(heard.sum()) > keep
+        if choice:
+            likely[heard], sure, regret = _judged(drawn[:, heard], mean[heard], keep)
+        else:
+            likely[heard], sure, regret = 1.0, 1.0, 0.0
+        if done == examples or (choice and (sure >= confidence or regret <= tolerance)):
             break
-        alive = _alive(likely, alive, keep, confidence)
+        if choice:
+            alive = _alive(likely, alive & heard, keep, confidence) | ~heard
         until *= 2
+    if not heard.any():
+        raise TrainingError("not one candidate has a score on these examples; give others")
     progress("evaluating", int(asked.sum()), int(asked.sum()))
     spread = 1.96 * np.sqrt(np.diag(covariance))
-    ranked = np.argsort(-mean, kind="stable")
+    ranked = np.lexsort((-mean, ~heard))
     standings = tuple(
         Standing(
             candidates[int(e)],
@@ -129,12 +148,30 @@ async def select(
             float(np.clip(mean[e] + spread[e], 0, 1)),
             float(likely[e]),
             int(asked[e]),
+            int((~np.isnan(scores[e])).sum()),
         )
         for e in ranked
     )
     return Selection(
         standings, keep, int(asked.sum()), len(candidates) * examples, sure, max(regret, 0.0)
     )
+
+
+def drawn_rows(labels: Sequence[str], count: int | None, seed: int) -> list[int]:
+    """`count` of the rows at random, in their order: of each label its share, to within one; None
+    or more than there are: all."""
+    n = len(labels)
+    if count is None or count >= n:
+        return list(range(n))
+    rng = np.random.default_rng(seed)
+    order = rng.permutation(n)
+    _, stratum = np.unique(np.asarray(labels), return_inverse=True)
+    place = np.empty(n)
+    for number in range(int(stratum.max()) + 1):
+        own = order[stratum[order] == number]
+        # Evenly over (0, 1) from a random start: those below any bound are the label's share.
+        place[own] = (np.arange(len(own)) + rng.random()) / len(own)
+    return sorted(np.argsort(place, kind="stable")[:count].tolist())
 
 
 def posterior(scores: Float64, similarity: FloatArray | None = None) -> tuple[Float64, Float64]:

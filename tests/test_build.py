@@ -13,7 +13,7 @@ from composer.engines.launch import Launch
 from composer.engines.openai import OpenAISettings
 from composer.engines.processes import ManagedProcess
 from composer.engines.vllm_launch import VllmSettings
-from composer.types import Catalog, Expert, FloatArray, Server
+from composer.types import Catalog, Expert, FloatArray, SamplingDefaults, Server
 
 
 class NoEmbedder:
@@ -89,3 +89,18 @@ async def test_a_remote_server_whose_key_is_missing_counts_as_there(
         assert made.places[id_].there
         assert f"server {id_!r} has no API key" in str((await engine.health()).reason)
         await engine.close()
+
+
+def test_an_experts_revision_changes_with_what_its_answers_come_from() -> None:
+    def revision(expert: Expert, model: str = "m", **more: Any) -> str:
+        settings = OpenAISettings(url="http://127.0.0.1:9/v1", model=model, **more)
+        server = Server("far", "openai", settings)
+        return Catalog(1, "a", {"far": server}, {expert.id: expert}, {}).revision(expert.id)
+
+    same = revision(Expert("one", "far"))
+    assert revision(Expert("two", "far", description="other words"), in_flight=7) == same
+    others = [
+        revision(Expert("one", "far"), model="n"),
+        revision(Expert("one", "far", sampling=SamplingDefaults(temperature=1.0))),
+    ]
+    assert len({same, *others}) == 3

@@ -16,6 +16,7 @@ from typer.testing import CliRunner
 from composer.cli import app
 from composer.routing.artefact import ARRAYS, EmbedderStamp
 from composer.routing.outcomes import Outcomes
+from composer.settings import Settings
 from router_training.train import train
 from tests.routing.helpers import WordEmbedder
 from tests.tiny import TINY, registry
@@ -145,6 +146,14 @@ def test_route_says_who_answers_below_the_threshold() -> None:
     status, out, err = run("route", "tell me something funny about politicians in 1832")
     assert status == 0, err
     assert "policy auto → base (single; the best quality is below the threshold of 0.1;" in out
+
+
+@pytest.mark.parametrize(
+    ("host", "url"),
+    [("0.0.0.0", "http://127.0.0.1:90"), ("::", "http://[::1]:90"), ("box", "http://box:90")],
+)
+def test_where_the_own_service_is_found(host: str, url: str) -> None:
+    assert Settings(host=host, port=90).url == url
 
 
 def test_settings_that_are_wrong_are_told_in_words(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -40,7 +40,8 @@ def _models(service: Service, created: int, excluded: frozenset[str]) -> Iterato
             yield _model(policy.id, created, "composer", _policy(policy, excluded))
     for expert in catalog.experts.values():
         if expert.id not in excluded:
-            yield _model(expert.id, created, expert.server, _expert(expert))
+            about = {**_expert(expert), "revision": catalog.revision(expert.id)}
+            yield _model(expert.id, created, expert.server, about)
     embedder = service.embedder
     yield _model(embedder.id, created, "composer", {"kind": "embedder", "dimensions": embedder.dim})
 

@@ -272,7 +272,7 @@ def refusal(
         return EngineMisconfigured(f"server {server!r} answered {status}: {hint}")
     if status == 404:
         return UnknownUpstreamModel(told)
-    after = _retry_after(headers or {})
+    after = retry_after(headers or {})
     if status == 429 or (status == 503 and after is not None):
         log.warning(told)
         return Overloaded(
@@ -305,8 +305,8 @@ def _said(body: Any) -> tuple[str, str | None, str | None]:
     )
 
 
-def _retry_after(headers: Mapping[str, str]) -> float | None:
-    """In seconds from now; RFC 9110 allows a number or a date."""
+def retry_after(headers: Mapping[str, str]) -> float | None:
+    """In seconds from now; RFC 9110, section 10.2.3, allows a number or a date."""
     written = headers.get("retry-after")
     if written is None:
         return None

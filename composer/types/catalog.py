@@ -227,3 +227,18 @@ class Catalog:
     default_policy: str = "auto"
     devices: Mapping[str, Device] = field(default_factory=empty)
     keys: Mapping[str, ApiKey] = field(default_factory=empty)
+
+    def revision(self, expert: str) -> str:
+        """Equal, across processes, for equal answers as far as the registry says: the engine, which
+        model it runs and where, the adapter's content, the prompt template, and the expert's own
+        sampling. A model whose weights are replaced in place keeps it."""
+        own = self.experts[expert]
+        server = self.servers[own.server]
+        model = [str(getattr(server.settings, name, None)) for name in _MODEL]
+        adapter = None if own.adapter is None else own.adapter.digest
+        said = repr((server.engine, model, adapter, own.prompt, own.sampling))
+        return hashlib.sha256(said.encode()).hexdigest()[:16]
+
+
+_MODEL = ("url", "model", "revision", "served_name", "table")
+"""What engines' settings call the model they run, and where."""

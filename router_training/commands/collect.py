@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import os
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
@@ -14,9 +14,12 @@ from rich.markup import escape
 from rich.table import Table
 
 from router_training.console import (
+    API_KEY_ENV,
+    ApiKeyEnv,
     Experts,
     Json,
     Split,
+    Url,
     bars,
     err,
     named_experts,
@@ -24,6 +27,7 @@ from router_training.console import (
     out,
     refuse,
     say,
+    service_at,
     told_plainly,
     written,
 )
@@ -61,13 +65,8 @@ def collect(
     scorer: Annotated[
         ScorerName, typer.Option(help="How an answer is held against the right one.")
     ],
-    url: Annotated[
-        str, typer.Option(help="The running service, or any OpenAI-compatible one.")
-    ] = "http://127.0.0.1:8000",
-    api_key_env: Annotated[
-        str,
-        typer.Option(help="Name of the variable that holds the service's key, if it wants one."),
-    ] = "COMPOSER_API_KEY",
+    url: Url = None,
+    api_key_env: ApiKeyEnv = API_KEY_ENV,
     experts: Experts = None,
     split: Split = None,
     system: Annotated[
@@ -110,7 +109,8 @@ def collect(
     """Ask experts all questions through the service, and write who was how right at what cost.
 
     Answers are kept beside the output as they come: stopped, the same command goes on, and with
-    another scorer nobody is asked again.
+    another scorer nobody is asked again. Exit status 1 where calls failed: what was answered is
+    written, and the same command asks for the rest.
     """
     with told_plainly():
         from router_training.asking import How
@@ -122,9 +122,10 @@ def collect(
         check_writable(out_file)
         prompt = Prompt(system, template)
         questions = read_questions(data, split)
+        address, key = service_at(url, api_key_env)
         run = _Run(
-            url=url,
-            key=os.environ.get(api_key_env),
+            url=address,
+            key=key,
             experts=tuple(named_experts(str(data), experts, None) or ()),
             how=How(temperature=temperature, max_tokens=max_tokens),
             scorer=scorer,
@@ -145,16 +146,28 @@ def collect(
     for note in found.notes:
         err.print(note, style="dim", markup=False, highlight=False, soft_wrap=True)
     rows = summary(found)
-    if written({"out": str(out_file), "experts": rows, "notes": found.notes}, as_json):
-        return
+    told = {"out": str(out_file), "experts": rows, "failed": found.unasked, "notes": found.notes}
+    if not written(told, as_json):
+        _show(rows, len(questions))
+        say(f"{len(questions)} questions, {len(rows)} experts → {out_file}")
+    if found.unasked:
+        err.print(
+            f"{found.unasked} calls failed or were not tried, and their outcomes are missing in "
+            f"{out_file}; the same command makes these calls again, and no other",
+            style="red",
+            markup=False,
+            highlight=False,
+            soft_wrap=True,
+        )
+        raise typer.Exit(1)
+
+
+def _show(rows: Sequence[Mapping[str, Any]], questions: int) -> None:
     table = Table("expert", "answered", "scored", "mean score", "US dollars")
     for row in rows:
-        counts = [f"{row[name]} of {len(questions)}" for name in ("answered", "scored")]
+        counts = [f"{row[name]} of {questions}" for name in ("answered", "scored")]
         table.add_row(escape(row["expert"]), *counts, number(row["mean"]), number(row["cost_usd"]))
     out.print(table)
-    if found.unasked:
-        say(f"{found.unasked} calls failed: the same command makes them again, and no other")
-    say(f"{len(questions)} questions, {len(rows)} experts → {out_file}")
 
 
 @dataclass(frozen=True)
@@ -190,7 +203,8 @@ class _Run:
             there = await endpoint.check(wanted)
             experts = self.experts or there
             with Journal(self.journal) as journal:
-                ask = Remembered(endpoint, journal, self.how)
+                ask = Remembered(endpoint, journal, self.how, endpoint.source)
+                ask.check(dict.fromkeys([*experts, *filter(None, [self.settings["judge"]])]))
                 scorer = make_scorer(self.scorer, ask=ask, sandbox=sandbox, **self.settings)
                 check(questions, scorer, experts)
                 return await collect(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -12,11 +11,14 @@ from rich.markup import escape
 from rich.table import Table
 
 from router_training.console import (
+    API_KEY_ENV,
+    ApiKeyEnv,
     Data,
     Experts,
     Json,
     Pool,
     Split,
+    Url,
     bars,
     err,
     named_experts,
@@ -24,6 +26,7 @@ from router_training.console import (
     outcomes_of,
     refuse,
     say,
+    service_at,
     told_plainly,
     written,
 )
@@ -52,13 +55,8 @@ def profile(
             "Without it and a list, a question's skills are its category and benchmark."
         ),
     ] = None,
-    url: Annotated[
-        str, typer.Option(help="--ask: the running service, or any OpenAI-compatible one.")
-    ] = "http://127.0.0.1:8000",
-    api_key_env: Annotated[
-        str,
-        typer.Option(help="Name of the variable that holds the service's key, if it wants one."),
-    ] = "COMPOSER_API_KEY",
+    url: Url = None,
+    api_key_env: ApiKeyEnv = API_KEY_ENV,
     samples: Annotated[
         int,
         typer.Option(
@@ -112,12 +110,13 @@ def profile(
             if ask is not None:
                 by |= {"method": "llm", "expert": ask, "samples": samples}
                 by |= {"temperature": temperature}
+                address, key = service_at(url, api_key_env)
                 found, notes = asyncio.run(
                     _asked(
                         outcomes.text,
                         ask,
-                        url=url,
-                        key=os.environ.get(api_key_env),
+                        url=address,
+                        key=key,
                         samples=samples,
                         temperature=temperature,
                         concurrency=concurrency,
@@ -175,7 +174,9 @@ async def _asked(
             how = How(temperature=temperature, max_tokens=MAX_TOKENS, more={"seed": seed})
             endpoint = await stack.enter_async_context(Endpoint(url, api_key=key, how=how))
             await endpoint.check([expert])
-            asks.append(Remembered(endpoint, kept, how))
+            remembered = Remembered(endpoint, kept, how, endpoint.source)
+            remembered.check([expert])
+            asks.append(remembered)
         return await by_llm(texts, expert, asks, concurrency=concurrency, progress=progress)
 
 

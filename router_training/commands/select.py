@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -14,12 +13,15 @@ from rich.table import Table
 
 from router_training.commands.collect import ScorerName
 from router_training.console import (
+    API_KEY_ENV,
+    ApiKeyEnv,
     Experts,
     Json,
     Pool,
     Prices,
     Seed,
     Split,
+    Url,
     bars,
     err,
     named_experts,
@@ -28,6 +30,7 @@ from router_training.console import (
     percent,
     refuse,
     say,
+    service_at,
     told_plainly,
     written,
 )
@@ -49,7 +52,12 @@ def select(
     ],
     keep: Annotated[int, typer.Option(min=1, help="How many experts to keep.")] = 3,
     examples: Annotated[
-        int | None, typer.Option(min=1, help="Use at most so many of the examples.")
+        int | None,
+        typer.Option(
+            min=1,
+            help="Draw so many of the examples, of each task (column `task`, `category` or "
+            "`benchmark`) its share; default: all.",
+        ),
     ] = None,
     category: Annotated[
         str | None, typer.Option(help="Only examples of this category or benchmark.")
@@ -69,12 +77,8 @@ def select(
     scorer: Annotated[
         ScorerName | None, typer.Option(help="Ask the experts, and score so (as `collect`).")
     ] = None,
-    url: Annotated[
-        str, typer.Option(help="The running service, or any OpenAI-compatible one.")
-    ] = "http://127.0.0.1:8000",
-    api_key_env: Annotated[
-        str, typer.Option(help="Name of the variable that holds the service's key.")
-    ] = "COMPOSER_API_KEY",
+    url: Url = None,
+    api_key_env: ApiKeyEnv = API_KEY_ENV,
     answers: Annotated[
         Path | None,
         typer.Option(
@@ -132,12 +136,13 @@ def select(
             else:
                 if category is not None:
                     refuse("--category is for recorded outcomes; name a file of the task's own")
-                key = os.environ.get(api_key_env)
+                address, key = service_at(url, api_key_env)
                 kept = answers or _beside(Path(data), as_json)
-                found = _asked(Path(data), given, split, scorer, url, key, kept, examples,
+                found = _asked(Path(data), given, split, scorer, address, key, kept, examples,
                                registry, settings)  # fmt: skip
     plain = {
         "kept": list(found.kept),
+        "unknown": list(found.unknown),
         "confidence": found.confidence,
         "regret": found.regret,
         "evaluations": found.evaluations,
@@ -163,6 +168,7 @@ def _recorded(
     import numpy as np
 
     from router_training.errors import TrainingError
+    from router_training.selection import drawn_rows
     from router_training.selection import select as pick
 
     outcomes = outcomes_of(data, names, split, prices)
@@ -175,8 +181,8 @@ def _recorded(
                 f"no example is of {category!r}; there are: {', '.join(there) or 'none'}"
             )
         outcomes = outcomes.rows(rows)
-    rng = np.random.default_rng(settings["seed"])
-    outcomes = outcomes.rows(np.sort(rng.permutation(len(outcomes))[:examples]))
+    labels = [" ".join(pair) for pair in zip(outcomes.benchmark, outcomes.category, strict=True)]
+    outcomes = outcomes.rows(np.array(drawn_rows(labels, examples, settings["seed"]), np.intp))
     column = {expert: i for i, expert in enumerate(outcomes.experts)}
 
     async def read(expert: str, rows: Sequence[int]) -> list[float | None]:
@@ -209,10 +215,18 @@ def _asked(
     from router_training.collect import Prompt, Questions, check, heard, read_questions
     from router_training.errors import TrainingError
     from router_training.scorers import make_scorer
+    from router_training.selection import drawn_rows
     from router_training.selection import select as pick
 
     questions = read_questions(data, split)
-    count = len(questions) if examples is None else min(examples, len(questions))
+    columns = questions.table.columns
+    labels = columns.get("task", columns.get("category", columns.get("benchmark")))
+    taken = drawn_rows(
+        [str(label) for label in labels or [""] * len(questions)], examples, settings["seed"]
+    )
+    questions = Questions(
+        questions.table.rows(taken), tuple(questions.examples[row] for row in taken)
+    )
     scored = make_scorer(scorer)
     why: dict[str, str] = {}
     tried: dict[str, int] = {}
@@ -223,7 +237,9 @@ def _asked(
             there = await endpoint.check(names or ())
             check(questions, scored, there)
             with Journal(answers) as journal:
-                return await selected(there, Remembered(endpoint, journal, endpoint.how))
+                remembered = Remembered(endpoint, journal, endpoint.how, endpoint.source)
+                remembered.check(there)
+                return await selected(there, remembered)
 
     async def selected(there: Sequence[str], remembered: Ask) -> Selection:
         async def ask(expert: str, rows: Sequence[int]) -> list[float | None]:
@@ -240,9 +256,9 @@ def _asked(
                 raise TrainingError("; ".join(["there is not one answer", *why.values()]))
             return scores
 
-        texts = [example.text for example in questions.examples[:count]]
+        texts = [example.text for example in questions.examples]
         similarity = _similarity(registry, there, texts)
-        return await pick(there, count, ask, similarity=similarity, **settings)
+        return await pick(there, len(questions), ask, similarity=similarity, **settings)
 
     found = asyncio.run(run())
     for expert, number in missing.items():
@@ -292,14 +308,16 @@ def _show(found: Selection) -> None:
     for one in found.standings:
         table.add_row(
             escape(one.expert),
-            "kept" if one.expert in kept else "",
-            percent(one.expected, (one.low, one.high)),
-            percent(one.likely, None),
+            "kept" if one.expert in kept else "" if one.scores else "unknown",
+            percent(one.expected, (one.low, one.high)) if one.scores else "–",
+            percent(one.likely, None) if one.scores else "–",
             str(one.evaluations),
         )
     out.print(table)
+    if found.unknown:
+        say(f"without a score, so that nothing is known of them: {', '.join(found.unknown)}")
     say(
-        f"{found.evaluations} evaluations of {found.exhaustive}; these are the best with "
+        f"{found.evaluations} evaluations of {found.exhaustive}; the kept are the best with "
         f"{percent(found.confidence, None)}, and the best are expected to be better by "
         f"{100 * found.regret:.1f} points"
     )

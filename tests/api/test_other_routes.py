@@ -44,6 +44,8 @@ async def test_models_are_policies_experts_and_the_embedder(client: httpx.AsyncC
     assert shout["skills"] == ["shouting"]
     assert shout["context_window"] == 100
     assert shout["server"] == "box"
+    revisions = {m["composer"]["revision"] for m in listed["data"][2:4]}
+    assert {len(revision) for revision in revisions} == {16}
     assert SECRET not in str(listed)
 
 

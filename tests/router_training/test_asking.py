@@ -81,6 +81,16 @@ async def test_what_is_sent_and_what_is_read() -> None:
     }
 
 
+async def test_whose_answers_they_are() -> None:
+    told = {"id": "poet", "composer": {"kind": "expert", "revision": "ab12"}}
+    async with endpoint(replies(httpx.Response(200, json={"data": [told]}))[0]) as ask:
+        await ask.check([])
+        assert ask.source("poet") == "revision ab12"  # at any address
+    async with endpoint(replies(httpx.Response(200, json=MODELS))[0]) as ask:
+        await ask.check([])
+        assert ask.source("poet") == "http://there"
+
+
 async def test_somebody_elses_service_is_told_nothing_of_ours() -> None:
     foreign = {"choices": [{"message": {"content": None}}], "usage": None}
     handler, seen = replies(

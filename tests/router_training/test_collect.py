@@ -369,6 +369,28 @@ async def test_remembered_calls_are_made_once(tmp_path: Path) -> None:
     assert Counter(expert for expert, _ in ask.asked)["a"] == 2
 
 
+async def test_answers_of_two_sources_are_not_mixed(tmp_path: Path) -> None:
+    hello: Any = [{"role": "user", "content": "q"}]
+    path = tmp_path / "j.jsonl"
+
+    async def told(source: str, expert: str) -> str:
+        with Journal(path) as journal:
+            ask = Remembered(Fake({(expert, "q"): source}), journal, How(), lambda _: source)
+            ask.check([expert])
+            return (await ask(expert, hello)).text
+
+    assert await told("http://one", "a") == "http://one"
+    kept = path.read_bytes()
+    with pytest.raises(TrainingError, match="1 answers of 'a' from http://one, and those asked"):
+        await told("http://two", "a")
+    assert path.read_bytes() == kept
+    assert await told("http://one", "a") == "http://one"
+    assert await told("http://two", "b") == "http://two"  # another expert may be elsewhere
+    path.write_text(json.dumps({"key": "k", "expert": "a", "said": {"text": "x"}}) + "\n")
+    with pytest.raises(TrainingError, match="from an unknown source"):
+        await told("http://one", "a")
+
+
 def test_what_is_no_journal(tmp_path: Path) -> None:
     path = tmp_path / "j.jsonl"
     for line in ('{"key": 1}\n', "[]\n", "hello\n", '{"key": "k", "said": {"words": 1}}\n'):
@@ -459,13 +481,13 @@ def test_select_asks_the_service_for_as_few_answers_as_it_takes(
     assert "router-training collect" in err
 
 
-def selecting(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, ask: Fake, *more: str | Path
-) -> tuple[int, str, str]:
-    """`select` of twelve questions, asking this in place of a service."""
+def serving(monkeypatch: pytest.MonkeyPatch, ask: Fake) -> None:
+    """Asks this in place of a service, which says that it has the experts of its answers."""
+    experts = tuple(dict.fromkeys(expert for expert, _ in ask.answers))
 
     class Service:
         how = How()
+        source = staticmethod(lambda expert: "here")
 
         def __init__(self, url: str, **given: Any) -> None: ...
 
@@ -475,12 +497,19 @@ def selecting(
         async def __aexit__(self, *error: object) -> None: ...
 
         async def check(self, wanted: Sequence[str]) -> tuple[str, ...]:
-            return ("a", "b", "mute")
+            return experts
 
         async def __call__(self, expert: str, messages: Sequence[Message]) -> Said:
             return await ask(expert, messages)
 
     monkeypatch.setattr("router_training.asking.Endpoint", Service)
+
+
+def selecting(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, ask: Fake, *more: str | Path
+) -> tuple[int, str, str]:
+    """`select` of twelve questions."""
+    serving(monkeypatch, ask)
     data = two(tmp_path, 12)
     return run("select", "--data", data, "--keep", "1", "--scorer", "exact", "--json", "-", *more)
 
@@ -512,6 +541,29 @@ def test_select_goes_on_where_one_expert_is_silent_and_after_a_stop(
     assert status == 2
     assert "there is not one answer; a: 4 calls are refused" in err
     assert len(nobody.asked) == 12  # one round of the three
+
+
+@pytest.mark.parametrize("where", ["--json", "--out"])
+def test_calls_that_failed_are_told_by_the_exit_status(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, where: str
+) -> None:
+    """What was gained is kept, and the same command asks for the rest alone."""
+    answers: dict[tuple[str, str], Any] = {("a", f"q{i}"): str(i) for i in range(3)}
+    data, out = two(tmp_path, 3), tmp_path / "o.csv"
+    args = ("collect", "--data", data, "--out", out, "--scorer", "exact")
+    args += ("--json", "-") if where == "--json" else ()
+    serving(monkeypatch, Fake(answers | {("a", "q1"): AskFailed("away")}))
+    status, said, err = run(*args)
+    assert status == 1
+    assert "1 calls failed or were not tried, and their outcomes are missing in" in err
+    assert "the same command makes these calls again, and no other" in err
+    assert load(out).outcomes.known[:, 0].tolist() == [True, False, True]
+    if where == "--json":
+        assert json.loads(said)["failed"] == 1
+    again = Fake(answers)
+    serving(monkeypatch, again)
+    status, _, err = run(*args)
+    assert (status, again.asked) == (0, [("a", "q1")]), err
 
 
 async def test_a_judge_that_only_fails_is_left_for_another_run(tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from composer.routing.subsets import best_subset
 from router_training.cli import app
 from router_training.embedding import Embedding
 from router_training.errors import TrainingError
-from router_training.selection import Selection, posterior, select
+from router_training.selection import Selection, drawn_rows, posterior, select
 from router_training.subset import Limits, brute_force, by_kind, keep_within
 from router_training.suitability import nearness
 from router_training.vectors import KeptVectors
@@ -104,10 +104,46 @@ def test_missing_scores_say_nothing() -> None:
     scores[1, ::2] = NAN
     found, _ = chosen(scores)
     assert found.kept == ("e1",)
-    silent = np.full((3, 8), NAN)
-    found, _ = chosen(silent, tolerance=0.0)
-    assert found.evaluations == 24
-    assert found.confidence < 0.6
+    with pytest.raises(TrainingError, match="not one candidate has a score"):
+        chosen(np.full((3, 8), NAN))
+
+
+def test_who_never_scored_is_unknown_and_not_kept() -> None:
+    """The prior's mean would have been better than any of the others'."""
+    scores = scores_of([0.1, 0.2, 0.9])
+    scores[2] = NAN
+    found, _ = chosen(scores)
+    assert found.kept == ("e1",)
+    assert found.unknown == ("e2",)
+    assert found.standings[-1].expert == "e2"
+    found, _ = chosen(scores, keep=2)
+    assert found.kept == ("e1", "e0")
+    found, _ = chosen(scores[1:], keep=1)
+    assert found.kept == ("e0",)
+
+
+@settings(max_examples=50, deadline=None)
+@given(
+    sizes=st.lists(st.integers(1, 30), min_size=1, max_size=5),
+    count=st.integers(1, 60),
+    seed=st.integers(0, 99),
+)
+def test_drawn_examples_have_each_task_in_its_share(
+    sizes: list[int], count: int, seed: int
+) -> None:
+    labels = [str(task) for task, size in enumerate(sizes) for _ in range(size)]
+    rows = drawn_rows(labels, count, seed)
+    assert rows == sorted(set(rows))
+    assert len(rows) == min(count, len(labels))
+    assert rows == drawn_rows(labels, count, seed)
+    of = Counter(labels[row] for row in rows)
+    for task, size in enumerate(sizes):
+        assert abs(of[str(task)] - len(rows) * size / len(labels)) < 2
+
+
+def test_which_examples_are_drawn_is_the_seeds() -> None:
+    labels = ["a"] * 40
+    assert len({tuple(drawn_rows(labels, 5, seed)) for seed in range(8)}) > 6
 
 
 @settings(max_examples=25, deadline=None)
