@@ -120,6 +120,7 @@ def load(
         runtime=runtime,
         version=version,
         may_skip=may_skip,
+        compositions=settings.cache_dir / "compositions",
     )
     _check_components(loaded, str(settings.experts))
     return loaded

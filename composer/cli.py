@@ -244,8 +244,8 @@ def compose(
 ) -> None:
     """Compose LoRA adapters into one that any engine serves, with the recipe beside it."""
     _settings()
-    from composer.adapters.compose import Member, Recipe
     from composer.adapters.compose import compose as build
+    from composer.adapters.recipe import Member, Recipe
 
     shares = weight or [1 / len(adapters)] * len(adapters)
     try:

@@ -26,8 +26,15 @@ def blocks(language: str) -> list[str]:
     return [text for tag, text in fences if tag == language]
 
 
-def yaml_with(key: str) -> dict[str, Any]:
-    [found] = [b for b in (yaml.safe_load(text) for text in blocks("yaml")) if key in b]
+def yaml_with(*path: str) -> dict[str, Any]:
+    """The one YAML block with these keys, each below the one before."""
+
+    def holds(at: Any) -> bool:
+        for key in path:
+            at = at.get(key) if isinstance(at, dict) else None
+        return at is not None
+
+    [found] = [b for b in (yaml.safe_load(text) for text in blocks("yaml")) if holds(b)]
     return found
 
 
@@ -53,7 +60,7 @@ def with_added(checkout: Path, addition: dict[str, Any]) -> Settings:
 
 
 def test_four_lines_add_an_adapter(checkout: Path) -> None:
-    catalog = load(with_added(checkout, yaml_with("experts"))).catalog
+    catalog = load(with_added(checkout, yaml_with("experts", "shout"))).catalog
     shout = catalog.experts["shout"]
     assert shout.adapter is not None
     assert shout.adapter.digest == catalog.experts["uppercase"].adapter.digest  # type: ignore[union-attr]
@@ -63,6 +70,16 @@ def test_four_lines_add_an_adapter(checkout: Path) -> None:
 def test_one_entry_adds_a_folder_of_adapters(checkout: Path) -> None:
     catalog = load(with_added(checkout, yaml_with("adapters_from"))).catalog
     assert catalog.experts["shout"].description == "Writes a word in capital letters."
+
+
+def test_the_composition_shown_is_made(checkout: Path) -> None:
+    settings = with_added(checkout, yaml_with("experts", "loud-mirror"))
+    settings = settings.model_copy(update={"cache_dir": checkout / "cache"})
+    adapter = load(settings).catalog.experts["loud-mirror"].adapter
+    assert adapter is not None
+    assert adapter.composed is not None
+    assert [one.name for one in adapter.composed.members] == ["uppercase", "reverse"]
+    assert adapter.path.parent == checkout / "cache" / "compositions"
 
 
 def test_the_policies_shown_are_right(checkout: Path) -> None:

@@ -40,7 +40,7 @@ class BaseModelInfo:
         The last part alone, since people train from local copies (`/models/Llama-3.1-8B`) and
         mirrors. It is never the only evidence: the shapes of every target must fit as well.
         """
-        return _last_part(name) in {_last_part(own) for own in self.names}
+        return last_part(name) in {last_part(own) for own in self.names}
 
 
 def read_base_model(folder: Path, names: Iterable[str] = ()) -> BaseModelInfo:
@@ -133,7 +133,8 @@ def _read_all_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
-def _last_part(name: str) -> str:
+def last_part(name: str) -> str:
+    """What of a base model's name is compared (`BaseModelInfo.is_named`)."""
     return re.sub(
         r"[-_.]+", "-", name.rstrip("/\\").replace("\\", "/").rsplit("/", 1)[-1]
     ).casefold()

@@ -10,19 +10,25 @@ import shutil
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
 
+from composer.adapters.base_model import last_part
 from composer.adapters.factors import Lora, read_lora, write_lora
+from composer.adapters.files import WEIGHTS
+from composer.adapters.lora_config import read_lora_config
 from composer.adapters.merging import METHODS
 from composer.adapters.merging.base import MergeSettings, Method, Weights
 from composer.adapters.merging.truncation import fitted
+from composer.adapters.recipe import Member, Recipe
+from composer.adapters.tensors import read_tensors
+from composer.adapters.verify import adapter_digest
 from composer.durable import sync_folder
 from composer.errors import AdapterError, Problem
-from composer.types import empty
+from composer.types import Composed, MemberShare
 
 PROVENANCE = "composition.json"
 
@@ -34,35 +40,15 @@ VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 
 
 @dataclass(frozen=True, slots=True)
-class Member:
-    """`weight` counts but where `Recipe.modules` has a module's own. `digest` None: whatever the
-    folder holds."""
-
-    name: str
-    folder: Path
-    weight: float = 1.0
-    digest: str | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Recipe:
-    """`modules`: module → (M,) weights of its own. `max_rank`: the server's `max_lora_rank`; what
-    has more is truncated. `settings` are the method's."""
-
-    members: tuple[Member, ...]
-    method: str = "cat"
-    settings: Mapping[str, Any] = field(default_factory=empty)
-    modules: Mapping[str, tuple[float, ...]] = field(default_factory=empty)
-    max_rank: int | None = None
-
-
-@dataclass(frozen=True, slots=True)
 class Composition:
     """What was made. `rank` is that of the folder's adapter, `needed` what the method gave before
     it was fitted to the server; `energy` the smallest share of a module's squared norm that the
-    fitting kept, 1 where nothing was cut. `built` False: it was there already."""
+    fitting kept, 1 where nothing was cut. `adapter` is the adapter's digest, and `composed` what
+    it was made of. `built` False: it was there already."""
 
     folder: Path
+    adapter: str
+    composed: Composed
     rank: int
     needed: int
     energy: float
@@ -77,17 +63,58 @@ def compose(recipe: Recipe, into: Path) -> Composition:
     AdapterError; nothing is left half-written."""
     began = time.monotonic()
     method, settings = _checked(recipe, into)
-    loras = [_read(member) for member in recipe.members]
-    if not loras:
+    if not recipe.members:
         raise _refused(into, "members", "there is none", "Name at least one adapter.")
-    _one_base(recipe.members, loras)
-    digest = _digest(recipe, settings, [lora.digest for lora in loras])
+    loras: list[Lora] = []
+    if any(member.digest is None for member in recipe.members):
+        loras = [_read(member) for member in recipe.members]
+    digests = [lora.digest for lora in loras] or [str(m.digest) for m in recipe.members]
+    digest = _digest(recipe, settings, digests)
     folder = into / digest.removeprefix("sha256:")[:32]
-    if (folder / PROVENANCE).is_file():
-        told = json.loads((folder / PROVENANCE).read_text(encoding="utf-8"))
-        kept = {key: told[key] for key in ("rank", "needed", "energy", "report")}
-        return Composition(folder, **kept, built=False, seconds=time.monotonic() - began)
-    made, needed, energy, report = _merged(recipe, method, settings, loras, into)
+    if (told := _told(folder)) is None:
+        loras = loras or [_read(member) for member in recipe.members]
+        _one_base(recipe.members, loras)
+        told = _built(recipe, method, settings, loras, folder, digest)
+        built = True
+    else:
+        built = False
+    shares = zip(recipe.members, digests, strict=True)
+    return Composition(
+        folder,
+        adapter=told["adapter"],
+        composed=Composed(
+            recipe.method,
+            tuple(MemberShare(member.name, own, member.weight) for member, own in shares),
+            told["energy"],
+        ),
+        **{key: told[key] for key in ("rank", "needed", "energy", "report")},
+        built=built,
+        seconds=time.monotonic() - began,
+    )
+
+
+def _told(folder: Path) -> Mapping[str, Any] | None:
+    """The provenance of what lies in the folder; None where it is not there as it was written, as
+    after a power cut: then it is made anew."""
+    try:
+        told: Mapping[str, Any] = json.loads((folder / PROVENANCE).read_text(encoding="utf-8"))
+        if told["format"] == FORMAT and (folder / WEIGHTS).stat().st_size == told["bytes"]:
+            return told
+    except (OSError, ValueError, KeyError, TypeError):
+        pass
+    return None
+
+
+def _built(
+    recipe: Recipe,
+    method: type[Method],
+    settings: MergeSettings,
+    loras: Sequence[Lora],
+    folder: Path,
+    digest: str,
+) -> Mapping[str, Any]:
+    """Merged, fitted to the server and published; what its provenance says."""
+    made, needed, energy, report = _merged(recipe, method, settings, loras, folder.parent)
     rank = servable_rank(made.rank, recipe.max_rank)
     told = {
         "format": FORMAT,
@@ -106,8 +133,7 @@ def compose(recipe: Recipe, into: Path) -> Composition:
         "energy": energy,
         "report": dict(report),
     }
-    _published(folder, made, rank, told)
-    return Composition(folder, rank, needed, energy, report, True, time.monotonic() - began)
+    return _published(folder, made, rank, told)
 
 
 def _checked(recipe: Recipe, into: Path) -> tuple[type[Method], MergeSettings]:
@@ -170,24 +196,31 @@ def _merged(
     return made, needed, energy, merged.report
 
 
-def _published(folder: Path, made: Lora, rank: int, told: Mapping[str, Any]) -> None:
+def _published(folder: Path, made: Lora, rank: int, told: Mapping[str, Any]) -> Mapping[str, Any]:
     """Whole or not at all: made beside its place and moved there. Two processes that build the same
     composition write the same bytes, and whoever comes second throws its own away."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     part = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
     try:
         write_lora(part, made, rank=rank)
+        config, _ = read_lora_config(part, ())
+        assert config is not None
+        found = adapter_digest(config, read_tensors(part / WEIGHTS))
+        told = {**told, "adapter": found, "bytes": (part / WEIGHTS).stat().st_size}
         text = json.dumps(told, indent=2, ensure_ascii=False) + "\n"
         (part / PROVENANCE).write_text(text, encoding="utf-8")
         part.chmod(0o755)
         try:
             os.rename(part, folder)
         except OSError:
-            if not (folder / PROVENANCE).is_file():
-                raise
+            if _told(folder) is None:  # what is there is damaged, or not ours
+                os.rename(folder, part / "damaged")
+                os.rename(part, folder)
+                shutil.rmtree(folder / "damaged", ignore_errors=True)
         sync_folder(folder.parent)
     finally:
         shutil.rmtree(part, ignore_errors=True)
+    return told
 
 
 def _read(member: Member) -> Lora:
@@ -204,7 +237,7 @@ def _read(member: Member) -> Lora:
 
 def _one_base(members: Sequence[Member], loras: Sequence[Lora]) -> None:
     for member, lora in zip(members, loras, strict=True):
-        if lora.base != loras[0].base:
+        if not _same_name(lora.base, loras[0].base):
             raise _refused(
                 member.folder,
                 "base_model_name_or_path",
@@ -212,6 +245,12 @@ def _one_base(members: Sequence[Member], loras: Sequence[Lora]) -> None:
                 f"{loras[0].base!r}",
                 "Compose adapters of one base model.",
             )
+
+
+def _same_name(one: str | None, other: str | None) -> bool:
+    return one == other or (
+        one is not None and other is not None and last_part(one) == last_part(other)
+    )
 
 
 def _refused(file: Path, path: str, message: str, remedy: str) -> AdapterError:

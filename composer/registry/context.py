@@ -25,10 +25,10 @@ class Mount:
 
 @dataclass(slots=True)
 class Context:
-    """`folder` is where relative paths start. The rest grows as the load goes on: `problems` of
-    the file, those of run-time experts by id (`""`: of a spec without one), `warnings` about this
-    machine, the stamp of each path from before it was first read, and the folders that servers
-    see elsewhere.
+    """`folder` is where relative paths start, `compositions` where composed adapters are kept. The
+    rest grows as the load goes on: `problems` of the file, those of run-time experts by id (`""`:
+    of a spec without one), `warnings` about this machine, the stamp of each path from before it
+    was first read, and the folders that servers see elsewhere.
     `experts_missing`: some experts could not be gathered, so that a name that is not there may be
     one of theirs."""
 
@@ -37,6 +37,7 @@ class Context:
     families: Families
     roots: tuple[Path, ...]
     cache: FileCache
+    compositions: Path
     problems: list[Problem] = field(default_factory=list)
     warnings: list[Problem] = field(default_factory=list)
     of_runtime: dict[str, list[Problem]] = field(default_factory=dict)

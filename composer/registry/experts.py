@@ -1,4 +1,4 @@
-"""Named experts become Experts: cards read, fields validated, adapters verified.
+"""Named experts become Experts: cards read, fields validated, adapters verified or composed.
 
 One path for those of the file, of scanned folders and of run time.
 """
@@ -17,6 +17,7 @@ from composer.adapters.files import CARD, CONFIG
 from composer.adapters.hub import adapter_root, fetch_adapter, is_hub_name
 from composer.adapters.lora_config import AdapterFeature
 from composer.errors import CatalogError, Problem
+from composer.registry import compositions
 from composer.registry.blocks import Block, Place, block_at, unknown_name, validate
 from composer.registry.cards import read_card, read_examples
 from composer.registry.context import Context
@@ -26,6 +27,8 @@ from composer.registry.specs import CardSpec, ExpertSpec
 from composer.types import Ability, Adapter, Cost, Expert, SamplingDefaults
 
 _THREADS = min(4, os.cpu_count() or 1)
+
+_MAKES_ADAPTER = {"adapter", compositions.KEY}
 
 _FREE: frozenset[Ability] = frozenset({"logprobs"})
 """Abilities that come with the engine, whatever the model: an expert has them without saying so."""
@@ -48,11 +51,22 @@ def prepare(
     named: Collection[str],
 ) -> list[Prepared]:
     """Cards read, fields validated, adapters verified; in the order of `entries`. Reading and
-    hashing run in threads, which numpy and hashlib let run side by side. `named` are the servers
-    of the file, those included that are wrong themselves: what names one of these is looked at as
-    far as it goes without it."""
+    hashing run in threads, which numpy and hashlib let run side by side; then compositions are
+    made, each after its members. `named` are the servers of the file, those included that are
+    wrong themselves: what names one of these is looked at as far as it goes without it."""
+    composed = [entry for entry in entries if compositions.is_composed(entry)]
+    plain = [entry for entry in entries if not compositions.is_composed(entry)]
     with ThreadPoolExecutor(_THREADS, thread_name_prefix="registry") as pool:
-        results = list(pool.map(lambda entry: _prepare(context, entry, servers, named), entries))
+        done = {
+            result.entry.id: result
+            for result in pool.map(lambda one: _prepare(context, one, servers, named, {}), plain)
+        }
+    order, circular = compositions.in_order(context, composed)
+    for entry, problem in circular:
+        done[entry.id] = Prepared(entry, problems=[problem])
+    for entry in order:
+        done[entry.id] = _prepare(context, entry, servers, named, done)
+    results = [done[entry.id] for entry in entries]
     for result in results:
         if result.entry.source == "runtime":
             context.add_runtime(result.entry.id, result.problems)
@@ -66,9 +80,13 @@ def _prepare(
     entry: Entry,
     servers: Mapping[str, KnownServer],
     named: Collection[str],
+    known: Mapping[str, Prepared],
 ) -> Prepared:
+    """`known` are the experts that a composition may name."""
     result = Prepared(entry)
     block = entry.block
+    server = _server(block, servers, named, result)
+    made = None
     try:
         folder, roots = _adapter_folder(context, entry)
     except CatalogError as error:
@@ -77,6 +95,15 @@ def _prepare(
     try:
         if folder is not None:
             block = _with_card(context, entry, folder, roots, result)
+        if compositions.is_composed(entry):
+            made, problems = compositions.make(context, entry, server, known, servers)
+            result.problems += problems
+            # What it needs no more is left out, so that the rest is checked all the same.
+            rest = {key: value for key, value in block.data.items() if key not in _MAKES_ADAPTER}
+            block = replace(block, data=rest)
+            if made is not None:
+                folder, roots = made.folder, (made.root,)
+                block = compositions.with_members(block, made.experts)
     except CatalogError as error:
         # One without a line is about the card as a whole, so where it is named is the place.
         place = block.at(("adapter",))
@@ -88,21 +115,22 @@ def _prepare(
         )
         return result
 
-    spec, problems = validate(ExpertSpec, block)
+    spec, problems = validate(ExpertSpec, block, beside=(compositions.KEY,))
     result.problems += problems
     examples = _examples(context, block, result)
-    server = _server(block, servers, named, result)
     adapter = None
     if folder is not None:
-        digest = None if spec is None else spec.digest
+        digest = made.digest if made is not None else None
+        digest = digest if spec is None or spec.digest is None else spec.digest
         adapter = _verified(context, block, folder, roots, server, digest, result)
     if spec is None:
         return result
-    if spec.digest is not None and folder is None:
+    has_adapter = folder is not None or compositions.is_composed(entry)
+    if spec.digest is not None and not has_adapter:
         message = "it pins an adapter, but the expert has none"
         problem = block.problem(("digest",), message, "Remove it, or add the `adapter`.")
         result.problems.append(problem)
-    if spec.server_path is not None and folder is None:
+    if spec.server_path is not None and not has_adapter:
         message = "it is an adapter's folder, but the expert has none"
         problem = block.problem(("server_path",), message, "Remove it, or add the `adapter`.")
         result.problems.append(problem)
@@ -114,12 +142,15 @@ def _prepare(
     if server is None:
         return result
     if adapter is not None and folder is not None:
-        ours = isinstance(spec.adapter, str)  # one of the hub lies in its cache
-        mounted = context.seen_by(spec.server, folder) if ours else None
-        adapter = replace(adapter, server_path=spec.server_path or mounted)
+        ours = made is not None or isinstance(spec.adapter, str)  # one of the hub lies in its cache
+        seen = context.seen_by(spec.server, folder) if ours else None
+        if spec.server_path is not None:
+            seen = spec.server_path if made is None else f"{spec.server_path}/{folder.name}"
+        composed = None if made is None else made.composed
+        adapter = replace(adapter, server_path=seen, composed=composed)
     abilities = _abilities(block, spec, server, result)
     window = _window(block, spec, server, result)
-    if not result.problems:
+    if not result.problems and (adapter is not None or not has_adapter):
         result.spec = spec
         result.expert = Expert(
             id=entry.id,

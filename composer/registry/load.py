@@ -1,7 +1,7 @@
 """experts.yaml and the runtime experts → one frozen Catalog, or every problem at once.
 
-Boot and reload are this one function. It reads files, cards and adapters, and asks the hub for
-what is named there; it builds no router and starts no engine.
+Boot and reload are this one function. It reads files, cards and adapters, composes adapters, and
+asks the hub for what is named there; it builds no router and starts no engine.
 """
 
 from __future__ import annotations
@@ -80,13 +80,15 @@ def load_catalog(
     version: int,
     may_skip: Collection[str] = (),
     cache: FileCache | None = None,
+    compositions: Path | None = None,
 ) -> Loaded:
     """The catalog that the file and the runtime experts make together.
 
     `roots` are the folders that adapters, cards and examples may lie in; none: the file's own.
     `runtime` are experts in the form of experts.yaml, each with its `id` beside the rest; their
     relative paths start at the file's folder. Those in `may_skip` (ids) are left out, as if they
-    had never been added, where their own specs are wrong. Blocks, for the network too where a
+    had never been added, where their own specs are wrong. `compositions` is the folder that
+    composed adapters are kept in; none: one beside the file. Blocks, for the network too where a
     hub name is not in the cache.
 
     Raises RegistryError (a CatalogError) with every problem found.
@@ -105,6 +107,7 @@ def load_catalog(
             families=families,
             roots=tuple(root.resolve() for root in roots) or (path.resolve().parent,),
             cache=cache if cache is not None else _CACHE,
+            compositions=compositions or path.parent / ".compositions",
             problems=list(problems),
             watched=watched,
             experts_missing=bool({problem.path for problem in problems} - _OTHER_KEYS),

@@ -16,6 +16,7 @@ from pydantic import (
     Tag,
 )
 
+from composer.adapters.recipe import RecipeSpec
 from composer.prompting import PromptSpec
 from composer.types import Ability
 
@@ -109,6 +110,16 @@ AdapterSpec = Annotated[
 ]
 
 
+def _composition_kind(value: Any) -> str:
+    return "file" if isinstance(value, str) else "recipe"
+
+
+CompositionSpec = Annotated[
+    Annotated[Text, Tag("file")] | Annotated[RecipeSpec, Tag("recipe")],
+    Discriminator(_composition_kind),
+]
+
+
 class CostSpec(Spec):
     """Price in US dollars per million tokens."""
 
@@ -172,7 +183,7 @@ class CardSpec(Spec):
 
 
 class ExpertSpec(CardSpec):
-    """A model on a server, alone or with an adapter."""
+    """A model on a server, alone, with an adapter, or with a composition of adapters."""
 
     server: Id = Field(description="Id of the server that runs it.")
     adapter: AdapterSpec | None = Field(
@@ -180,10 +191,16 @@ class ExpertSpec(CardSpec):
         description="LoRA adapter: a folder, or `{hub: org/name, revision: …}`; without, the "
         "expert is the server's base model.",
     )
+    composition: CompositionSpec | None = Field(
+        None,
+        description="In place of `adapter`: adapters that are composed into one, here or in a "
+        "file that says so.",
+    )
     server_path: ServerPath | None = Field(
         None,
         description="The adapter's folder as the server sees it, where that is another "
-        "(its own container); default: by `adapters_from`, else as here.",
+        "(its own container); default: by `adapters_from`, else as here. Of a composition: the "
+        "folder `compositions` of COMPOSER_CACHE_DIR.",
     )
 
 

@@ -51,7 +51,12 @@ def _about(expert: Expert) -> str:
 def _adapter(expert: Expert) -> str:
     if expert.adapter is None:
         return "[dim]none: the base model[/]"
-    return f"rank {expert.adapter.rank} {expert.adapter.digest}"
+    told = f"rank {expert.adapter.rank} {expert.adapter.digest}"
+    if (composed := expert.adapter.composed) is not None:
+        shares = " + ".join(f"{one.weight:.3g} {one.name}" for one in composed.members)
+        cut = f", keeping {composed.energy:.1%}" if composed.energy < 1 else ""
+        told += f"\n[dim]{escape(f'{composed.method} of {shares}{cut}')}[/]"
+    return told
 
 
 def _device(catalog: Catalog, device: Device) -> str:

@@ -37,10 +37,30 @@ otherwise. What could reach into other requests or cost without bound (`cache_sa
 
 
 @dataclass(frozen=True, slots=True)
+class MemberShare:
+    """One adapter of a composition: what it was called there, its digest, its weight."""
+
+    name: str
+    digest: str
+    weight: float
+
+
+@dataclass(frozen=True, slots=True)
+class Composed:
+    """What an adapter was composed of. `energy` is the smallest share of a module's squared norm
+    that fitting it to the server's rank kept, 1 where nothing was cut."""
+
+    method: str
+    members: tuple[MemberShare, ...]
+    energy: float = 1.0
+
+
+@dataclass(frozen=True, slots=True)
 class Adapter:
     """A verified LoRA adapter on disk. `digest` is the sha256 of its config and tensors,
     so equal digests mean equal behaviour on the same base. `server_path` is the same folder
-    as a server in another container sees it; None: as we see it."""
+    as a server in another container sees it; None: as we see it. `composed` None: it was
+    trained."""
 
     path: Path
     digest: str
@@ -48,6 +68,7 @@ class Adapter:
     alpha: float
     target_modules: tuple[str, ...]
     server_path: str | None = None
+    composed: Composed | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,9 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from composer.adapters.compose import PROVENANCE, Member, Recipe, compose
+from composer.adapters.compose import PROVENANCE, compose
 from composer.adapters.factors import read_lora
 from composer.adapters.files import CONFIG, WEIGHTS
+from composer.adapters.recipe import Member, Recipe
 from composer.adapters.ternary import compress, load_ternary, save_ternary
 from composer.adapters.verify import verify_adapter
 from composer.errors import AdapterError
