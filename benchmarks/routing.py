@@ -29,7 +29,8 @@ from benchmarks.common import CONSOLE, SHARED
 from composer.errors import ComposerError
 from composer.routing.families import FAMILIES
 from composer.routing.families.sharing import sharing
-from router_training.compare import COMPARISONS, Comparison, compare
+from router_training.compare import compare
+from router_training.compared import COMPARISONS, Comparison
 from router_training.comparison import markdown
 from router_training.data import load
 from router_training.embedding import Embedding, open_embedding

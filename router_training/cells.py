@@ -83,6 +83,11 @@ def listed(names: Sequence[str], limit: int = 8) -> str:
     return ", ".join(names[:limit]) + more
 
 
+def counted(n: int, one: str, many: str | None = None) -> str:
+    """How many of what, for a message."""
+    return f"{n:,} {one if n == 1 else many or one + 's'}"
+
+
 def _shown(cell: Any) -> str:
     written = repr(cell)
     return written if len(written) <= 40 else f"{written[:37]}…"

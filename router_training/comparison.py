@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from router_training.compare import (
+from router_training.compared import (
     Comparison,
     Method,
     Within,
@@ -37,7 +37,7 @@ def of_pool(c: Comparison) -> str:
     parts = [
         f"## {c.table}, {c.name}: {len(c.experts)} experts",
         f"{len(c.trained)} questions fitted on, {len(c.group)} judged; best single expert "
-        f"{single}. `--router best` chose {c.why}.",
+        f"{single}. `--router best` chose {c.why}.{_overlap(c)}",
         _table(_ACCURACY, [*_baseline_rows(c), *(_accuracy_row(c, m) for m in c.methods)]),
     ]
     if any(m.card["scope"] is not None for m in c.methods):
@@ -55,6 +55,11 @@ def of_pool(c: Comparison) -> str:
             _latency(c),
         ]
     return "\n\n".join(parts)
+
+
+def _overlap(c: Comparison) -> str:
+    told = c.overlap.sentence
+    return "" if told is None else f" {told[0].upper()}{told[1:]}."
 
 
 _ACCURACY = [
@@ -123,17 +128,33 @@ def _within(c: Comparison, within: Within) -> list[str]:
     card = c.baselines["random_mix"]
     mixed = [_percent((within.mix or {}).get(share)) for share in shares]
     area = _decimal(None if card is None else card["aiq"])
-    rows = [["random mix of single experts", *mixed, NONE, area, NONE]]
+    rows = [["random mix of single experts", *mixed, NONE, area, NONE, NONE]]
     for m in within.methods:
-        cost = NONE if m.cost_at_best is None else f"{100 * m.cost_at_best:.0f} %"
+        at_best = [NONE, NONE]
+        if m.at_best is not None:
+            at_best = [_share(m.at_best.share), _interval(m.at_best.over)]
         cells = [_percent(m.budgets[share]) for share in shares]
         mean = _percent(float(m.values.mean()))
-        rows.append([_named(m.name, within.best), *cells, mean, _decimal(m.aiq), cost])
+        rows.append([_named(m.name, within.best), *cells, mean, _decimal(m.aiq), *at_best])
     parts = [
         "Accuracy within shares of the best single expert's mean cost, in %, settings chosen for "
-        "the mean over them, and the least share at which that expert's accuracy is reached. "
-        f"`--router best --budget …` chose {within.why}.",
-        _table(["router", *heads, "mean", "AIQ", "cost of the best single's accuracy"], rows),
+        f"the mean over them. `--router best --budget …` chose {within.why}.",
+        "The last two columns say what the best single expert's accuracy costs. The weight on cost "
+        "is fixed beforehand: the greatest with which the router's cross-fitted decisions on train "
+        "are as accurate as that expert. Told is what decisions with this weight cost on the "
+        "judged questions, in % of what that expert costs there, and by how many points they are "
+        "more accurate than it. (– where no weight reaches that on train.)",
+        _table(
+            [
+                "router",
+                *heads,
+                "mean",
+                "AIQ",
+                "cost at the best single's accuracy, % (95 %)",
+                "accuracy there, over it",
+            ],
+            rows,
+        ),
     ]
     if within.promises is not None:
         heads = ["asked", "promised, % (95 %)", "achieved", "within", "share here"]

@@ -7,7 +7,7 @@ import json
 import logging
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -25,6 +25,7 @@ from router_training.progress import Progress
 
 if TYPE_CHECKING:
     from composer.routing.outcomes import Outcomes
+    from router_training.evaluate import Evaluation
 
 out = Console(width=None if sys.stdout.isatty() else 160)  # a pipe is not 80 columns wide
 err = Console(stderr=True)
@@ -51,6 +52,13 @@ Skills = Annotated[
     typer.Option(help="Which skills the questions ask for: a profile that `profile` wrote."),
 ]
 Split = Annotated[str | None, typer.Option(help="Only rows whose column `split` says so.")]
+WithoutTrained = Annotated[
+    bool,
+    typer.Option(
+        "--without-trained",
+        help="Leave out questions that were trained on, but for case and space.",
+    ),
+]
 Seed = Annotated[int, typer.Option(help="Of folds, fits and intervals.")]
 Url = Annotated[
     str | None,
@@ -134,6 +142,35 @@ def judged_by(
     return outcomes_of(source, None, split, prices, judging=True, intents=known)
 
 
+def evaluated(
+    artefacts: Sequence[Path],
+    source: str,
+    split: str | None,
+    prices: Path | None,
+    *,
+    without_trained: bool,
+    seed: int,
+    as_json: Path | None = None,
+) -> Evaluation:
+    """Artefacts judged on outcomes with the embedder that the settings name; a bar shows how far
+    it is. Raises ComposerError, ArtefactError."""
+    from router_training.embedding import open_embedding
+    from router_training.evaluate import evaluate
+
+    outcomes = judged_by(artefacts, source, split, prices)
+    with bars(as_json) as progress:
+        embedding = open_embedding(progress)
+        return evaluate(
+            artefacts,
+            outcomes,
+            embedding.kept,
+            encode_anew=embedding.encode_anew,
+            without_trained=without_trained,
+            seed=seed,
+            progress=progress,
+        )
+
+
 @contextmanager
 def told_plainly() -> Iterator[None]:
     """What is wrong with the data or the request is told in its own words; exit status 2. Anything
@@ -206,3 +243,28 @@ def percent(value: float | None, spread: Sequence[float] | None) -> str:
 
 def number(value: float | None) -> str:
     return "–" if value is None else f"{value:.3g}"
+
+
+def card_line(card: dict[str, Any]) -> str:
+    gain = card["gain_over_best_single"]
+    parts = [
+        f"accuracy {percent(card['avg_acc'], card['ci95'])}",
+        f"over best single {'–' if gain is None else f'{100 * gain:+.1f}'}",
+        f"Brier {number(card['brier'])} (base rate {number(card['brier_base_rate'])})",
+        f"ECE {number(card['ece'])}",
+    ]
+    return ", ".join(parts)
+
+
+def scope_line(scope: Mapping[str, Any]) -> str:
+    parts = [
+        f"in scope {percent(scope['in_scope_acc'], scope['in_scope_ci95'])}",
+        f"AUROC of confidence {scope['auroc']:.4f}",
+    ]
+    if scope["threshold"] is not None:
+        parts.append(
+            f"turned away below {scope['threshold']:.3f}: "
+            f"{percent(scope['overall_acc'], scope['overall_ci95'])} of all end well, "
+            f"{percent(scope['out_of_scope_found'], None)} of what is nobody's is found"
+        )
+    return ", ".join(parts)

@@ -19,6 +19,7 @@ from router_training.cells import listed
 from router_training.curves import BUDGETS
 from router_training.errors import TrainingError
 from router_training.loading import load_router
+from router_training.overlap import Overlap, parted
 from router_training.progress import Progress, silent
 from router_training.scorecard import Yardstick, baseline_cards, scorecard
 from router_training.vectors import Model
@@ -61,12 +62,14 @@ class Latency:
 @dataclass(frozen=True, slots=True, eq=False)
 class Judged:
     """One artefact: `card` as `scorecard` makes it of `predicted` quality and `expected_cost` on
-    the evaluation's outcomes, (n, E) each; in US dollars, None where it knows no price."""
+    the evaluation's outcomes, (n, E) each; in US dollars, None where it knows no price. `overlap`
+    tells how many of the questions it was trained on."""
 
     name: str
     router: str
     card: Mapping[str, Any]
     latency: Latency
+    overlap: Overlap
     predicted: FloatArray
     expected_cost: FloatArray | None
 
@@ -82,6 +85,7 @@ class Judged:
             **measured,
             "decision_ms_p50": self.latency.decision_ms,
             "ci95": self.card["ci95"],
+            "trained_on": self.overlap.as_json(),
         }
 
 
@@ -109,6 +113,7 @@ def evaluate(
     embedder: Model,
     *,
     encode_anew: Encode | None = None,
+    without_trained: bool = False,
     seed: int = 0,
     progress: Progress = silent,
 ) -> Evaluation:
@@ -119,6 +124,7 @@ def evaluate(
     `embedder` is timed. Raises ArtefactError for an artefact that cannot be used or does not fit:
     the data has to have outcomes of all its experts, and the artefacts the same experts. Questions
     with one known outcome say how well quality was foretold, and nothing of decisions.
+    `without_trained` leaves out the questions that one of the artefacts was trained on.
     """
     if not folders:
         raise TrainingError("there is no artefact to evaluate; name at least one folder")
@@ -140,7 +146,9 @@ def evaluate(
     rows = np.asarray(outcomes.known.any(axis=1), np.bool_)
     if not rows.any():
         raise TrainingError("no question has a known outcome of these experts; name other data")
-    outcomes = outcomes.rows(rows)
+    outcomes, overlaps = parted(
+        outcomes.rows(rows), [model.trained for model in models], without=without_trained
+    )
     yardstick = yardstick_of(models[0].manifest, first)
     judged = []
     for number, (model, folder) in enumerate(zip(models, folders, strict=True)):
@@ -161,7 +169,8 @@ def evaluate(
         )
         latency = timed(model, outcomes.text, encode_anew or embedder.encode)
         name = folder.resolve().name
-        judged.append(Judged(name, model.manifest.family, card, latency, quality, cost))
+        overlap = overlaps[number]
+        judged.append(Judged(name, model.manifest.family, card, latency, overlap, quality, cost))
     progress("evaluating", len(models), len(models))
     baselines = baseline_cards(outcomes, yardstick, seed=seed)
     return Evaluation(tuple(judged), baselines, outcomes, yardstick)

@@ -3,6 +3,7 @@ seen, and whether other questions keep that promise. Knows no router."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -11,7 +12,7 @@ import numpy.typing as npt
 from composer.routing.curve import Curve, Point
 from composer.routing.outcomes import Outcomes
 from router_training.baselines import mean_costs
-from router_training.intervals import side_by_side
+from router_training.intervals import Interval, side_by_side
 from router_training.measures import base_rates, earned
 
 STEPS = 60
@@ -23,6 +24,17 @@ RESAMPLES = 2000
 
 ASKED = (0.8, 0.9, 0.95, 1.0)
 """Shares of the best single expert's quality at which the promise is checked."""
+
+
+@dataclass(frozen=True, slots=True)
+class AtBest:
+    """What the best single expert's quality costs other questions than those that the `weight` on
+    cost was chosen on: `share` of what that expert costs there, and what the decisions earn `over`
+    it there."""
+
+    weight: float
+    share: Interval
+    over: Interval
 
 
 def curve_of(
@@ -134,3 +146,32 @@ def kept_promises(
             }
         )
     return told
+
+
+def at_best_single(
+    curve: Curve,
+    quality: npt.NDArray[np.floating],
+    expected_cost: npt.NDArray[np.floating],
+    outcomes: Outcomes,
+    best: int,
+    *,
+    seed: int = 0,
+) -> AtBest | None:
+    """The greatest weight with which the curve, on its own questions, is as good as the best single
+    expert, applied to others. The weight with which these themselves are just as good would be
+    chosen with hindsight: the luckiest of some 200. None where the curve is nowhere as good, or on
+    these questions an outcome of that expert or a cost is missing."""
+    weight, point = curve.weight_for_quality(1.0)
+    rows = np.asarray(outcomes.known[:, best] & outcomes.decidable, np.bool_)
+    outcomes, quality, expected_cost = outcomes.rows(rows), quality[rows], expected_cost[rows]
+    reached = point.quality >= curve.best_single * (1 - 1e-9)  # up to rounding
+    single_cost = float(mean_costs(outcomes)[best])
+    if not reached or not rows.any() or not outcomes.priced or not single_cost > 0:
+        return None
+    chosen = decided_at(weight, quality, expected_cost, outcomes)
+    spent = earned(outcomes.cost, chosen) / single_cost
+    over = earned(outcomes.quality, chosen) - outcomes.quality[:, best].astype(np.float64)
+    share, gain = side_by_side(
+        np.stack([spent, over], axis=1), outcomes.group, seed=seed, resamples=RESAMPLES
+    )
+    return AtBest(weight, share, gain)

@@ -21,6 +21,7 @@ from composer.routing.family import Family, decided
 from composer.routing.joining import JoinPrior, Newcomers
 from composer.routing.model import LearnedModel, Scored
 from composer.routing.outcomes import Outcomes
+from composer.routing.trained import TrainedQueries
 from composer.routing.views import Encode, Features, View, Views, rows_of
 from composer.types import FloatArray
 from router_training.baselines import mean_costs
@@ -259,6 +260,7 @@ class Workshop:
             calibration_of(chosen.raw, outcomes, chosen.signs),
             self.costs,
             Newcomers(prior, {}),
+            TrainedQueries.of(outcomes.text),
         )
 
     def _metrics(self, chosen: Chosen, choice: Mapping[str, Any] | None) -> dict[str, Any]:

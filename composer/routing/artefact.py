@@ -30,7 +30,7 @@ from composer.routing.family import State
 FORMAT = 1
 MANIFEST, ARRAYS = "manifest.json", "arrays.safetensors"
 
-Part = Literal["views", "family", "calibration", "costs", "joining", "joined"]
+Part = Literal["views", "family", "calibration", "costs", "joining", "joined", "trained"]
 
 
 class ArtefactError(ValueError):

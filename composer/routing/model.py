@@ -18,6 +18,7 @@ from composer.routing.family import BySkills, Family, Predicted, State, predicte
 from composer.routing.joining import Evidence, JoinPrior, Newcomers
 from composer.routing.outcome_calibration import OutcomeCalibration
 from composer.routing.reading import Reading
+from composer.routing.trained import TrainedQueries
 from composer.routing.views import Encode, Features, Views
 from composer.types import FloatArray
 
@@ -50,8 +51,10 @@ class LearnedModel:
         calibration: OutcomeCalibration,
         costs: CostModel | None,
         newcomers: Newcomers | None = None,
+        trained: TrainedQueries | None = None,
     ) -> None:
-        """Without `newcomers` nobody has joined, and who does joins by the prior's defaults."""
+        """Without `newcomers` nobody has joined, and who does joins by the prior's defaults.
+        Without `trained` it is not known what it was trained on."""
         self.manifest = manifest
         self.experts = manifest.known
         self.views = views
@@ -62,6 +65,7 @@ class LearnedModel:
             best = max(expert.quality for expert in manifest.experts)
             newcomers = Newcomers(JoinPrior.default(best), {})
         self.newcomers = newcomers
+        self.trained = trained
 
     @classmethod
     def of(cls, artefact: Artefact) -> LearnedModel:
@@ -84,6 +88,7 @@ class LearnedModel:
                 OutcomeCalibration.restore(states["calibration"]),
                 CostModel.restore(states["costs"]) if "costs" in states else None,
                 _newcomers(artefact),
+                TrainedQueries.restore(states["trained"]) if "trained" in states else None,
             )
         except (KeyError, ValueError) as error:
             raise ArtefactError(
@@ -101,6 +106,8 @@ class LearnedModel:
         states["joining"] = self.newcomers.prior.state()
         if self.newcomers.experts:
             states["joined"] = self.newcomers.state()
+        if self.trained is not None:
+            states["trained"] = self.trained.state()
         return Artefact(self.manifest, states)
 
     def score(self, texts: Sequence[str], encode: Encode) -> Scored:
@@ -186,7 +193,10 @@ class LearnedModel:
         )
         of = {one.id: one for one in self.manifest.joined} | {id: stamp}
         manifest = self.manifest.model_copy(update={"joined": tuple(of.values())})
-        return LearnedModel(manifest, views, self.family, self.calibration, self.costs, newcomers)
+        trained = None if self.trained is None else self.trained.also(texts)
+        return LearnedModel(
+            manifest, views, self.family, self.calibration, self.costs, newcomers, trained
+        )
 
     def without(self, id: str) -> LearnedModel:
         """Without one that joined. Raises ArtefactError where it did not."""
@@ -196,7 +206,13 @@ class LearnedModel:
         manifest = self.manifest.model_copy(update={"joined": left})
         newcomers = self.newcomers.without(id)
         return LearnedModel(
-            manifest, self.views, self.family, self.calibration, self.costs, newcomers
+            manifest,
+            self.views,
+            self.family,
+            self.calibration,
+            self.costs,
+            newcomers,
+            self.trained,
         )
 
 

@@ -7,13 +7,15 @@ from typing import Annotated
 
 import typer
 
+from router_training.cells import counted
 from router_training.console import (
     Data,
     Prices,
     Seed,
     Split,
+    WithoutTrained,
     bars,
-    judged_by,
+    evaluated,
     refuse,
     say,
     told_plainly,
@@ -26,32 +28,30 @@ def report(
     out_file: Annotated[Path, typer.Option("--out", help="The page to write, .html.")],
     prices: Prices = None,
     split: Split = None,
+    without_trained: WithoutTrained = False,
     seed: Seed = 0,
 ) -> None:
     """Judge artefacts as `evaluate` does, and write one page that opens from disk anywhere."""
     with told_plainly():
         from composer.durable import replace_file
-        from router_training.embedding import open_embedding
-        from router_training.evaluate import evaluate
         from router_training.report import report as page_of
 
         if out_file.suffix.lower() not in (".html", ".htm"):
             refuse(f"--out {out_file} is no page; name a file that ends in .html")
-        outcomes = judged_by(artefact, data, split, prices)
+        result = evaluated(
+            artefact, data, split, prices, without_trained=without_trained, seed=seed
+        )
         with bars(None) as progress:
-            embedding = open_embedding(progress)
-            result = evaluate(
-                artefact,
-                outcomes,
-                embedding.kept,
-                encode_anew=embedding.encode_anew,
-                seed=seed,
-                progress=progress,
-            )
             progress("drawing", 0, 1)
             name = Path(data).name if "://" not in data else "the service's database"
             page = page_of(result, name if split is None else f"{name}, {split}", seed=seed)
             progress("drawing", 1, 1)
         out_file.parent.mkdir(parents=True, exist_ok=True)
         replace_file(out_file, [page.encode("utf-8")])
-    say(f"{len(result.artefacts)} artefacts on {len(result.outcomes)} questions → {out_file}")
+    for judged in result.artefacts:
+        if (told := judged.overlap.sentence) is not None:
+            say(f"{judged.name}: {told}")
+    say(
+        f"{counted(len(result.artefacts), 'artefact')} on "
+        f"{counted(len(result.outcomes), 'question')} → {out_file}"
+    )

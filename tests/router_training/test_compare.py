@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import cache
 
 import numpy as np
 import pytest
 
-from router_training.compare import (
-    COMPARISONS,
-    SHARES,
-    Comparison,
-    compare,
-    over_budgets,
-    over_pools,
-)
+from composer.routing.curve import Curve
+from router_training.compare import SHARES, compare
+from router_training.compared import COMPARISONS, Comparison, over_budgets, over_pools
 from router_training.comparison import markdown
 from router_training.errors import TrainingError
+from router_training.knob import at_best_single
 from router_training.pairing import pair_measures
 from router_training.published import BAR
 from tests.router_training.helpers import logged, outcomes
@@ -96,6 +93,7 @@ def test_the_markdown_has_every_table_that_the_pools_allow() -> None:
         assert f"| {name} " in first or f"| **{name}** " in first
     assert "| random mix of single experts |" in first
     assert "The knob of" in first
+    assert "accuracy there, over it" in first
     assert "US dollars" not in second
     assert "One decision on one core" in first
     assert "One decision on one core" not in second
@@ -130,9 +128,64 @@ def test_budgets_are_chosen_for_and_kept() -> None:
         assert reached == sorted(reached)
         # A budget below the cheapest expert is nobody's, and counts for nobody.
         np.testing.assert_allclose(m.values.mean(), np.mean(reached))
+        if m.at_best is not None:
+            assert 0 < m.at_best.share.low <= m.at_best.share.mean <= m.at_best.share.high
+    assert within.of("category").at_best is not None
     v = over_budgets([compared(), compared("plain", priced=False)], None, BAR)
     expected = within.of(within.best).values.mean() - within.of(BAR).values.mean()
     np.testing.assert_allclose(v.overall.mean, expected)
+
+
+def test_what_the_best_singles_quality_costs_is_not_chosen_with_hindsight() -> None:
+    """The weight is the curve's, whatever these questions would have allowed."""
+    point = {"low": 0.5, "high": 0.9, "cost_low": 1.0, "cost_high": 2.0}
+    points = [
+        {"weight": 0.0, "quality": 0.8, "cost": 2.0, **point},
+        {"weight": 0.1, "quality": 0.7, "cost": 1.0, **point},
+    ]
+    curve = Curve.model_validate({"best_single": 0.8, "best_single_cost": 2.0, "points": points})
+    data = outcomes([[1, 1], [1, 0], [0, 1], [1, 1]], [[2.0, 1.0]] * 4)
+    said = np.array([[0.8, 0.6], [0.9, 0.2], [0.3, 0.6], [0.8, 0.6]])
+    told = at_best_single(curve, said, data.cost, data, 0)
+    assert told is not None
+    assert told.weight == 0.0  # with 0.3, all four would be right at 5 instead of 7 dollars
+    assert told.share.mean == pytest.approx(7 / 8)
+    assert told.over.mean == pytest.approx(1 / 4)
+    assert told.share.low <= told.share.mean <= told.share.high
+    worse = curve.model_copy(update={"best_single": 0.9})
+    assert at_best_single(worse, said, data.cost, data, 0) is None
+    unpriced = outcomes(data.quality)
+    assert at_best_single(curve, said, data.cost, unpriced, 0) is None
+
+
+def test_questions_fitted_on_are_told_and_can_be_left_out() -> None:
+    train, dev, encode = table(120), table(80, seed=2), WordEmbedder().encode
+    again = tuple(f" {text.upper()}" for text in train.text[:8])
+    dev = replace(dev, text=again + dev.text[8:])
+    told, without = (
+        compare(
+            "t",
+            "all",
+            train,
+            dev,
+            encode,
+            stamp(),
+            families=FEW[:1],
+            published=(),
+            without_trained=left,
+        )
+        for left in (False, True)
+    )
+    assert (told.overlap.trained, told.overlap.questions, len(told.group)) == (8, 80, 80)
+    page = markdown([told])
+    assert (
+        "8 of 80 judged questions (10.0 %) were trained on (equal but for case and space)" in page
+    )
+    assert "over-state" in page
+    assert len(without.group) == 72
+    assert "they are left out" in markdown([without])
+    with pytest.raises(TrainingError, match="all questions to judge on were trained on"):
+        compare("t", "all", train, train, encode, stamp(), families=FEW[:1], without_trained=True)
 
 
 def test_a_pair_without_prices_is_judged_by_calls_to_the_stronger_one() -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from composer.routing.artefact import ArtefactError
+from composer.routing.artefact import Artefact, ArtefactError
 from composer.routing.outcomes import Outcomes
 from router_training.errors import TrainingError
 from router_training.evaluate import evaluate
@@ -38,6 +38,7 @@ ARTEFACT_KEYS = {
     "budget_acc",
     "decision_ms_p50",
     "ci95",
+    "trained_on",
 }
 BASELINE_KEYS = {"random", "best_single", "category_best", "random_mix", "oracle"}
 
@@ -97,6 +98,32 @@ def test_a_pair_has_its_own_measures(tmp_path: Path) -> None:
     artefact = evaluate([folder], table(300, seed=2), WordEmbedder()).as_json()["artefacts"][0]
     assert artefact["apgr"] > 0.6
     assert artefact["cpt50"] <= artefact["cpt80"]
+
+
+def test_questions_trained_on_are_told_and_can_be_left_out(tmp_path: Path) -> None:
+    folder, data = made(tmp_path / "a", table()), table(100, seed=2)
+    seen = tuple(text.title().replace(" ", "  ") for text in table().text[:20])
+    data = replace(data, text=seen + data.text[20:])
+    [told] = evaluate([folder], data, WordEmbedder()).as_json()["artefacts"]
+    assert told["trained_on"] == {"questions": 20, "of": 100, "left_out": False}
+    result = evaluate([folder], data, WordEmbedder(), without_trained=True)
+    assert len(result.outcomes) == 80
+    assert result.artefacts[0].overlap.trained == 20
+    [new] = evaluate([folder], table(50, seed=3), WordEmbedder()).artefacts
+    assert new.overlap.sentence is None
+    with pytest.raises(TrainingError, match="all questions to judge on were trained on"):
+        evaluate([folder], table(), WordEmbedder(), without_trained=True)
+
+
+def test_an_artefact_that_does_not_tell_its_questions_is_judged(tmp_path: Path) -> None:
+    """As those written before artefacts told it."""
+    artefact = Artefact.load(made(tmp_path / "new", table()))
+    del artefact.states["trained"]
+    artefact.save(tmp_path / "old")
+    [judged] = evaluate([tmp_path / "old"], table(100, seed=2), WordEmbedder()).artefacts
+    assert judged.as_json()["trained_on"] == {"questions": None, "of": 100, "left_out": False}
+    assert judged.overlap.sentence is not None
+    assert "not known" in judged.overlap.sentence
 
 
 def test_order_of_experts_and_of_questions_changes_nothing(tmp_path: Path) -> None:

@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from router_training.cli import _card_line, app
+from router_training.cli import app
+from router_training.console import card_line
 from router_training.embedding import Embedding
 from router_training.progress import Progress
 from router_training.vectors import KeptVectors
@@ -112,8 +113,8 @@ def test_a_table_of_intents(tmp_path: Path) -> None:
 
 def test_a_gain_that_is_not_known_is_no_zero() -> None:
     card = {"avg_acc": 0.5, "ci95": None, "brier": 0.2, "brier_base_rate": 0.2, "ece": None}
-    assert "over best single –, " in _card_line({**card, "gain_over_best_single": None})
-    assert "over best single +0.0, " in _card_line({**card, "gain_over_best_single": 0.0})
+    assert "over best single –, " in card_line({**card, "gain_over_best_single": None})
+    assert "over best single +0.0, " in card_line({**card, "gain_over_best_single": 0.0})
 
 
 def test_a_log_of_single_outcomes_is_told_of(tmp_path: Path) -> None:

@@ -26,6 +26,11 @@ OTHER = "other"
 CLUSTERS = 16
 """How many kinds are made up where nobody named any."""
 
+TOLERANCE = 0.014
+"""The fit stops where no slope of the mean loss is steeper than this divided by the number of
+kinds: the slopes of a kind are as small as its share of the questions. (With 1e-3 throughout, that
+of 14 kinds, clinc150's 151 stopped near the start: 94.7 % in scope on dev, and 96.0 with this.)"""
+
 VIEWS: tuple[View, ...] = ("embedding", "stem", "words", "format")
 
 
@@ -74,7 +79,8 @@ class Labels:
         if len(names) == 1:
             empty = np.zeros((x.shape[1], 1), np.float32)
             return cls((str(names[0]),), empty, np.zeros(1, np.float32))
-        fit = LogisticRegression(C=sharpness, max_iter=100, tol=1e-3).fit(x, kind[named])
+        tolerance = min(1e-3, TOLERANCE / len(names))
+        fit = LogisticRegression(C=sharpness, max_iter=100, tol=tolerance).fit(x, kind[named])
         weight, bias = fit.coef_.T, fit.intercept_
         if len(names) == 2:  # sklearn keeps one column then
             weight, bias = np.hstack([-weight, weight]) / 2, np.concatenate([-bias, bias]) / 2

@@ -29,6 +29,7 @@ CASES: tuple[tuple[str, Mapping[str, Any]], ...] = (
     ("kernel", {"category": 0.0, "words": 0.0, "difficulty_ridge": 3.0}),
     ("kernel", {"prior": None, "ridges": (3.0,)}),
     ("category", {}),
+    ("category", {"classifier": "neighbours", "kinds": "likeliest", "unsure": 0.05}),
     ("skills", {}),
     ("skills", {"overall": True, "prior": 0.0, "sharpness": None, "nearest": 1}),
     ("margin", {}),
