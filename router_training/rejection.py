@@ -39,19 +39,36 @@ def threshold_of(confidence: Floats, right: Bools, in_scope: Bools, share: float
 
 
 def auroc_interval(
-    confidence: Floats, in_scope: Bools, *, seed: int = 0, resamples: int = 1000
+    confidence: Floats,
+    in_scope: Bools,
+    group: npt.NDArray[np.integer],
+    *,
+    seed: int = 0,
+    resamples: int = 1000,
 ) -> list[float]:
-    """The 95 % bootstrap interval of the AUROC: either kind of question is drawn for itself. Both
-    are there."""
+    """The 95 % bootstrap interval of the AUROC: of either kind of question, for itself, whole
+    groups (n,) are drawn. Both kinds are there."""
     rng = np.random.default_rng(seed)
-    inside, outside = confidence[in_scope], confidence[~in_scope]
+    ours, theirs = confidence[in_scope], confidence[~in_scope]
+    order = np.argsort(theirs, kind="stable")
+    below, beside = (np.searchsorted(theirs[order], ours, side) for side in ("left", "right"))
+    of_ours, of_theirs = (
+        np.unique(group[kind], return_inverse=True)[1] for kind in (in_scope, ~in_scope)
+    )
+    of_theirs = of_theirs[order]
     drawn = np.empty(resamples)
     for draw in range(resamples):
-        ours = inside[rng.integers(len(inside), size=len(inside))]
-        others = np.sort(outside[rng.integers(len(outside), size=len(outside))])
-        below, ties = (np.searchsorted(others, ours, side) for side in ("left", "right"))
-        drawn[draw] = (below + ties).mean() / (2 * len(others))
+        # (n,) how often each question is drawn, with its group.
+        times, others = (_drawn(rng, number) for number in (of_ours, of_theirs))
+        upto = np.concatenate([[0], np.cumsum(others)])
+        won = times @ (upto[below] + upto[beside]) / 2
+        drawn[draw] = won / (times.sum() * others.sum())
     return [float(edge) for edge in np.quantile(drawn, [0.025, 0.975])]
+
+
+def _drawn(rng: np.random.Generator, number: npt.NDArray[np.integer]) -> npt.NDArray[np.integer]:
+    groups = int(number.max()) + 1
+    return np.bincount(rng.integers(groups, size=groups), minlength=groups)[number]
 
 
 def scope_card(
@@ -65,8 +82,8 @@ def scope_card(
     """Of (n,) experts chosen with this confidence: `in_scope_acc` without turning anything away,
     `auroc` of the confidence for being somebody's, and at the threshold `overall_acc` (an expert
     that is right, or nobody for what is nobody's), `in_scope_kept_acc` and `out_of_scope_found`;
-    with 95 % intervals over questions. None where nothing is to be turned away; without a threshold
-    what needs one is None. Plain values."""
+    with 95 % intervals over questions, whole groups drawn. None where nothing is to be turned away;
+    without a threshold what needs one is None. Plain values."""
     if not rejectable(outcomes):
         return None
     inside = outcomes.in_scope
@@ -76,7 +93,7 @@ def scope_card(
         "in_scope_acc": float(right[inside].mean()),
         "in_scope_ci95": None if in_scope is None else [in_scope.low, in_scope.high],
         "auroc": auroc(confidence, inside),
-        "auroc_ci95": auroc_interval(confidence, inside, seed=seed),
+        "auroc_ci95": auroc_interval(confidence, inside, outcomes.group, seed=seed),
         "threshold": threshold,
         "overall_acc": None,
         "overall_ci95": None,

@@ -80,8 +80,22 @@ def test_only_intents_with_strangers_are_to_be_turned_away() -> None:
 def test_the_interval_of_a_clear_case_is_narrow() -> None:
     rng = np.random.default_rng(0)
     inside = np.arange(400) < 300
-    low, high = auroc_interval(rng.normal(size=400) + 3 * inside, inside)
+    low, high = auroc_interval(rng.normal(size=400) + 3 * inside, inside, np.arange(400))
     assert 0.95 < low < high <= 1
+
+
+def test_the_interval_of_auroc_draws_groups() -> None:
+    """Each question told four times knows no more than told once; taken for four it would seem
+    to, and the interval would be half as wide."""
+    rng = np.random.default_rng(0)
+    inside = np.arange(120) < 80
+    confidence = rng.normal(size=120) + 0.7 * inside
+    group = np.arange(120)
+    once = auroc_interval(confidence, inside, group)
+    told = [np.repeat(values, 4) for values in (confidence, inside, group)]
+    assert auroc_interval(*told) == pytest.approx(once)
+    low, high = auroc_interval(told[0], told[1], np.arange(480))
+    assert high - low < 0.65 * (once[1] - once[0])
 
 
 def test_which_families_are_for_which_table() -> None:
