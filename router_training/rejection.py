@@ -68,7 +68,8 @@ def auroc_interval(
 
 def _drawn(rng: np.random.Generator, number: npt.NDArray[np.integer]) -> npt.NDArray[np.integer]:
     groups = int(number.max()) + 1
-    return np.bincount(rng.integers(groups, size=groups), minlength=groups)[number]
+    times = np.bincount(rng.integers(groups, size=groups), minlength=groups)
+    return np.asarray(times[number], np.int64)
 
 
 def scope_card(

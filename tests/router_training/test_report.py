@@ -238,7 +238,7 @@ def test_the_command(tmp_path: Path) -> None:
     out = tmp_path / "deep" / "report.html"
     status, said, err = run("report", "--artefact", folder, "--data", data, "--out", out)
     assert status == 0, err
-    assert f"1 artefacts on 100 questions → {out}" in said
+    assert f"1 artefact on 100 questions → {out}" in said
     assert "Routers on t.dev.csv" in out.read_text()
     for args, words in (
         (("--out", tmp_path / "report.pdf"), "name a file that ends in .html"),
