@@ -3,30 +3,39 @@
 With bubblewrap: namespaces of its own (no network, no other process), the interpreter and /usr
 read-only, /tmp in memory, nothing else of the disk. Without it, or where namespaces are not
 allowed: a process with limits alone, which can read, write and connect to whatever this user can;
-`confined` says which. In both, limits of time, memory, file size and number of processes.
+`confined` says which. In both, limits of time, memory, file size and number of processes, and tests
+that run apart from what they test (`examiner.py`), as far as they can (`testform.py`).
+
+Without namespaces a supervisor ends what a program leaves behind, in whatever session, and programs
+that count as one user's processes take turns: this user's are one at a time. A program that means
+harm and is the same user can end the supervisor, or have others start something for it: that only
+bubblewrap, or a user of its own (which root gives it), keeps from it.
 """
 
 from __future__ import annotations
 
 import asyncio
+import errno
 import json
 import os
-import queue
 import random
 import secrets
 import select
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
-from contextlib import suppress
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
 from pathlib import Path
-from time import monotonic
+from time import monotonic, sleep
 
 from router_training.errors import TrainingError
+from router_training.testform import why_together
 
 TIMEOUT_S = 10.0
 MEMORY_MB = 1024
@@ -39,45 +48,33 @@ USERS = range(60_600, 60_664)
 and no service has these numbers (systemd, "Users, Groups, UIDs and GIDs")."""
 
 _OUTPUT = 65_536  # bytes that are read of what a program lets out past its closed output
+_SWEEP_S = 15.0
 _START_S = 20.0  # the interpreter's own start on a busy machine is not the program's time
 
-_BOOTSTRAP = r"""
-import json, os, resource, sys
-asked = json.loads(sys.stdin.buffer.read())
-if asked["drop"] is not None:
-    os.setgroups([])
-    os.setresgid(*[asked["drop"]] * 3)
-    os.setresuid(*[asked["drop"]] * 3)
-for name, most in asked["limits"].items():
-    which = getattr(resource, name)
-    hard = resource.getrlimit(which)[1]
-    most = most if hard == resource.RLIM_INFINITY else min(most, hard)
-    resource.setrlimit(which, (most, most))
-result = os.fdopen(os.dup(1), "w")
-os.set_inheritable(result.fileno(), False)
-nothing = os.open(os.devnull, os.O_RDWR)
-for fd in (0, 1, 2):
-    os.dup2(nothing, fd)
-print(asked["token"], "began", file=result, flush=True)
-try:
-    names = {"__name__": "answer"}
-    for part in ("code", "tests"):
-        exec(compile(asked[part], part, "exec"), names)
-except BaseException as error:
-    said = f"{type(error).__name__}: {error}".replace("\n", " ")[:300]
-    print(asked["token"], "failed", said, file=result, flush=True)
-else:
-    print(asked["token"], "passed", file=result, flush=True)
-os._exit(0)
-"""
+
+def _text(name: str) -> str:
+    return Path(__file__).with_name(name).read_text(encoding="utf-8")
+
+
+_SUPERVISOR = _text("supervisor.py")
+_EXAMINER = f"""
+import sys, types
+sys.modules["router_training.carrying"] = carrying = types.ModuleType("carrying")
+exec({_text("carrying.py")!r}, carrying.__dict__)
+exec({_text("examiner.py")!r})
+"""  # this package is not to be seen in there
+_TRIAL = "import colorsys, wave\nx = 1"  # what the examiner has not read as somebody else
+_HELPERS = 3  # processes of ours beside the program's
 
 
 @dataclass(frozen=True, slots=True)
 class Ran:
-    """`why` it did not pass, in a few words."""
+    """`why` it did not pass, in a few words. `together`: why the tests ran in the code's own
+    process, where it could have forged the verdict; None where they ran apart."""
 
     passed: bool
     why: str = ""
+    together: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,14 +93,28 @@ class Sandbox:
         self._way = way
         self._timeout_s = timeout_s
         self._memory_mb = memory_mb
-        self._users: queue.SimpleQueue[int] = queue.SimpleQueue()
-        for user in random.sample(USERS, len(USERS)):  # other runs on this machine have them, too
-            self._users.put(user)
+        self._together: Counter[str] = Counter()
+        self._escaped = 0
         self.warning = warning
 
     @property
     def confined(self) -> bool:
         return self._way.confined
+
+    @property
+    def notes(self) -> list[str]:
+        """What is to be known of the verdicts so far."""
+        notes = [
+            f"{count} answers ran in one process with their tests, and could have forged their "
+            f"scores ({why}); tests of another form are run apart"
+            for why, count in self._together.most_common()
+        ]
+        if self._escaped:
+            notes.append(
+                f"{self._escaped} programs ended whoever watched over them, or could not be ended, "
+                "and count as wrong: look for what they left running, and install bubblewrap"
+            )
+        return notes
 
     @classmethod
     def open(
@@ -127,7 +138,7 @@ class Sandbox:
                 )
             sandbox = cls(way, timeout_s, memory_mb, warning)
             try:
-                ran = sandbox._run("import decimal, socket\nx = 1", "assert x == 1")
+                ran = sandbox._run(_TRIAL, "assert x == 1")
             except TrainingError as error:
                 reasons.append(str(error))
                 continue
@@ -140,27 +151,39 @@ class Sandbox:
         )
 
     async def run(self, code: str, tests: str) -> Ran:
-        """The code and then the tests in one namespace, which is no `__main__`; passed where
+        """The code, as no `__main__`, and then the tests, which see its names; passed where
         neither raises and both come to their end. Raises TrainingError where it could not be
         started."""
-        return await asyncio.to_thread(self._run, code, tests)
+        ran = await asyncio.to_thread(self._run, code, tests)
+        if ran.together is not None:
+            self._together[ran.together] += 1
+        return ran
 
     def _run(self, code: str, tests: str) -> Ran:
-        if not self._way.drop:
-            return self._run_as(None, code, tests)
-        user = self._users.get()
-        try:
-            return self._run_as(user, code, tests)
-        finally:
-            self._users.put(user)
+        with suppress(SyntaxError, ValueError, RecursionError):  # which the run will show
+            if why := why_together(tests):
+                return replace(self._turn(code, tests, True), together=why)
+        ran = self._turn(code, tests, False)
+        if ran.together is None:
+            return ran
+        return replace(self._turn(code, tests, True), together=ran.together)
 
-    def _run_as(self, user: int | None, code: str, tests: str) -> Ran:
+    def _turn(self, code: str, tests: str, together: bool) -> Ran:
+        if self._way.drop:
+            with _claimed(random.sample(USERS, len(USERS))) as user:
+                return self._run_as(user, code, tests, together)
+        if self._way.confined:
+            return self._run_as(None, code, tests, together)
+        with _claimed([os.geteuid()]):  # all processes of this user are counted as one's
+            return self._run_as(None, code, tests, together)
+
+    def _run_as(self, user: int | None, code: str, tests: str, together: bool) -> Ran:
         token = secrets.token_hex(8)
         asked = {
             "code": code,
             "tests": tests,
+            "together": together,
             "token": token,
-            "drop": user,
             "limits": self._limits(),
         }
         with (
@@ -173,7 +196,7 @@ class Sandbox:
                 os.chown(folder, user, user)
             try:
                 process = subprocess.Popen(
-                    self._way.command,
+                    self._command("" if user is None else str(user)),
                     stdin=given,
                     stdout=subprocess.PIPE,
                     stderr=subprocess.STDOUT,
@@ -186,10 +209,34 @@ class Sandbox:
             with process:
                 try:
                     assert process.stdout is not None
-                    return self._watched(process.stdout.fileno(), token)
+                    ran = self._watched(process.stdout.fileno(), token)
                 finally:
-                    with suppress(ProcessLookupError):
-                        os.killpg(process.pid, signal.SIGKILL)
+                    ended = self._end(process)
+            if ended:
+                return ran
+            self._escaped += 1
+            return Ran(False, "it ended whoever watched over it, or cannot be ended")
+
+    def _command(self, user: str) -> list[str]:
+        if self._way.confined:
+            return [*self._way.command, user]
+        return [sys.executable, "-I", "-c", _SUPERVISOR, user, *self._way.command, user]
+
+    def _end(self, process: subprocess.Popen[bytes]) -> bool:
+        """And all that it has started; False where a supervisor could not do it."""
+        if self._way.confined:  # they end with the first process of their namespace
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            return True
+        with suppress(ProcessLookupError):
+            process.terminate()
+        try:
+            status = process.wait(_SWEEP_S)
+        except subprocess.TimeoutExpired:
+            status = -signal.SIGKILL
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        return status == 0
 
     def _watched(self, output: int, token: str) -> Ran:
         said = b""
@@ -208,10 +255,13 @@ class Sandbox:
                 mark, _, rest = line.partition(" ")
                 if mark != token:
                     continue
-                if rest == "passed":
+                verdict, _, why = rest.partition(" ")
+                if verdict == "passed":
                     return Ran(True)
-                if rest.startswith("failed"):
-                    return Ran(False, rest.removeprefix("failed "))
+                if verdict == "failed":
+                    return Ran(False, why)
+                if verdict == "uncarried":
+                    return Ran(False, why, together=why)
                 if not began:
                     began = True
                     until = monotonic() + self._timeout_s
@@ -221,7 +271,7 @@ class Sandbox:
         raise TrainingError(f"the program did not start: {words or 'nothing is said'}")
 
     def _limits(self) -> dict[str, int]:
-        processes = PROCESSES
+        processes = PROCESSES + _HELPERS
         if not self._way.confined and not self._way.drop:
             processes += _own_threads()  # they are counted together
         return {
@@ -237,7 +287,7 @@ class Sandbox:
 def _ways(bwrap: str | None) -> list[_Way]:
     """The best first. Root's number of processes is not limited, in a namespace of its own neither,
     so there the program becomes somebody else or is not run."""
-    python = (sys.executable, "-I", "-c", _BOOTSTRAP)
+    python = (sys.executable, "-I", "-c", _EXAMINER)
     drop = os.geteuid() == 0
     ways = [_Way(python, drop, False)]
     if bwrap is not None:
@@ -271,6 +321,24 @@ def _mounts() -> Sequence[str]:
     args += ["--ro-bind-try", "/etc/ld.so.cache", "/etc/ld.so.cache"]
     args += ["--proc", "/proc", "--dev", "/dev", "--chdir", "/tmp", "--setenv", "HOME", "/tmp"]
     return args
+
+
+@contextmanager
+def _claimed(users: Sequence[int]) -> Iterator[int]:
+    """One of these users, whom no other program of this kind has meanwhile on this machine. Waits.
+    An abstract socket's name is free again when its process ends, however it does."""
+    while True:
+        for user in users:
+            with socket.socket(socket.AF_UNIX) as claim:
+                try:
+                    claim.bind(f"\0router-training/{user}")
+                except OSError as error:
+                    if error.errno != errno.EADDRINUSE:
+                        raise
+                    continue
+                yield user
+                return
+        sleep(0.02)
 
 
 def _own_threads() -> int:

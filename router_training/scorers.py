@@ -31,7 +31,8 @@ _FENCED = re.compile(
 @dataclass(frozen=True, slots=True)
 class Code:
     """The answer's code, and after it the row's tests, come to their end and raise nothing: pass@1
-    (Chen et al. 2021, arXiv 2107.03374, section 2)."""
+    (Chen et al. 2021, arXiv 2107.03374, section 2). The two run apart where the tests' form allows
+    it (`examiner.py`), so that the code cannot tell the verdict itself."""
 
     sandbox: Sandbox
 

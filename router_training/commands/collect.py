@@ -207,7 +207,7 @@ class _Run:
                 ask.check(dict.fromkeys([*experts, *filter(None, [self.settings["judge"]])]))
                 scorer = make_scorer(self.scorer, ask=ask, sandbox=sandbox, **self.settings)
                 check(questions, scorer, experts)
-                return await collect(
+                found = await collect(
                     questions,
                     experts,
                     ask,
@@ -216,3 +216,5 @@ class _Run:
                     concurrency=self.concurrency,
                     progress=progress,
                 )
+                found.notes += [] if sandbox is None else sandbox.notes
+                return found

@@ -5,15 +5,19 @@ from __future__ import annotations
 import asyncio
 import os
 import shutil
+import signal
 import socket
+import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
+from router_training import supervisor
 from router_training.errors import TrainingError
-from router_training.sandbox import MEMORY_MB, PROCESSES, Ran, Sandbox
+from router_training.sandbox import MEMORY_MB, PROCESSES, Ran, Sandbox, _claimed
 from router_training.scorers import Code
 from router_training.scoring import Example
 
@@ -73,11 +77,104 @@ for fd in range(3, 20):
         ("import os; os._exit(0)", "pass", False),
         ("raise SystemExit(0)", "pass", False),
         (FORGES, "assert False", False),
+        ("class Y:\n    __eq__ = lambda *_: True\ndef f(x): return Y()", "assert f(1) == 2", False),
+        ("import builtins\nbuiltins.all = all = lambda _: True", "assert all([f])", False),
+        ("def f(x): return 0", "assert all(f(i) == 1 for i in range(3))", False),
+        ("def f(): raise SystemExit(0)", "f()", False),
+        ("import os\ndef f(): os._exit(0)", "try:\n    f()\nexcept:\n    pass", False),
+        ("import os\ndef f(): os.kill(os.getppid(), 9)", "f()", False),
         ("open('own', 'w').write('x')\nassert open('own').read() == 'x'", "pass", True),
     ],
 )  # fmt: skip
 async def test_what_passes(sandbox: Sandbox, code: str, tests: str, passed: bool) -> None:
     assert (await sandbox.run(code, tests)).passed is passed
+
+
+PEEKS = """
+import os
+def f():
+    for name in ("fd/1", "mem", "environ"):
+        try:
+            open(f"/proc/{os.getppid()}/{name}", "rb")
+        except OSError:
+            continue
+        return name
+"""
+
+
+async def test_an_answer_sees_nothing_of_the_process_that_judges_it(sandbox: Sandbox) -> None:
+    assert await sandbox.run(PEEKS, "assert f() is None") == Ran(True)
+
+
+STACK = """
+class Stack:
+    def __init__(self): self.held = []
+    def push(self, one): self.held.append(one)
+    def pop(self): return self.held.pop()
+    def __len__(self): return len(self.held)
+    def __repr__(self): return f"Stack({self.held})"
+"""
+
+NODES = """
+class Node:
+    def __init__(self, value, after=None): self.value, self.after = value, after
+assert total(Node(1, Node(2))) == 3
+"""
+
+
+@pytest.mark.parametrize(
+    ("code", "tests"),
+    [
+        ("import math\nhalf = .5\ndef f(): return 1", "assert math.floor(half) + f() == 1"),
+        ("def f(a): a.sort()", "given = [3, 1]\nassert f(given) is None\nassert given == [1, 3]"),
+        ("def f(a, key): return sorted(a, key=key)", "assert f([1, 2], lambda x: -x) == [2, 1]"),
+        ("def f(): return {1: {2, 3}, (4,): b'x', 'n': 2**70}",
+         "assert f() == {1: {2, 3}, (4,): b'x', 'n': 2**70}"),
+        ("from datetime import date\ndef f(): return [date(2020, 1, 2), 1j, float('inf')]",
+         "import datetime\nassert f() == [datetime.date(2020, 1, 2), 1j, float('inf')]"),
+        ("from collections import *\nP = namedtuple('P', 'x y')\n"
+         "def f(): return P(1, Counter('aa'))",
+         "assert f().y['a'] == 2 and f() == (1, {'a': 2})"),
+        ("from enum import IntEnum\nclass C(IntEnum): RED = 1\ndef f(): return C.RED",
+         "assert f() == 1 and f() == C.RED and f().name == 'RED'"),
+        (STACK, "s = Stack()\ns.push(3)\nassert isinstance(s, Stack) and len(s) == 1\n"
+                "assert repr(s) == 'Stack([3])' and s.pop() == 3\nassert not s"),
+        ("class V:\n    def __init__(s, x): s.x = x\n"
+         "    def __add__(s, o): return V(s.x + o.x)\n"
+         "    def __eq__(s, o): return s.x == o.x", "assert V(1) + V(2) == V(3) != V(4)"),
+        ("def f(n):\n    yield from range(n)",
+         "assert list(f(3)) == [0, 1, 2] and next(f(1)) == 0"),
+        ("def total(n):\n    s = 0\n    while n:\n        s, n = s + n.value, n.after\n"
+         "    return s",
+         NODES),
+        ("class Odd(ValueError): pass\ndef f(): raise Odd('no')",
+         "for kind in (Odd, ValueError):\n    try:\n        f()\n        assert False\n"
+         "    except kind as e:\n        assert str(e) == 'no'"),
+        ("seen = []\ndef f(x): seen.append(x)", "f(1)\nf(2)\nassert seen == [1, 2]"),
+    ],
+)  # fmt: skip
+async def test_tests_run_apart_as_beside_the_code(sandbox: Sandbox, code: str, tests: str) -> None:
+    assert await sandbox.run(code, tests) == Ran(True)
+
+
+@pytest.mark.parametrize(
+    ("code", "tests", "why"),
+    [
+        ("async def f(): return 1", "import asyncio\nassert asyncio.run(f()) == 1",
+         "they use asyncio"),
+        ("class A: pass", "class B(A): pass\nassert issubclass(B, A)", "they "),
+        ("def f(x): return x.read()", "import io\nassert f(io.StringIO('a')) == 'a'",
+         "a test hands over a StringIO"),
+    ],
+)  # fmt: skip
+async def test_tests_that_need_the_code_itself_say_so(
+    sandbox: Sandbox, code: str, tests: str, why: str
+) -> None:
+    ran = await sandbox.run(code, tests)
+    assert ran.passed
+    assert ran.together is not None
+    assert ran.together.startswith(why)
+    assert any(ran.together in note for note in sandbox.notes)
 
 
 @pytest.mark.parametrize("code", ["while True: pass", "import time; time.sleep(60)"])
@@ -152,6 +249,62 @@ def _holds(file: Path, mark: str) -> bool:
         return mark.encode() in file.read_bytes()
     except OSError:
         return False
+
+
+LEAVES = """
+import os, sys, time
+if os.fork() == 0:
+    os.setsid()
+    if os.fork():
+        os._exit(0)
+    os.execv(sys.executable, [sys.executable, "-c", "import time; time.sleep(60)", sys.argv[1]])
+os.wait()
+print("left", flush=True)
+time.sleep(60)
+"""
+
+
+@pytest.mark.parametrize("end", [signal.SIGTERM, signal.SIGKILL])
+def test_a_supervisor_ends_what_was_left_in_another_session(end: signal.Signals) -> None:
+    """Told to, or because whoever started it has been killed."""
+    mark = f"left-{os.getpid()}-{time.monotonic_ns()}"
+    text = Path(supervisor.__file__).read_text()
+    watched = [sys.executable, "-c", text, "", sys.executable, "-c", LEAVES, mark]
+    starts = f"import subprocess, time; p = subprocess.Popen({watched!r}); print(p.pid, flush=True)"
+    starter = subprocess.Popen(
+        [sys.executable, "-c", starts + "; time.sleep(60)"], stdout=subprocess.PIPE, text=True
+    )
+    with starter:
+        assert starter.stdout is not None
+        told = [starter.stdout.readline().strip() for _ in range(2)]
+        watcher = int(next(line for line in told if line.isdigit()))
+        os.kill(watcher if end == signal.SIGTERM else starter.pid, end)
+        until = time.monotonic() + 20
+        while [p for p in Path("/proc").glob("[0-9]*/cmdline") if _runs(p, mark)]:
+            assert time.monotonic() < until
+            time.sleep(0.05)
+        starter.kill()
+
+
+def _runs(file: Path, mark: str) -> bool:
+    """The program that was left, not those whose text names it."""
+    try:
+        return file.read_bytes().split(b"\0")[-2:-1] == [mark.encode()]
+    except OSError:
+        return False
+
+
+def test_programs_of_one_user_take_turns() -> None:
+    number = 10**9 + os.getpid()
+    with _claimed([number]), ThreadPoolExecutor(1) as pool:
+
+        def claim() -> int:
+            with _claimed([number, number + 1]) as own:
+                return own
+
+        assert pool.submit(claim).result(20) == number + 1
+    with _claimed([number]) as own:
+        assert own == number
 
 
 OUTSIDE = str(Path(__file__).resolve())
