@@ -11,9 +11,11 @@ import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import reduce
 from pathlib import Path
 from typing import Any
 
+import torch
 from pydantic import ValidationError
 
 from composer.adapters.base_model import last_part
@@ -22,6 +24,7 @@ from composer.adapters.files import WEIGHTS
 from composer.adapters.lora_config import read_lora_config
 from composer.adapters.merging import METHODS
 from composer.adapters.merging.base import MergeSettings, Method, Weights
+from composer.adapters.merging.subtraction import less
 from composer.adapters.merging.truncation import fitted
 from composer.adapters.recipe import Member, Recipe
 from composer.adapters.tensors import read_tensors
@@ -65,20 +68,21 @@ def compose(recipe: Recipe, into: Path) -> Composition:
     method, settings = _checked(recipe, into)
     if not recipe.members:
         raise _refused(into, "members", "there is none", "Name at least one adapter.")
+    sources = (*recipe.members, *filter(None, [recipe.subtract]))
     loras: list[Lora] = []
-    if any(member.digest is None for member in recipe.members):
-        loras = [_read(member) for member in recipe.members]
-    digests = [lora.digest for lora in loras] or [str(m.digest) for m in recipe.members]
+    if any(source.digest is None for source in sources):
+        loras = [_read(source) for source in sources]
+    digests = [lora.digest for lora in loras] or [str(source.digest) for source in sources]
     digest = _digest(recipe, settings, digests)
     folder = into / digest.removeprefix("sha256:")[:32]
     if (told := _told(folder)) is None:
-        loras = loras or [_read(member) for member in recipe.members]
-        _one_base(recipe.members, loras)
+        loras = loras or [_read(source) for source in sources]
+        _one_base(sources, loras)
         told = _built(recipe, method, settings, loras, folder, digest)
         built = True
     else:
         built = False
-    shares = zip(recipe.members, digests, strict=True)
+    shares = zip(recipe.members, digests, strict=False)  # what was subtracted comes after them
     return Composition(
         folder,
         adapter=told["adapter"],
@@ -124,8 +128,11 @@ def _built(
         "settings": settings.model_dump(mode="json"),
         "members": [
             {**asdict(member), "folder": str(member.folder), "digest": lora.digest}
-            for member, lora in zip(recipe.members, loras, strict=True)
+            for member, lora in zip(recipe.members, loras, strict=False)
         ],
+        "subtract": None
+        if (general := recipe.subtract) is None
+        else {"name": general.name, "folder": str(general.folder), "digest": loras[-1].digest},
         "modules": {module: list(own) for module, own in recipe.modules.items()},
         "base": made.base,
         "rank": rank,
@@ -133,7 +140,8 @@ def _built(
         "energy": energy,
         "report": dict(report),
     }
-    return _published(folder, made, rank, told)
+    dtype = reduce(torch.promote_types, (lora.dtype for lora in loras))
+    return _published(folder, made, rank, dtype, told)
 
 
 def _checked(recipe: Recipe, into: Path) -> tuple[type[Method], MergeSettings]:
@@ -158,8 +166,9 @@ def _digest(recipe: Recipe, settings: MergeSettings, digests: Sequence[str]) -> 
         "method": recipe.method,
         "settings": settings.model_dump(mode="json"),
         "members": [
-            [digest, member.weight] for digest, member in zip(digests, recipe.members, strict=True)
+            [digest, member.weight] for digest, member in zip(digests, recipe.members, strict=False)
         ],
+        "subtract": digests[-1] if recipe.subtract is not None else None,
         "modules": {module: list(own) for module, own in sorted(recipe.modules.items())},
         "max_rank": recipe.max_rank,
     }
@@ -181,8 +190,11 @@ def _merged(
     into: Path,
 ) -> tuple[Lora, int, float, Mapping[str, Any]]:
     weights = Weights(tuple(member.weight for member in recipe.members), recipe.modules)
+    members = loras[: len(recipe.members)]
     try:
-        merged = method.merge([lora.modules for lora in loras], weights, settings)
+        if recipe.subtract is not None:
+            members = [less(member, loras[-1]) for member in members]
+        merged = method.merge([member.modules for member in members], weights, settings)
     except ValueError as error:
         message, _, remedy = str(error).partition("; ")
         raise _refused(
@@ -196,13 +208,15 @@ def _merged(
     return made, needed, energy, merged.report
 
 
-def _published(folder: Path, made: Lora, rank: int, told: Mapping[str, Any]) -> Mapping[str, Any]:
+def _published(
+    folder: Path, made: Lora, rank: int, dtype: torch.dtype, told: Mapping[str, Any]
+) -> Mapping[str, Any]:
     """Whole or not at all: made beside its place and moved there. Two processes that build the same
     composition write the same bytes, and whoever comes second throws its own away."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     part = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
     try:
-        write_lora(part, made, rank=rank)
+        write_lora(part, made, rank=rank, dtype=dtype)
         config, _ = read_lora_config(part, ())
         assert config is not None
         found = adapter_digest(config, read_tensors(part / WEIGHTS))

@@ -112,16 +112,19 @@ def read_lora(folder: Path) -> Lora:
     return Lora(modules, config.base, adapter_digest(config, tensors))
 
 
-def write_lora(folder: Path, lora: Lora, *, rank: int | None = None) -> None:
+def write_lora(
+    folder: Path, lora: Lora, *, rank: int | None = None, dtype: torch.dtype | None = None
+) -> None:
     """As peft saves one: any engine that serves peft's adapters serves it. Each module's scale is
     folded into its b, and all are filled up with zeros to one rank (`rank`, or their largest),
-    since vLLM knows one rank and one alpha. `folder` must exist. Raises ValueError where `rank`
+    since vLLM knows one rank and one alpha. `dtype`: the widest of its tensors', unless another is
+    given. `folder` must exist. Raises ValueError where `rank`
     is smaller than a module's."""
     largest = lora.rank
     rank = largest if rank is None else rank
     if rank < largest:
         raise ValueError(f"rank {rank} is below that of a module, {largest}; truncate it first")
-    dtype = lora.dtype
+    dtype = lora.dtype if dtype is None else dtype
     tensors = {}
     for module, factors in lora.modules.items():
         b = (factors.b.float() * factors.scale).to(dtype)

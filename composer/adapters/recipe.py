@@ -8,8 +8,18 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, model_validator
+import yaml  # type: ignore[import-untyped]
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Discriminator,
+    Field,
+    Tag,
+    ValidationError,
+    model_validator,
+)
 
+from composer.errors import AdapterError, Problem
 from composer.types import empty
 
 Text = Annotated[str, Field(min_length=1)]
@@ -35,6 +45,11 @@ class RecipeSpec(BaseModel):
     members: Members = Field(
         description="Ids of experts with adapters, or folders of adapters such as ./adapters/fox: "
         "each with its weight, or as a list, which weighs all alike.",
+    )
+    subtract: Text | None = Field(
+        None,
+        description="An expert or folder, trained on text of every kind: what every member is rid "
+        "of first, exactly (ΔW − ΔW_g, at the sum of the ranks).",
     )
     method: Text = Field("cat", description="cat, svd, arithmetic, lego or twin (README.md).")
     settings: dict[str, Any] = Field(
@@ -85,7 +100,8 @@ class Member:
 
 @dataclass(frozen=True, slots=True)
 class Recipe:
-    """`modules`: module → (M,) weights of its own. `max_rank`: the server's `max_lora_rank`; what
+    """`modules`: module → (M,) weights of its own. `subtract`, whose weight says nothing, is taken
+    out of every member first. `max_rank`: the server's `max_lora_rank`; what
     has more is truncated. `settings` are the method's."""
 
     members: tuple[Member, ...]
@@ -93,3 +109,30 @@ class Recipe:
     settings: Mapping[str, Any] = field(default_factory=empty)
     modules: Mapping[str, tuple[float, ...]] = field(default_factory=empty)
     max_rank: int | None = None
+    subtract: Member | None = None
+
+
+def read_recipe(file: Path) -> Recipe:
+    """A recipe whose members are folders, relative to the file's own. Raises AdapterError."""
+
+    def refused(path: str, message: str, remedy: str) -> AdapterError:
+        return AdapterError([Problem(file=str(file), path=path, message=message, remedy=remedy)])
+
+    try:
+        spec = RecipeSpec.model_validate(yaml.safe_load(file.read_text(encoding="utf-8-sig")))
+    except ValidationError as error:
+        first = error.errors()[0]
+        path = ".".join(str(step) for step in first["loc"] if step not in ("weighed", "alike"))
+        remedy = f"A recipe has: {', '.join(RecipeSpec.model_fields)}."
+        raise refused(path, first["msg"].removeprefix("Value error, "), remedy) from error
+    except (OSError, UnicodeError, yaml.YAMLError) as error:
+        raise refused("", f"it cannot be read: {error}", "Write it as README.md shows.") from error
+    subtract = spec.subtract
+    return Recipe(
+        tuple(Member(name, file.parent / name, weight) for name, weight in spec.weights.items()),
+        spec.method,
+        spec.settings,
+        spec.modules,
+        spec.max_rank,
+        None if subtract is None else Member(subtract, file.parent / subtract),
+    )

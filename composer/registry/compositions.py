@@ -94,7 +94,9 @@ def _members(context: Context, entry: Entry) -> Collection[str]:
         written, _ = _read(context, entry)
     except (CatalogError, OSError, RuntimeError, ValueError):
         return ()
-    return () if written is None else written.spec.weights
+    if written is None:
+        return ()
+    return (*written.spec.weights, *filter(None, [written.spec.subtract]))
 
 
 def make(
@@ -118,21 +120,28 @@ def make(
         return None, [place.problem(f"it cannot be read: {error}", "Correct the path.")]
     if written is None:
         return None, problems
+    named: list[tuple[tuple[str, ...], str, float]] = [
+        (("members", name), name, w) for name, w in written.spec.weights.items()
+    ]
+    if (general := written.spec.subtract) is not None:
+        named.append((("subtract",), general, 1.0))
     found = [
-        _member(context, written, name, weight, server, known, servers)
-        for name, weight in written.spec.weights.items()
+        _member(context, written, path, name, weight, server, known, servers)
+        for path, name, weight in named
     ]
     problems = [one for one in found if isinstance(one, Problem)]
     members = [one for one in found if isinstance(one, _Found)]
     if problems or server is None or len(members) < len(found):
         return None, problems
     ranks = [r for r in (written.spec.max_rank, server.max_rank) if r is not None]
+    subtract = members.pop().member if general is not None else None
     recipe = Recipe(
         tuple(one.member for one in members),
         written.spec.method,
         written.spec.settings,
         written.spec.modules,
         min(ranks, default=None),
+        subtract,
     )
     # Seconds of imports (torch, peft), for whoever composes alone.
     from composer.adapters.compose import compose
@@ -203,6 +212,7 @@ def _read(context: Context, entry: Entry) -> tuple[_Written | None, list[Problem
 def _member(
     context: Context,
     written: _Written,
+    path: tuple[str, ...],
     name: str,
     weight: float,
     server: KnownServer | None,
@@ -210,9 +220,9 @@ def _member(
     servers: Mapping[str, KnownServer],
 ) -> _Found | Problem | None:
     """None: it is wrong itself, which is told where it stands."""
-    place = written.block.at(("members", name))
+    place = written.block.at(path)
     if name not in known:
-        return _folder(context, written, name, weight, server, list(known))
+        return _folder(context, written, place, name, weight, server, list(known))
     expert = known[name].expert
     if expert is None:
         return None
@@ -232,12 +242,12 @@ def _member(
 def _folder(
     context: Context,
     written: _Written,
+    place: Place,
     name: str,
     weight: float,
     server: KnownServer | None,
     ids: Sequence[str],
 ) -> _Found | Problem:
-    place = written.block.at(("members", name))
     try:
         folder = context.located(name, written.start)
         if not name.startswith((".", "/", "~")) and not folder.is_dir():

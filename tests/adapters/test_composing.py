@@ -5,9 +5,12 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+import yaml
+from typer.testing import CliRunner
 
 from composer.adapters.compose import PROVENANCE, compose
 from composer.adapters.factors import read_lora
@@ -15,6 +18,7 @@ from composer.adapters.files import CONFIG, WEIGHTS
 from composer.adapters.recipe import Member, Recipe
 from composer.adapters.ternary import compress, load_ternary, save_ternary
 from composer.adapters.verify import verify_adapter
+from composer.cli import app
 from composer.errors import AdapterError
 from tests.tiny import TINY
 
@@ -65,6 +69,22 @@ def test_the_second_use_builds_nothing(tmp_path: Path) -> None:
     assert not second.built
     assert (first.folder / WEIGHTS).stat().st_mtime_ns == stamp
     assert (second.rank, second.needed, second.energy) == (first.rank, first.needed, first.energy)
+
+
+def test_general_knowledge_is_taken_out_of_every_member(tmp_path: Path) -> None:
+    general = Member("plural", EXPERTS_LARGE / "plural")
+    plain, less = compose(recipe(), tmp_path), compose(recipe(subtract=general), tmp_path)
+    assert (plain.needed, less.needed) == (24, 48)
+    rid = read_lora(general.folder).modules
+    without = read_lora(less.folder)
+    assert without.dtype == read_lora(plain.folder).dtype  # no wider than its members
+    for module, factors in read_lora(plain.folder).modules.items():
+        want = factors.delta() - rid[module].delta()  # the weights add up to 1
+        off = (without.modules[module].delta() - want).norm() / want.norm()
+        assert off < 4e-3  # bfloat16 on disk
+    told = json.loads((less.folder / PROVENANCE).read_text())
+    assert told["subtract"]["digest"] == read_lora(general.folder).digest
+    assert [share.name for share in less.composed.members] == list(SKILLS)
 
 
 def test_names_of_members_do_not_matter_and_weights_do(tmp_path: Path) -> None:
@@ -139,3 +159,50 @@ def test_ternary_keeps_the_largest_signs_and_restores(tmp_path: Path) -> None:
         assert got.modules[module].scale == factors.scale
     small = (tmp_path / "adapter_ternary.safetensors").stat().st_size
     assert small < (EXPERTS_LARGE / "add" / WEIGHTS).stat().st_size
+
+
+def run(*words: str) -> Any:
+    return CliRunner().invoke(app, ["compose", *words], env={"COLUMNS": "200"})
+
+
+def test_the_command_composes_by_words_and_by_recipe_alike(tmp_path: Path) -> None:
+    folders = [str(EXPERTS_LARGE / name) for name in ("add", "reverse")]
+    words = ("--weight", "0.5", "--weight", "-0.25", "--method", "svd", "--set", "rank=8")
+    made = run(*folders, "--out", str(tmp_path / "out"), *words, "--json")
+    assert made.exit_code == 0, made.output
+    told = json.loads(made.stdout)
+    assert (told["rank"], told["built"]) == (8, True)
+    text = {
+        "members": dict(zip(folders, (0.5, -0.25), strict=True)),
+        "method": "svd",
+        "settings": {"rank": 8},
+    }
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(text, sort_keys=False))
+    again = run("--recipe", str(tmp_path / "recipe.yaml"), "--out", str(tmp_path / "out"))
+    assert f"{told['folder']}: rank 8; was there already" in again.output
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("members: {add: heavy}", "members.add: Input should be a valid number"),
+        ("- add", "Input should be a valid dictionary"),
+        ("members: [", "it cannot be read"),
+        ("members: [./none]", "none"),
+    ],
+)
+def test_a_recipe_file_that_is_wrong_is_refused_with_its_place(
+    tmp_path: Path, text: str, message: str
+) -> None:
+    (tmp_path / "recipe.yaml").write_text(text)
+    refused = run("--recipe", str(tmp_path / "recipe.yaml"), "--out", str(tmp_path / "out"))
+    assert refused.exit_code == 2
+    assert str(tmp_path) in refused.output
+    assert message in refused.output
+    assert not (tmp_path / "out").exists()
+
+
+def test_words_and_a_recipe_exclude_each_other(tmp_path: Path) -> None:
+    both = run("x", "--recipe", "y", "--out", str(tmp_path))
+    assert both.exit_code == 1
+    assert "not both" in both.output

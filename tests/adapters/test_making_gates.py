@@ -17,9 +17,10 @@ from composer.adapters.gates.build import without
 from composer.adapters.gates.files import Gate, read_gate, write_gate
 from composer.adapters.gates.hooks import Installed
 from composer.adapters.gates.stacked import GatedLayer
-from composer.adapters.gates.untrained import arrow, arrow_joined, fixed, less, subtracted
+from composer.adapters.gates.untrained import arrow, arrow_joined, fixed
 from composer.adapters.merging.base import Weights
 from composer.adapters.merging.cat import Cat
+from composer.adapters.merging.subtraction import less, subtracted
 
 WIDTH, HIDDEN, RANK = 16, 24, 3
 SHAPES = {"self_attn.q_proj": (WIDTH, WIDTH), "mlp.down_proj": (WIDTH, HIDDEN)}

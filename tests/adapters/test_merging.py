@@ -18,6 +18,7 @@ from composer.adapters.merging.arithmetic import Arithmetic, ArithmeticSettings
 from composer.adapters.merging.base import Weights
 from composer.adapters.merging.cat import Cat, CatSettings
 from composer.adapters.merging.lego import Lego, LegoSettings
+from composer.adapters.merging.subtraction import subtracted
 from composer.adapters.merging.svd import Svd, SvdSettings
 from composer.adapters.merging.truncation import spectrum, truncated
 from composer.adapters.merging.twin import Twin, TwinSettings
@@ -71,12 +72,21 @@ def test_a_module_may_be_missing_in_some_and_have_weights_of_its_own() -> None:
     )
 
 
-def test_subtraction_is_that_of_the_products() -> None:
-    skill, general = adapter(0), adapter(1)
-    left = Cat.merge([skill, general], Weights((1.0, -1.0)), CatSettings()).modules
-    near(left, {m: skill[m].delta() - general[m].delta() for m in SHAPES})
-    apart = (skill["up"].b - general["up"].b) @ (skill["up"].a - general["up"].a)
-    assert not torch.allclose(left["up"].delta(), apart, atol=0.1)
+def test_subtraction_is_that_of_the_products_and_not_pefts() -> None:
+    skill, general = adapter(0), adapter(1)  # of scales 0.5 and 1.5
+    want = {m: skill[m].delta() - general[m].delta() for m in SHAPES}
+    near(subtracted(skill, general), want, 1e-6)
+    near(Cat.merge([skill, general], Weights((1.0, -1.0)), CatSettings()).modules, want, 1e-6)
+    # peft's `use_gks`, which subtracts A and B apart, is off by more than what is wanted itself:
+    # it has the cross terms −(B A_g + B_g A), and adds what it should take away (+B_g A_g).
+    alike = {m: Factors(f.a, f.b, 0.5) for m, f in general.items()}
+    for module, own in skill.items():
+        other = alike[module]
+        exact = own.delta() - other.delta()
+        apart = 0.5 * (own.b - other.b) @ (own.a - other.a)
+        wrong = 2 * other.delta() - 0.5 * (own.b @ other.a + other.b @ own.a)
+        assert torch.allclose(apart - exact, wrong, atol=1e-5)
+        assert float((apart - exact).norm() / exact.norm()) > 1
 
 
 @given(rank=st.integers(1, 6), own=st.integers(1, 9))

@@ -148,6 +148,21 @@ def test_members_may_be_compositions(load: Load, write: Compose, registry: Path)
         assert (factors.delta() - 0.5 * owl[module].delta()).abs().max() < 1e-5
 
 
+def test_what_is_general_is_subtracted(load: Load, write: Compose, registry: Path) -> None:
+    write({"members": {"fox": 2.0}, "subtract": "./scanned/owl"})
+    made = composed(load).adapter
+    assert made is not None
+    fox = read_lora(registry.parent / "adapters" / "fox").modules
+    owl = read_lora(registry.parent / "scanned" / "owl").modules
+    for module, factors in read_lora(made.path).modules.items():
+        want = 2 * (fox[module].delta() - owl[module].delta())
+        assert (factors.delta() - want).abs().max() < 1e-5
+    write({"members": {"fox": 2.0}, "subtract": "owls"})
+    with pytest.raises(CatalogError) as refused:
+        load()
+    assert [p.path for p in refused.value.problems] == ["experts.both.composition.subtract"]
+
+
 def test_a_ring_of_compositions_is_refused(load: Load, write: Compose) -> None:
     write({"members": ["one", "fox"]}, id_="two")
     write({"members": ["two"]}, id_="one")
