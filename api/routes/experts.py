@@ -10,7 +10,7 @@ from api.deps import ADMIN, Excluded, ServiceDep, make_router
 from api.responses import Json
 from api.schemas import ExpertBody
 from composer.errors import UnknownModel
-from composer.types import Expert
+from composer.types import Expert, Gated
 
 router = make_router()
 
@@ -69,5 +69,14 @@ def expert_body(expert: Expert) -> dict[str, Any]:
             "rank": adapter.rank,
             "alpha": adapter.alpha,
             "target_modules": adapter.target_modules,
+            "gate": None if adapter.gate is None else _gate_body(adapter.gate),
         },
+    }
+
+
+def _gate_body(gate: Gated) -> dict[str, Any]:
+    named = zip(gate.members, gate.digests, strict=True)
+    return {
+        "kind": gate.kind,
+        "members": [{"name": name, "digest": digest} for name, digest in named],
     }

@@ -82,6 +82,31 @@ def verify_cached(
     )
 
 
+def gate_cached(
+    cache: FileCache,
+    folder: Path,
+    base: BaseModelInfo | None,
+    *,
+    roots: Sequence[Path],
+    features: Collection[AdapterFeature],
+    digest: str | None = None,
+) -> Adapter:
+    """As `verify_gate`, remembered in the same way."""
+    # Here, since it imports torch, which a registry without gates is checked without.
+    from composer.adapters.gates.files import MANIFEST, TENSORS
+    from composer.adapters.gates.verify import gate_files_problem, verify_gate
+
+    problem = gate_files_problem(folder, roots)
+    if problem is not None:
+        raise AdapterError([problem])
+    known_base = (base.stamp, base.names) if base is not None else None
+    return cache.get(
+        [folder / MANIFEST, folder / TENSORS],
+        (known_base, frozenset(features), digest),
+        lambda: verify_gate(folder, base, features=features, digest=digest),
+    )
+
+
 def _stamps(files: Sequence[Path]) -> tuple[tuple[int, int, int], ...]:
     """(modification time in ns, size in bytes, inode) of each."""
     stats = (file.stat() for file in files)

@@ -13,8 +13,11 @@ from typing import Any, Literal, TypeVar
 from composer.adapters.files import CONFIG
 from composer.errors import Problem
 
-AdapterFeature = Literal["rank_pattern", "alpha_pattern"]
-"""What an engine may or may not be able to do beyond plain LoRA."""
+AdapterFeature = Literal[
+    "rank_pattern", "alpha_pattern", "gate", "two_pass_gate", "per_request_gate"
+]
+"""What an engine may or may not be able to do beyond plain LoRA: adapters whose modules differ in
+rank or scale, and gated adapters, two kinds of which need more than a layer's input."""
 
 MAX_RANK = 4096
 

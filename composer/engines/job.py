@@ -10,8 +10,10 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any
 
+from composer.engines.gated import Use
 from composer.engines.model import LocalModel
 from composer.engines.stopping import Answer
+from composer.engines.traces import CallTrace
 from composer.errors import ComposerError, EngineError
 from composer.types import Call, Chunk
 
@@ -26,16 +28,14 @@ class Job:
     cancelled: bool = False
     prompt: list[int] = field(default_factory=list)
     budget: int = 0
+    use: Use = field(default_factory=Use)
+    trace: CallTrace | None = None
     open_rows: int = 0
     tokens: int = 0
 
     @property
     def final_length(self) -> int:
         return len(self.prompt) + self.budget
-
-    @property
-    def digest(self) -> str | None:
-        return None if self.call.adapter is None else self.call.adapter.digest
 
 
 @dataclass(eq=False, slots=True)

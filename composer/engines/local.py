@@ -64,7 +64,7 @@ class EmbeddedEngine:
     settings: ClassVar[type[BaseModel]] = EmbeddedSettings
     honours: ClassVar[frozenset[Ability]] = frozenset({"logprobs"})
     adapter_features: ClassVar[frozenset[AdapterFeature]] = frozenset(
-        {"rank_pattern", "alpha_pattern"}
+        {"rank_pattern", "alpha_pattern", "gate", "two_pass_gate", "per_request_gate"}
     )
     model_field: ClassVar[str | None] = "model"
     path_fields: ClassVar[tuple[str, ...]] = ()

@@ -9,7 +9,7 @@ import logging
 import re
 import threading
 from collections.abc import Collection, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from peft import LoraConfig, PeftModel, set_peft_model_state_dict
@@ -19,12 +19,16 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, Gene
 from transformers.utils.logging import disable_progress_bar
 
 from composer.adapters.files import WEIGHTS
+from composer.adapters.gates.files import read_gate
+from composer.adapters.gates.groups import grouped
+from composer.adapters.gates.prior import prior
 from composer.adapters.lora_config import read_lora_config
 from composer.adapters.tensors import RawTensor, read_tensors
 from composer.adapters.verify import adapter_digest
+from composer.engines.gated import MixedGates, Use
 from composer.engines.lora import BASE, MixedLora
-from composer.errors import EngineError, EngineUnavailable
-from composer.types import Adapter
+from composer.errors import ComposerError, EngineError, EngineUnavailable
+from composer.types import Adapter, Call
 
 if TYPE_CHECKING:
     from composer.engines.local import EmbeddedSettings
@@ -43,8 +47,16 @@ once in one process have left them patched for good: tied weights no longer tied
 data. So has a load beside one that assigns parameters, which are then registered without data."""
 
 
+class Output(NamedTuple):
+    """Of a forward: `logits` (rows, vocab) after the last column, in float32 at least; `gates` the
+    mean weights (new, G, E) of each row that asked for them, empty where none did."""
+
+    logits: Tensor
+    gates: Sequence[Tensor | None] = ()
+
+
 class LocalModel:
-    """Tokenizer, base model, and the adapters loaded so far, known by digest."""
+    """Tokenizer, base model, and the adapters loaded so far, plain and gated, known by digest."""
 
     def __init__(self, settings: EmbeddedSettings) -> None:
         """Blocks for seconds to minutes. Raises EngineUnavailable with the remedy."""
@@ -83,33 +95,42 @@ class LocalModel:
         self.end_ids = _end_ids(base.generation_config, self.tokenizer)
         self._peft: PeftModel | None = None
         self._names: dict[str, str] = {}
-        self._lora = MixedLora(getattr(torch, settings.dtype))
+        self._dtype = getattr(torch, settings.dtype)
+        self._lora = MixedLora(self._dtype)
+        self._gates = MixedGates()
         self._pieces: dict[int, str] = {}
 
     # --- adapters ------------------------------------------------------------------------
 
     @property
     def digests(self) -> frozenset[str]:
-        return frozenset(self._names)
+        return frozenset(self._names) | frozenset(self._gates.digests)
 
     def load(self, adapters: Collection[Adapter]) -> None:
         """All of them or, on EngineError, none."""
         added: list[str] = []
         try:
             for adapter in adapters:
-                if adapter.digest not in self._names:
-                    self._load(adapter)
+                if adapter.digest not in self.digests:
+                    if adapter.gate is None:
+                        self._load(adapter)
+                    else:
+                        self._load_gate(adapter)
                     added.append(adapter.digest)
         except EngineError:
             self._delete(added)
             raise
         finally:
-            self._lora.attach(self._base, tuple(self._names.values()))
+            self._attach()
 
     def forget(self, keep: Collection[Adapter]) -> None:
         kept = {adapter.digest for adapter in keep}
-        self._delete([digest for digest in self._names if digest not in kept])
+        self._delete([digest for digest in self.digests if digest not in kept])
+        self._attach()
+
+    def _attach(self) -> None:
         self._lora.attach(self._base, tuple(self._names.values()))
+        self._gates.attach(self._base)
 
     def _load(self, adapter: Adapter) -> None:
         name = adapter_name(adapter.digest)
@@ -147,9 +168,35 @@ class LocalModel:
             ) from error
         self._names[adapter.digest] = name
 
+    def _load_gate(self, adapter: Adapter) -> None:
+        try:
+            gate = read_gate(adapter.path)
+            if gate.manifest.digest != adapter.digest:
+                raise ValueError(
+                    f"it changed on disk since it was checked (its digest is "
+                    f"{gate.manifest.digest}, it was {adapter.digest}); restore its files, or "
+                    "reload the registry, which checks it again"
+                )
+            for name, layer in gate.layers.items():
+                module: Any = self._base.get_submodule(name)
+                found = tuple(
+                    getattr(module, size, None) for size in ("out_features", "in_features")
+                )
+                made = (layer.stacked.b.shape[0], layer.stacked.a.shape[1])
+                if found != made:
+                    raise ValueError(f"{name} is no linear layer of {made}")
+            self._gates.add(adapter.digest, gate.to(self.device, self._dtype))
+        except (ComposerError, AttributeError, ValueError, RuntimeError) as error:
+            raise EngineError(
+                f"gate {adapter.path} cannot be loaded onto this base: {error}"
+            ) from error
+
     def _delete(self, digests: Collection[str]) -> None:
         for digest in digests:
-            self._remove(self._names.pop(digest))
+            if digest in self._names:
+                self._remove(self._names.pop(digest))
+            else:
+                self._gates.drop(digest)
 
     def _remove(self, name: str) -> None:
         """Takes an adapter out of every module, also one that is only half in."""
@@ -164,6 +211,38 @@ class LocalModel:
 
     # --- forward -------------------------------------------------------------------------
 
+    def use_of(self, call: Call) -> Use:
+        """What the rows of this call run on. Raises EngineError where its adapter is not loaded, or
+        its gate needs of the request what the call does not bring."""
+        if call.adapter is None:
+            return Use()
+        digest = call.adapter.digest
+        if digest not in self.digests:
+            raise EngineError(f"the adapter of expert {call.expert!r} is not loaded")
+        if digest in self._names:
+            return Use(digest)
+        gate = self._gates.gate(digest)
+        known = None
+        if gate.manifest.per_request:
+            if call.embedding is None:
+                raise EngineError(
+                    f"the gate of expert {call.expert!r} reads the request's text, and the call "
+                    "came without its embedding"
+                )
+            try:
+                known = prior(gate, call.embedding)
+            except ValueError as error:
+                raise EngineError(f"expert {call.expert!r}: {error}") from error
+        groups = None if call.gates is None else grouped(frozenset(gate.layers), call.gates)
+        return Use(digest, known, groups)
+
+    def members(self, digest: str) -> tuple[str, ...]:
+        """Of a gated adapter, in the order of its weights."""
+        return self._gates.gate(digest).members
+
+    def two_pass(self, digest: str | None) -> bool:
+        return self._gates.two_pass(digest)
+
     def forward(
         self,
         ids: Tensor,
@@ -171,24 +250,48 @@ class LocalModel:
         lengths: Tensor,
         positions: Tensor,
         cache: DynamicCache,
-        adapters: Sequence[str | None],
-    ) -> Tensor:
+        uses: Sequence[Use],
+        hidden: Tensor | None = None,
+    ) -> Output:
         """ids and positions (rows, new), right-aligned; `lengths` (rows,) is each row's tokens in
-        cache and `ids` together; `adapters` the digest per row. Extends the cache. Returns the
-        logits (rows, vocab) after the last column, in float32 at least."""
+        cache and `ids` together; `uses` what each row runs on; `hidden` (n, new, d_model), of the
+        rows whose gate takes two passes, is what `hidden` gave for them. Extends the cache."""
+        names = [
+            BASE
+            if use.adapter is None or use.adapter in self._gates.digests
+            else self._names[use.adapter]
+            for use in uses
+        ]
+        self._lora.assign(names, self.device)
+        self._gates.assign(uses, ids.shape[1], hidden, self.device)
+        output = self._base(
+            **self._inputs(ids, lengths, positions, cache), use_cache=True, logits_to_keep=1
+        )
+        return Output(output.logits[:, -1].float(), self._gates.traces())
+
+    def hidden(
+        self, ids: Tensor, *, lengths: Tensor, positions: Tensor, cache: DynamicCache
+    ) -> Tensor:
+        """As `forward` with every row on the base alone: the last hidden states, after the final
+        norm, (rows, new, d_model) in the model's dtype."""
+        uses = [Use()] * len(ids)
+        self._lora.assign([BASE] * len(ids), self.device)
+        self._gates.assign(uses, ids.shape[1], None, self.device)
+        base: Any = self._base
+        output = base.get_decoder()(**self._inputs(ids, lengths, positions, cache), use_cache=True)
+        return output.last_hidden_state  # type: ignore[no-any-return]
+
+    def _inputs(
+        self, ids: Tensor, lengths: Tensor, positions: Tensor, cache: DynamicCache
+    ) -> dict[str, Any]:
         width = cache.get_seq_length() + ids.shape[1]
         columns = torch.arange(width, device=self.device)
-        names = [BASE if digest is None else self._names[digest] for digest in adapters]
-        self._lora.assign(names, self.device)
-        output = self._base(
-            input_ids=ids,
-            attention_mask=columns >= width - lengths[:, None],  # (rows, width), False: padding
-            position_ids=positions,
-            past_key_values=cache,
-            use_cache=True,
-            logits_to_keep=1,
-        )
-        return output.logits[:, -1].float()  # type: ignore[no-any-return]
+        return {
+            "input_ids": ids,
+            "attention_mask": columns >= width - lengths[:, None],  # (rows, width), False: padding
+            "position_ids": positions,
+            "past_key_values": cache,
+        }
 
     # --- text ----------------------------------------------------------------------------
 

@@ -14,16 +14,19 @@ import threading
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from composer.engines import prompts
 from composer.engines.batch import Batch
+from composer.engines.gated import Use
 from composer.engines.job import Job, Row, Task, for_caller, put_all
-from composer.engines.model import LocalModel
+from composer.engines.model import LocalModel, Output
 from composer.engines.sampling import Knobs, sample, top_logprobs
 from composer.engines.stopping import Answer
+from composer.engines.traces import CallTrace
 from composer.errors import ComposerError, EngineError, EngineUnavailable
 from composer.types import Call, Chunk, TokenLogprob, Usage
 
@@ -125,7 +128,7 @@ class Worker:
     def _warm_up(self) -> None:
         """What torch sets up at the first forward is paid here, not by the first caller."""
         try:
-            self._batch.prefill([[0]], [None])
+            self._batch.prefill([[0]], [Use()])
             self._batch.step([0])
         except Exception as error:
             raise EngineUnavailable(
@@ -162,8 +165,10 @@ class Worker:
         """Queues a job whose prompt fits; refuses any other."""
         call = job.call
         try:
-            if job.digest is not None and job.digest not in self._model.digests:
-                raise EngineError(f"the adapter of expert {call.expert!r} is not loaded")
+            job.use = self._model.use_of(call)
+            if job.use.groups is not None and job.use.adapter is not None:
+                members = self._model.members(job.use.adapter)
+                job.trace = CallTrace(members, job.use.groups, call.sampling.n, self._model.piece)
             job.prompt = prompts.encode(self._model.tokenizer, call.messages, call.prompt)
             job.budget = prompts.budget(call, len(job.prompt), self._model.context)
         except Exception as error:
@@ -188,15 +193,19 @@ class Worker:
         new = Batch(self._model)
         rows: list[Row] = []
         try:
-            logits = new.prefill([job.prompt for job in jobs], [job.digest for job in jobs])
+            read = new.prefill([job.prompt for job in jobs], [job.use for job in jobs])
+            for job, weights in zip(jobs, read.gates, strict=False):
+                if job.trace is not None and weights is not None:
+                    job.trace.add_prompt(job.prompt, weights)
             rows = [self._row(job, i) for job in jobs for i in range(job.call.sampling.n)]
             counts = [job.call.sampling.n for job in jobs]
-            source = torch.arange(len(jobs), device=logits.device)
-            spread = source.repeat_interleave(torch.tensor(counts, device=logits.device))
-            self._advance(rows, logits[spread])
+            spread = [i for i, count in enumerate(counts) for _ in range(count)]
+            gates = [read.gates[i] for i in spread] if read.gates else ()
+            index = torch.tensor(spread, device=read.logits.device)
+            self._advance(rows, Output(read.logits[index], gates))
             # Rows that ended or failed at their first token never join.
             alive = [not row.answer.ended and not row.job.cancelled for row in rows]
-            joined = _count_by(spread.tolist(), alive, len(jobs))
+            joined = _count_by(spread, alive, len(jobs))
             self._batch.join(new, joined)
         except Exception as error:
             log.exception("prefill of %d calls failed on server %r", len(jobs), self._server)
@@ -243,8 +252,7 @@ class Worker:
         if not self._rows:
             return
         try:
-            logits = self._batch.step([row.token for row in self._rows])
-            self._advance(self._rows, logits)
+            self._advance(self._rows, self._batch.step([row.token for row in self._rows]))
             self._keep([not row.answer.ended for row in self._rows])
         except Exception as error:
             self._lose_batch(error)
@@ -257,8 +265,9 @@ class Worker:
         self._batch.clear()
 
     @torch.inference_mode()
-    def _advance(self, rows: Sequence[Row], logits: torch.Tensor) -> None:
+    def _advance(self, rows: Sequence[Row], read: Output) -> None:
         """One token more for each row. A row that fails fails its own call only."""
+        logits, gates = read.logits, read.gates or [None] * len(rows)
         device = logits.device
         samplings = [row.job.call.sampling for row in rows]
         temperatures = [_or_one(s.temperature) for s in samplings]
@@ -270,7 +279,9 @@ class Worker:
         sound = torch.isfinite(logits).all(dim=-1).tolist()
         tokens = sample(torch.nan_to_num(logits), knobs)
         logprobs = self._logprobs(rows, logits, tokens)
-        for row, token, fine, logprob in zip(rows, tokens.tolist(), sound, logprobs, strict=True):
+        for row, token, fine, logprob, weights in zip(
+            rows, tokens.tolist(), sound, logprobs, gates, strict=True
+        ):
             if row.job.cancelled:
                 continue
             try:
@@ -279,9 +290,16 @@ class Worker:
                         "the model's output is not finite: weights or adapter are broken"
                     )
                 row.token = token
+                if weights is not None:
+                    self._trace(row, weights)
                 self._emit(row, row.answer.push(token, logprob))
             except Exception as error:
                 self._fail([row.job], error)
+
+    def _trace(self, row: Row, weights: torch.Tensor) -> None:
+        """`weights` (new, G, E): the last ones are those that the row's newest token came of."""
+        if row.job.trace is not None and row.token not in self._model.end_ids:
+            row.job.trace.add(row.answer.index, row.token, weights[-1])
 
     def _logprobs(
         self, rows: Sequence[Row], logits: torch.Tensor, tokens: torch.Tensor
@@ -310,7 +328,8 @@ class Worker:
             job.tokens += row.answer.tokens
             if job.open_rows == 0:
                 usage = Usage(len(job.prompt), job.tokens)
-                chunk = Chunk(chunk.text, chunk.index, chunk.logprobs, chunk.finish_reason, usage)
+                gates = None if job.trace is None else job.trace.told()
+                chunk = replace(chunk, usage=usage, gates=gates)
         self._post(job, chunk)
 
     def _keep(self, here: Sequence[bool]) -> None:

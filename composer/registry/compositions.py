@@ -229,6 +229,9 @@ def _member(
     if expert.adapter is None:
         message = f"{name!r} is the model of server {expert.server!r} alone, without an adapter"
         return place.problem(message, "Name experts that have one.")
+    if expert.adapter.gate is not None:
+        message = f"{name!r} is a gate, which weighs its members anew at every token"
+        return place.problem(message, "Name the gate's members.")
     if not _one_base(server, servers.get(expert.server)):
         assert server is not None
         message = (

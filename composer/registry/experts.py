@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import get_args
 
-from composer.adapters.cache import verify_cached
+from composer.adapters.cache import gate_cached, verify_cached
 from composer.adapters.files import CARD, CONFIG
 from composer.adapters.hub import adapter_root, fetch_adapter, is_hub_name
 from composer.adapters.lora_config import AdapterFeature
@@ -87,10 +87,12 @@ def _prepare(
     block = entry.block
     server = _server(block, servers, named, result)
     made = None
+    others = _MAKES_ADAPTER & block.data.keys()
+    key = "gate" if block.data.get("gate") is not None and not others else "adapter"
     try:
-        folder, roots = _adapter_folder(context, entry)
+        folder, roots = _adapter_folder(context, entry, key)
     except CatalogError as error:
-        result.problems += _retold(block, error)
+        result.problems += _retold(block, key, error)
         return result
     try:
         if folder is not None:
@@ -106,12 +108,12 @@ def _prepare(
                 block = compositions.with_members(block, made.experts)
     except CatalogError as error:
         # One without a line is about the card as a whole, so where it is named is the place.
-        place = block.at(("adapter",))
+        place = block.at((key,))
         result.problems += [p if p.line else _retell(place, p) for p in error.problems]
         return result
     except (OSError, RuntimeError, ValueError) as error:  # a path that no file system takes
         result.problems.append(
-            block.problem(("adapter",), f"this path cannot be used: {error}", "Correct it.")
+            block.problem((key,), f"this path cannot be used: {error}", "Correct it.")
         )
         return result
 
@@ -122,15 +124,21 @@ def _prepare(
     if folder is not None:
         digest = made.digest if made is not None else None
         digest = digest if spec is None or spec.digest is None else spec.digest
-        adapter = _verified(context, block, folder, roots, server, digest, result)
+        adapter = _verified(context, block, key, folder, roots, server, digest, result)
     if spec is None:
         return result
+    if spec.gate is not None and others:
+        message = (
+            f"an expert has a `gate`, which holds its members, or {' or '.join(sorted(others))}"
+        )
+        result.problems.append(block.problem(("gate",), message, "Remove all but one."))
     has_adapter = folder is not None or compositions.is_composed(entry)
     if spec.digest is not None and not has_adapter:
         message = "it pins an adapter, but the expert has none"
-        problem = block.problem(("digest",), message, "Remove it, or add the `adapter`.")
+        remedy = "Remove it, or add the `adapter` or `gate`."
+        problem = block.problem(("digest",), message, remedy)
         result.problems.append(problem)
-    if spec.server_path is not None and not has_adapter:
+    if spec.server_path is not None and (key == "gate" or not has_adapter):
         message = "it is an adapter's folder, but the expert has none"
         problem = block.problem(("server_path",), message, "Remove it, or add the `adapter`.")
         result.problems.append(problem)
@@ -171,15 +179,17 @@ def _prepare(
     return result
 
 
-def _adapter_folder(context: Context, entry: Entry) -> tuple[Path | None, tuple[Path, ...]]:
-    """The adapter's folder and the roots it may lie in. None where there is no adapter, or one
-    written in a way that validation refuses."""
-    written = entry.block.data.get("adapter")
+def _adapter_folder(
+    context: Context, entry: Entry, key: str
+) -> tuple[Path | None, tuple[Path, ...]]:
+    """The folder of the adapter or gate and the roots it may lie in. None where there is none, or
+    one written in a way that validation refuses."""
+    written = entry.block.data.get(key)
     if isinstance(written, str) and written:
         folder = entry.folder or context.located(written)
         context.look(folder)
         return folder, context.roots
-    if isinstance(written, Mapping):
+    if isinstance(written, Mapping) and key == "adapter":
         name, revision = written.get("hub"), written.get("revision")
         if isinstance(name, str) and isinstance(revision, str) and is_hub_name(name) and revision:
             folder = fetch_adapter(name, revision)
@@ -257,6 +267,7 @@ def _server(
 def _verified(
     context: Context,
     block: Block,
+    key: str,
     folder: Path,
     roots: Sequence[Path],
     server: KnownServer | None,
@@ -264,7 +275,9 @@ def _verified(
     result: Prepared,
 ) -> Adapter | None:
     """Without a server, what does not depend on one is verified."""
-    if server is not None:
+    features = server.family.adapter_features if server else get_args(AdapterFeature)
+    base = server.base if server else None
+    if server is not None and key == "adapter":
         try:
             server.family.check_adapters(server.server.settings)
         except ValueError as error:
@@ -274,20 +287,24 @@ def _verified(
             result.problems.append(block.problem(("adapter",), message, remedy))
             return None
     try:
+        if key == "gate":
+            return gate_cached(
+                context.cache, folder, base, roots=roots, features=features, digest=digest
+            )
         return verify_cached(
             context.cache,
             folder,
-            server.base if server else None,
+            base,
             roots=roots,
             max_rank=server.max_rank if server else None,
-            features=server.family.adapter_features if server else get_args(AdapterFeature),
+            features=features,
             digest=digest,
         )
     except CatalogError as error:
-        result.problems += _retold(block, error)
+        result.problems += _retold(block, key, error)
     except OSError as error:  # changed while it was read
         result.problems.append(
-            block.problem(("adapter",), f"{folder} cannot be read: {error}", "Try again.")
+            block.problem((key,), f"{folder} cannot be read: {error}", "Try again.")
         )
     return None
 
@@ -332,8 +349,8 @@ def _reads_base(server: KnownServer) -> bool:
     return field is not None and isinstance(server.written.get(field), str)
 
 
-def _retold(block: Block, error: CatalogError) -> list[Problem]:
-    return [_retell(block.at(("adapter",)), problem) for problem in error.problems]
+def _retold(block: Block, key: str, error: CatalogError) -> list[Problem]:
+    return [_retell(block.at((key,)), problem) for problem in error.problems]
 
 
 def _retell(place: Place, problem: Problem) -> Problem:

@@ -196,6 +196,11 @@ class ExpertSpec(CardSpec):
         description="In place of `adapter`: adapters that are composed into one, here or in a "
         "file that says so.",
     )
+    gate: Text | None = Field(
+        None,
+        description="In place of `adapter`: folder of a gated adapter, which mixes several "
+        "adapters per token.",
+    )
     server_path: ServerPath | None = Field(
         None,
         description="The adapter's folder as the server sees it, where that is another "

@@ -5,7 +5,7 @@ from __future__ import annotations
 from rich.markup import escape
 from rich.table import Table
 
-from composer.types import Catalog, Device, Expert, Policy
+from composer.types import Catalog, Device, Expert, Gated, Policy
 
 
 def catalog_table(catalog: Catalog) -> Table:
@@ -56,7 +56,15 @@ def _adapter(expert: Expert) -> str:
         shares = " + ".join(f"{one.weight:.3g} {one.name}" for one in composed.members)
         cut = f", keeping {composed.energy:.1%}" if composed.energy < 1 else ""
         told += f"\n[dim]{escape(f'{composed.method} of {shares}{cut}')}[/]"
+    if (gate := expert.adapter.gate) is not None:
+        told += f"\n[dim]{escape(f'{gate.kind} gate of {_members(gate)}')}[/]"
     return told
+
+
+def _members(gate: Gated) -> str:
+    """Each with the beginning of its digest, to be compared with that of the adapter itself."""
+    named = zip(gate.members, gate.digests, strict=True)
+    return ", ".join(f"{name} ({digest.removeprefix('sha256:')[:8]})" for name, digest in named)
 
 
 def _device(catalog: Catalog, device: Device) -> str:

@@ -11,8 +11,10 @@ from composer.types.answer import (
     Chunk,
     FinishReason,
     Forward,
+    GateTrace,
     Plan,
     Timings,
+    TokenGates,
     TokenLogprob,
 )
 from composer.types.catalog import (
@@ -25,6 +27,7 @@ from composer.types.catalog import (
     Cost,
     Device,
     Expert,
+    Gated,
     MemberShare,
     Placement,
     Policy,
@@ -40,7 +43,16 @@ from composer.types.request import (
     message_text,
     user_texts,
 )
-from composer.types.values import Ability, BoolArray, FloatArray, Priority, Tier, Usage, empty
+from composer.types.values import (
+    Ability,
+    BoolArray,
+    FloatArray,
+    GroupBy,
+    Priority,
+    Tier,
+    Usage,
+    empty,
+)
 
 __all__ = [
     "SAFE_PARAMETERS",
@@ -61,6 +73,9 @@ __all__ = [
     "FinishReason",
     "FloatArray",
     "Forward",
+    "GateTrace",
+    "Gated",
+    "GroupBy",
     "MemberShare",
     "Message",
     "Placement",
@@ -73,6 +88,7 @@ __all__ = [
     "Server",
     "Tier",
     "Timings",
+    "TokenGates",
     "TokenLogprob",
     "Unsure",
     "Usage",

@@ -8,7 +8,7 @@ from typing import Any, Literal, Protocol
 
 from composer.types.catalog import Adapter
 from composer.types.request import Message, Sampling
-from composer.types.values import Priority, Usage, empty
+from composer.types.values import GroupBy, Priority, Usage, empty
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +67,9 @@ class Call:
     to yield `Chunk.raw`. `max_wait_s` bounds the wait for a lease from `arrived` (the scheduler's
     clock, set at the first attempt, so that a retry keeps its bound); None: no bound. `later`
     are the servers that the same request is likely to call when this one has answered, so that
-    they are rather kept loaded; calls made at once are seen together anyway.
+    they are rather kept loaded; calls made at once are seen together anyway. `embedding` (dim,), of
+    unit length, is the request's text for an adapter whose gate reads it; `gates`: the gate's
+    weights are to be told, averaged over these groups of modules.
     """
 
     id: str
@@ -86,6 +88,30 @@ class Call:
     max_wait_s: float | None = None
     arrived: float | None = None
     later: tuple[str, ...] = ()
+    embedding: tuple[float, ...] | None = None
+    gates: GroupBy | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class TokenGates:
+    """How much of which member a token was read or written with: group of modules → member →
+    mean weight, for the few largest."""
+
+    token: str
+    weights: Mapping[str, Mapping[str, float]]
+
+
+@dataclass(frozen=True, slots=True)
+class GateTrace:
+    """Who of a gate's members spoke where. `prompt` are the tokens of the prompt, each with the
+    weights that it was read with, `answers` those of each choice, with the weights that they were
+    written with. `left_out`: tokens beyond the limit, the prompt's first ones and an answer's
+    last."""
+
+    members: tuple[str, ...]
+    prompt: tuple[TokenGates, ...]
+    answers: tuple[tuple[TokenGates, ...], ...]
+    left_out: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,7 +137,8 @@ class Chunk:
     the call allows it (`Call.forward`); text, delta and logprobs are then empty.
 
     `details` is what a strategy tells of how the answer came about, in plain values: it stands in
-    the answer's `composer` field.
+    the answer's `composer` field. `gates` comes with the last chunk of a call that asked for it, if
+    its adapter is a gated one.
     """
 
     text: str = ""
@@ -123,6 +150,7 @@ class Chunk:
     delta: Mapping[str, Any] = field(default_factory=empty)
     raw: bytes | None = None
     details: Mapping[str, Any] = field(default_factory=empty)
+    gates: GateTrace | None = None
 
 
 class Ask(Protocol):

@@ -56,11 +56,28 @@ class Composed:
 
 
 @dataclass(frozen=True, slots=True)
+class Gated:
+    """What a gate mixes, and what it takes. `members` and their `digests` are in the order of its
+    weights. `passes` 2: a token's weights need a pass of the base alone first; `per_request`: they
+    need the request's text as the embedder `embedder` sees it, whose digest is
+    `embedder_digest`."""
+
+    kind: str
+    members: tuple[str, ...]
+    digests: tuple[str, ...]
+    passes: int = 1
+    per_request: bool = False
+    embedder: str = ""
+    embedder_digest: str = ""
+
+
+@dataclass(frozen=True, slots=True)
 class Adapter:
     """A verified LoRA adapter on disk. `digest` is the sha256 of its config and tensors,
     so equal digests mean equal behaviour on the same base. `server_path` is the same folder
     as a server in another container sees it; None: as we see it. `composed` None: it was
-    trained."""
+    trained. With `gate` the folder is a gated adapter's: several adapters mixed per token, and
+    `rank` the sum of theirs."""
 
     path: Path
     digest: str
@@ -69,6 +86,7 @@ class Adapter:
     target_modules: tuple[str, ...]
     server_path: str | None = None
     composed: Composed | None = None
+    gate: Gated | None = None
 
 
 @dataclass(frozen=True, slots=True)

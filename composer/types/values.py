@@ -24,6 +24,11 @@ Priority = Literal["interactive", "batch"]
 """Interactive calls go before batch calls wherever both wait."""
 
 
+GroupBy = Literal["all", "layers"]
+"""Over which modules the weights of a gate are averaged when they are told: all, or ranges of
+layers with attention and the rest apart."""
+
+
 def empty() -> Mapping[str, Any]:
     """A read-only empty mapping, for defaults."""
     return MappingProxyType({})

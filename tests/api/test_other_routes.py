@@ -95,6 +95,7 @@ async def test_experts_are_listed_without_paths(client: httpx.AsyncClient) -> No
         "rank": 8,
         "alpha": 16.0,
         "target_modules": ["q_proj"],
+        "gate": None,
     }
     assert SECRET not in str(listed)
     one = await client.get("/v1/experts/team/sort")

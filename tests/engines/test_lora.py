@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from peft import PeftModel
 from transformers import DynamicCache, LlamaForCausalLM
 
+from composer.engines.gated import Use
 from composer.engines.local import EmbeddedSettings
 from composer.engines.model import LocalModel, adapter_name
 from composer.errors import EngineError
@@ -73,8 +74,8 @@ def test_logits_are_those_of_peft(
         lengths=torch.full((len(rows),), width),
         positions=torch.arange(width).expand(len(rows), -1),
         cache=DynamicCache(),
-        adapters=digests,
-    )
+        uses=[Use(digest) for digest in digests],
+    ).logits
     names = ["__base__" if digest is None else adapter_name(digest) for digest in digests]
     expected = theirs(input_ids=ids, adapter_names=names).logits[:, -1]
     assert torch.allclose(found, expected, atol=1e-4 * float(expected.abs().max()))

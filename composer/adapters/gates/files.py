@@ -158,13 +158,20 @@ def read_gate(folder: Path) -> Gate:
 
 
 def gated_layer(
-    stacked: Stacked, rows: Tensor, bias: Tensor | None, normalise: Normalise, selection: Selection
+    stacked: Stacked,
+    rows: Tensor,
+    bias: Tensor | None,
+    normalise: Normalise,
+    selection: Selection,
+    width: int | None = None,
 ) -> GatedLayer:
-    """The layer as it is served. A member without factors here is not asked here, whatever its row
-    says: its logit is −∞. Raises ValueError where the shapes do not fit."""
+    """The layer as it is served. `width`: of what the gate reads, where that is not the layer's own
+    input. A member without factors here is not asked here, whatever its row says: its logit is −∞.
+    Raises ValueError where the shapes do not fit."""
     outs = len(stacked.ranks) + selection.null
-    if rows.shape != (outs, stacked.a.shape[1]):
-        raise ValueError(f"the gate's rows are {tuple(rows.shape)}, not {outs, stacked.a.shape[1]}")
+    width = stacked.a.shape[1] if width is None else width
+    if rows.shape != (outs, width):
+        raise ValueError(f"the gate's rows are {tuple(rows.shape)}, not {outs, width}")
     if bias is not None and bias.shape != (outs,):
         raise ValueError(f"the gate's bias is {tuple(bias.shape)}, not {(outs,)}")
     absent = torch.tensor([rank == 0 for rank in stacked.ranks] + [False] * selection.null)
@@ -186,9 +193,11 @@ def _layer(
         message = f"A is {tuple(a.shape)} and B {tuple(b.shape)}; the ranks add up to {total}"
         raise _refused(file, module, message, _AGAIN)
     selection = told.selection or manifest.selection
+    # Of two passes, the gate reads the first one's features: all layers' are equally wide.
+    width = rows.shape[-1] if manifest.passes == 2 else None
     try:
         stacked = Stacked(a, b, told.ranks)
-        return gated_layer(stacked, rows, bias, manifest.normalise, selection)
+        return gated_layer(stacked, rows, bias, manifest.normalise, selection, width)
     except ValueError as error:
         raise _refused(file, module, str(error), _AGAIN) from error
 

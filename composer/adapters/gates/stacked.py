@@ -63,10 +63,13 @@ class GatedLayer:
     selection: Selection
 
     def weights(self, x: Tensor, prior: Tensor | None = None) -> Tensor:
-        """(…, d_in) → (…, E). `prior` (…, E) is added to the logits: what is known of the whole
-        query (GLIDER, arXiv 2410.07172, section 3.3)."""
+        """(…, d_in) → (…, E). `prior` (…, E) is added to the logits of the members: what is known
+        of the whole query (GLIDER, arXiv 2410.07172, section 3.3)."""
         logits = self.projection.logits(x)
-        return self.selection.weights(logits if prior is None else logits + prior)
+        if prior is not None:
+            # The null expert has no instruction, so its logit stays.
+            logits = logits + torch.nn.functional.pad(prior, (0, int(self.selection.null)))
+        return self.selection.weights(logits)
 
     def to(self, device: torch.device, dtype: torch.dtype) -> GatedLayer:
         """Factors in `dtype`; the gate stays in float32."""

@@ -1,0 +1,197 @@
+"""Gated experts in experts.yaml: what is checked before an engine sees them."""
+
+# ruff: noqa: E501  (messages are one line each, as they are printed)
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Collection
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from rich.console import Console
+
+from composer.adapters.cache import FileCache
+from composer.adapters.gates.files import MANIFEST, TENSORS
+from composer.adapters.lora_config import AdapterFeature
+from composer.errors import CatalogError
+from composer.registry import Families, load_catalog
+from composer.registry.table import catalog_table
+from composer.types import Catalog
+from tests.gated import EVERYTHING, write_gated
+from tests.registry.world import FAMILIES, RABBIT, adapter_tensors, write_adapter, write_world
+
+MEMBERS = ("fox", "owl")
+DIGEST = "sha256:" + "0" * 64
+
+
+@pytest.fixture
+def world(tmp_path: Path) -> Path:
+    return write_world(tmp_path)
+
+
+def gated(folder: Path, name: str = "both", **settings: Any) -> Path:
+    members = {"fox": folder / "adapters" / "fox", "owl": folder / "scanned" / "owl"}
+    write_gated(folder / "gates" / name, members, **settings)
+    return folder / "gates" / name
+
+
+def families(features: Collection[AdapterFeature] = EVERYTHING) -> Families:
+    local = replace(FAMILIES.engines["embedded"], adapter_features=frozenset(features))
+    return replace(FAMILIES, engines={**FAMILIES.engines, "embedded": local})
+
+
+def load(file: Path, features: Collection[AdapterFeature] = EVERYTHING, **keys: Any) -> Catalog:
+    """With an expert `mixed` that has these keys."""
+    data = yaml.safe_load(file.read_text())
+    data["experts"]["mixed"] = {"server": "local", "description": "both", **keys}
+    file.write_text(yaml.safe_dump(data))
+    cache = FileCache()
+    return load_catalog(file, families(features), version=1, cache=cache).catalog
+
+
+def test_a_gate_is_an_expert_like_any_other(world: Path) -> None:
+    gated(world.parent)
+    catalog = load(world, gate="./gates/both")
+    adapter = catalog.experts["mixed"].adapter
+    assert adapter is not None
+    assert adapter.gate is not None
+    own = [catalog.experts[name].adapter for name in MEMBERS]
+    assert adapter.gate.members == MEMBERS
+    assert adapter.gate.digests == tuple(one.digest for one in own if one is not None)
+    assert (adapter.rank, adapter.gate.kind, adapter.gate.passes) == (4, "arrow", 1)
+    assert "mixed" in catalog.policies["auto"].experts
+
+    console = Console(width=160, record=True, file=open(os.devnull, "w"))  # noqa: SIM115
+    console.print(catalog_table(catalog))
+    shown = " ".join(console.export_text().split())
+    assert "arrow gate of fox (" in shown
+    assert adapter.digest[:20] in shown
+
+
+def test_a_gate_counts_by_its_content_and_may_be_pinned(world: Path) -> None:
+    folder = gated(world.parent)
+    digest = json.loads((folder / MANIFEST).read_text())["digest"]
+    first = load(world, gate="./gates/both", digest=digest)
+    gated(world.parent, "other", seed=3)
+    assert load(world, gate="./gates/other").digest != first.digest
+    with pytest.raises(CatalogError, match="not the pinned sha256:0"):
+        load(world, gate="./gates/both", digest=DIGEST)
+
+
+def test_it_comes_at_run_time_too(world: Path) -> None:
+    gated(world.parent)
+    rabbit = {key: value for key, value in RABBIT.items() if key != "adapter"}
+    loaded = load_catalog(
+        world, families(), runtime=[{**rabbit, "gate": "./gates/both"}], version=1
+    )
+    adapter = loaded.catalog.experts["rabbit"].adapter
+    assert adapter is not None
+    assert adapter.gate is not None
+    assert world.parent / "gates" / "both" in loaded.watched
+
+
+def other_base(folder: Path) -> dict[str, Any]:
+    path = folder / "adapters" / "far"
+    write_adapter(path)
+    config = json.loads((path / "adapter_config.json").read_text())
+    config["base_model_name_or_path"] = "acme/other"
+    (path / "adapter_config.json").write_text(json.dumps(config))
+    write_gated(folder / "gates" / "g", {"far": path})
+    return {"gate": "./gates/g"}
+
+
+def other_width(folder: Path) -> dict[str, Any]:
+    write_adapter(folder / "adapters" / "wide", tensors=adapter_tensors(width=16))
+    write_gated(folder / "gates" / "g", {"wide": folder / "adapters" / "wide"})
+    return {"gate": "./gates/g"}
+
+
+def outside(folder: Path) -> dict[str, Any]:
+    return {"gate": "../elsewhere"}
+
+
+def missing(folder: Path) -> dict[str, Any]:
+    (gated(folder) / TENSORS).unlink()
+    return {"gate": "./gates/both"}
+
+
+def damaged(folder: Path) -> dict[str, Any]:
+    file = gated(folder) / TENSORS
+    file.write_bytes(file.read_bytes()[:-9])
+    return {"gate": "./gates/both"}
+
+
+def two(folder: Path) -> dict[str, Any]:
+    gated(folder)
+    return {"gate": "./gates/both", "adapter": "./adapters/fox"}
+
+
+def composed_of_a_gate(folder: Path) -> dict[str, Any]:
+    gated(folder)
+    data = yaml.safe_load((folder / "experts.yaml").read_text())
+    data["experts"]["first"] = {"server": "local", "gate": "./gates/both", "description": "x"}
+    (folder / "experts.yaml").write_text(yaml.safe_dump(data))
+    return {"composition": {"members": {"first": 1.0}}}
+
+
+def features(folder: Path) -> dict[str, Any]:
+    tensors = {"features.0.weight": torch.ones(5, 8)}
+    gated(folder, passes=2, kind="xlora", seed=1, normalise="none", width=6, tensors=tensors)
+    return {"gate": "./gates/both"}
+
+
+def prior(folder: Path) -> dict[str, Any]:
+    gated(folder, per_request=True, kind="glider", tensors={"prior.rows": torch.ones(3, 4)})
+    return {"gate": "./gates/both"}
+
+
+def mounted(folder: Path) -> dict[str, Any]:
+    gated(folder)
+    return {"gate": "./gates/both", "server_path": "/mnt/both"}
+
+
+REFUSED = {
+    other_base: "its members were trained on 'acme/other', the server's model is './bases/tiny'",
+    other_width: "model.layers.0.self_attn.q_proj: it is made for a linear layer of (16, 16), the base's is (8, 8)",
+    outside: "outside the allowed folders",
+    missing: "gate.safetensors is missing",
+    damaged: "cannot be read",
+    two: "an expert has a `gate`, which holds its members, or adapter",
+    composed_of_a_gate: "'first' is a gate, which weighs its members anew at every token",
+    features: "its classifier gives 5 features, and the layers read 6",
+    prior: "the tensor prior.rows must hold one row for each member",
+    mounted: "it is an adapter's folder, but the expert has none",
+}
+
+
+@pytest.mark.parametrize("write", REFUSED, ids=lambda write: write.__name__)
+def test_a_wrong_gate_is_refused(world: Path, write: Callable[[Path], dict[str, Any]]) -> None:
+    keys = write(world.parent)
+    with pytest.raises(CatalogError) as caught:
+        load(world, **keys)
+    problem = caught.value.problems[0]
+    assert REFUSED[write] in problem.message  # type: ignore[index]
+    assert problem.path.startswith("experts.mixed")
+
+
+@pytest.mark.parametrize(
+    ("able", "settings", "told"),
+    [
+        ((), {}, "this server's engine cannot mix adapters inside the model"),
+        (("gate",), {"passes": 2}, "arrow reads a first pass of the whole model"),
+        (("gate",), {"per_request": True, "tensors": {"prior.rows": torch.ones(2, 4)}}, "reads the request's text"),
+    ],
+)  # fmt: skip
+def test_an_engine_is_asked_for_what_the_gate_needs(
+    world: Path, able: Collection[AdapterFeature], settings: dict[str, Any], told: str
+) -> None:
+    gated(world.parent, **settings)
+    with pytest.raises(CatalogError, match=told):
+        load(world, able, gate="./gates/both")
+    assert load(world, gate="./gates/both").experts["mixed"].adapter is not None
