@@ -10,6 +10,7 @@ from router_training.commands import (
     collect,
     compare,
     evaluate,
+    gates,
     join,
     profile,
     report,
@@ -35,6 +36,7 @@ app.command()(join.join)
 app.command()(votes.votes)
 app.command()(report.report)
 app.command()(select.select)
+app.add_typer(gates.app, name="gates")
 
 
 def main() -> None:

@@ -200,7 +200,12 @@ def _layer(
     stacked: Stacked, projection: Projection, kind: Kind, selection: Selection | None
 ) -> GatedLayer:
     return gated_layer(
-        stacked, projection.rows, projection.bias, kind.normalise, selection or kind.selection
+        stacked,
+        projection.rows,
+        projection.bias,
+        kind.normalise,
+        selection or kind.selection,
+        projection.rows.shape[1] if kind.passes == 2 else None,
     )
 
 

@@ -22,14 +22,16 @@ def by_gate(module: str, layer: GatedLayer, x: Tensor) -> Tensor:
 
 class Installed:
     """The layers of a gate, added to those of `model` until `remove`, or the end of a `with`. The
-    model itself is not changed. `weigh` decides the weights of each layer; None: the base model
-    alone, as in the first pass of X-LoRA. Autograd goes through."""
+    model itself is not changed; the members' factors are taken in its dtype. `weigh` decides the
+    weights of each layer; None: the base model alone, as in the first pass of X-LoRA. Autograd goes
+    through."""
 
     def __init__(
         self, model: nn.Module, layers: Mapping[str, GatedLayer], weigh: Weigh | None = by_gate
     ) -> None:
         """Raises ValueError where the model lacks a layer, or has it in another size."""
         found = dict(model.named_modules())
+        here: dict[str, GatedLayer] = {}
         for module, layer in layers.items():
             size = getattr(found.get(module), "weight", None)
             want = (layer.stacked.b.shape[0], layer.stacked.a.shape[1])
@@ -39,7 +41,8 @@ class Installed:
                     f"the gate has a layer {module} of {want}, the model {has}; use the gate's own "
                     "base model"
                 )
-        self.layers = dict(layers)
+            here[module] = layer.to(size.device, size.dtype)
+        self.layers = here
         self.weigh = weigh
         self._hooks = [
             found[module].register_forward_hook(self._adding(module)) for module in self.layers

@@ -76,7 +76,9 @@ def fixed(members: Members, weights: Sequence[float] | None = None) -> Gate:
         module: Projection.of(torch.zeros(len(members), stacked.a.shape[1]), bias=bias)
         for module, stacked in stacks(members).items()
     }
-    return assembled(members, projections, Kind(FIXED, "none", Selection()))
+    return assembled(
+        members, projections, Kind(FIXED, "none", Selection(), paper="arXiv 2410.13025")
+    )
 
 
 def _prototype_of(lora: Lora, module: str, width: int) -> Tensor:

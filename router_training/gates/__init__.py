@@ -1,0 +1,1 @@
+"""Gates over adapters, trained offline. Every kind is a setting of one trainer."""

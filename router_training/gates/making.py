@@ -1,0 +1,92 @@
+"""A gate's folder, made, extended or cut: what `router-training gates` does. Knows no screen."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ValidationError
+
+from composer.adapters.gates.build import without
+from composer.adapters.gates.files import MANIFEST, Gate, read_gate, write_gate
+from router_training.errors import TrainingError
+from router_training.gates.base import Bench, GateKind
+from router_training.gates.kinds import KINDS
+
+
+def make(kind: str, bench: Bench, settings: Mapping[str, Any]) -> Gate:
+    """Raises TrainingError."""
+    chosen = kind_of(kind)
+    checked = _checked(kind, chosen.settings, settings)
+    try:
+        return chosen.make(bench, checked)
+    except ValueError as error:
+        raise TrainingError(str(error)) from error
+
+
+def add(folder: Path, bench: Bench) -> Gate:
+    """The gate in `folder` with the bench's members as further ones. Raises TrainingError,
+    AdapterError."""
+    gate = read_gate(folder)
+    kind = kind_of(gate.manifest.kind)
+    for name in bench.members:
+        try:
+            gate = kind.join(gate, name, bench)
+        except ValueError as error:
+            raise TrainingError(str(error)) from error
+    return gate
+
+
+def remove(folder: Path, names: list[str]) -> Gate:
+    """The gate in `folder` without these members. Raises TrainingError, AdapterError."""
+    gate = read_gate(folder)
+    for name in names:
+        try:
+            gate = without(gate, name)
+        except ValueError as error:
+            raise TrainingError(str(error)) from error
+    return gate
+
+
+def publish(gate: Gate, folder: Path) -> str:
+    """Writes the gate, whole or not at all, and returns its digest. Raises TrainingError where
+    `folder` holds something that is no gate."""
+    if folder.exists() and any(folder.iterdir()) and not (folder / MANIFEST).is_file():
+        raise TrainingError(f"{folder} holds other files; name a new folder, or that of a gate")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    part = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+    try:
+        digest = write_gate(part, gate)
+        part.chmod(0o755)
+        if folder.exists():
+            old = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+            os.replace(folder, old)
+            os.replace(part, folder)
+            shutil.rmtree(old)
+        else:
+            os.replace(part, folder)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+    return digest
+
+
+def kind_of(name: str) -> type[GateKind]:
+    """Raises TrainingError."""
+    if name not in KINDS:
+        raise TrainingError(f"there is no gate of kind {name!r}; one of {', '.join(KINDS)}")
+    return KINDS[name]
+
+
+def _checked(kind: str, model: type[BaseModel], settings: Mapping[str, Any]) -> BaseModel:
+    try:
+        return model.model_validate(settings)
+    except ValidationError as error:
+        wrong = "; ".join(
+            f"{'.'.join(map(str, e['loc'])) or 'settings'}: {e['msg']}" for e in error.errors()
+        )
+        known = ", ".join(model.model_fields) or "none"
+        raise TrainingError(f"{wrong}; settings of {kind}: {known}") from error

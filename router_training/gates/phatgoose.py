@@ -1,0 +1,233 @@
+"""PHATGOOSE: each member learns, alone and on its own questions, which inputs are its own. GLIDER
+adds how near a request is to a member's instruction."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from pydantic import BaseModel, Field, JsonValue
+from torch import Tensor, nn
+
+from composer.adapters.factors import Lora
+from composer.adapters.gates.build import Kind, assembled, joined, stacks
+from composer.adapters.gates.files import Gate
+from composer.adapters.gates.hooks import Installed
+from composer.adapters.gates.projection import Projection
+from composer.adapters.gates.selection import Selection
+from composer.adapters.gates.stacked import GatedLayer, Stacked
+from composer.types import Tier
+from router_training.errors import TrainingError
+from router_training.gates.base import Base, Bench, TrainedSettings, selection_of
+from router_training.gates.batches import encoded, padded
+from router_training.gates.loop import Steps, answer_loss, fit
+from router_training.gates.questions import Question, Questions
+
+ROWS = "prior.rows"
+"""The members' instruction vectors (E, dim), each of length 1."""
+
+
+class PhatgooseSettings(TrainedSettings):
+    steps: int = Field(100, ge=1, description="Of each member.")
+    top_k: int | None = Field(2, ge=1)
+
+
+class GliderSettings(PhatgooseSettings):
+    """`gammas` are tried on a part of the questions that no vector was trained on."""
+
+    gammas: tuple[float, ...] = Field((0.0, 1.0, 3.0, 10.0, 30.0), min_length=1)
+    instructions: Mapping[str, str] = Field(
+        default_factory=dict, description="Member → what it is for; default: its questions' mean."
+    )
+    kept_apart: float = Field(0.1, gt=0, lt=1, description="Share of the questions for γ.")
+
+
+class Phatgoose:
+    """One sigmoid-gated vector a module, from zero, with the adapter frozen; served standardised,
+    as logits."""
+
+    name: ClassVar[str] = "phatgoose"
+    tier: ClassVar[Tier] = "supported"
+    paper: ClassVar[str] = "arXiv 2402.05859"
+    settings: ClassVar[type[BaseModel]] = PhatgooseSettings
+    trained: ClassVar[bool] = True
+
+    @staticmethod
+    def make(bench: Bench, settings: PhatgooseSettings) -> Gate:
+        base, questions = bench.needed("phatgoose")
+        questions.check_experts(list(bench.members))
+        own = {name: questions.of(name) for name in bench.members}
+        vectors: dict[str, Mapping[str, Tensor]] = {}
+        told: dict[str, JsonValue] = {}
+        for name, lora in bench.members.items():
+            vectors[name], told[name] = trained(bench, base, name, lora, own[name], settings)
+        kind = Kind(
+            "phatgoose",
+            "standardised",
+            selection_of(settings),
+            paper=Phatgoose.paper,
+            settings={"steps": _steps(settings).model_dump(mode="json")},
+            report=bench.report(members=told),
+        )
+        return assembled(bench.members, _projections(bench, vectors), kind)
+
+    @staticmethod
+    def join(gate: Gate, name: str, bench: Bench) -> Gate:
+        base, questions = bench.needed("phatgoose")
+        how = Steps.model_validate(gate.manifest.settings["steps"])
+        own = questions.of(name)
+        lora = bench.members[name]
+        vectors, told = trained(bench, base, name, lora, own, how)
+        rows = {m: Projection.of(v[None], "standardised").rows[0] for m, v in vectors.items()}
+        tensors = {}
+        if ROWS in gate.tensors:
+            tensors[ROWS] = _instruction(bench, name, own, {})
+        return _told(joined(gate, name, lora, rows, tensors), name, told)
+
+
+class Glider:
+    """PHATGOOSE's logits + γ·cos(request, instruction), one γ for all."""
+
+    name: ClassVar[str] = "glider"
+    tier: ClassVar[Tier] = "experimental"
+    paper: ClassVar[str] = "arXiv 2410.07172"
+    settings: ClassVar[type[BaseModel]] = GliderSettings
+    trained: ClassVar[bool] = True
+
+    @staticmethod
+    def make(bench: Bench, settings: GliderSettings) -> Gate:
+        base, questions = bench.needed("glider")
+        rng = np.random.default_rng(bench.seed)
+        order = rng.permutation(len(questions.rows))
+        apart = max(1, round(settings.kept_apart * len(order)))
+        judged = [questions.rows[i] for i in order[:apart]]
+        learnt = tuple(questions.rows[i] for i in sorted(order[apart:]))
+        rest = replace(bench, questions=Questions(questions.source, learnt))
+        return with_instructions(
+            Phatgoose.make(rest, _phatgoose(settings)), rest, base, judged, settings
+        )
+
+    @staticmethod
+    def join(gate: Gate, name: str, bench: Bench) -> Gate:
+        return Phatgoose.join(gate, name, bench)
+
+
+def with_instructions(
+    gate: Gate, bench: Bench, base: Base, judged: Sequence[Question], settings: GliderSettings
+) -> Gate:
+    """A PHATGOOSE gate made GLIDER's: of `settings.gammas` the one of least loss on `judged`, which
+    no vector of it was trained on. Raises TrainingError without an embedder."""
+    if bench.questions is None:
+        raise TrainingError("GLIDER needs the members' questions; name them with --data")
+    rows = torch.stack(
+        [
+            _instruction(bench, name, bench.questions.of(name), settings.instructions)
+            for name in gate.members
+        ]
+    )
+    near = torch.from_numpy(_encoded(bench, [q.prompt for q in judged])) @ rows.T  # (n, E)
+    losses = {g: _loss_at(base, gate, judged, near * g) for g in settings.gammas}
+    gamma = min(losses, key=lambda g: (losses[g], g))
+    told = {
+        "kind": "glider",
+        "paper": Glider.paper,
+        "per_request": True,
+        "settings": {**gate.manifest.settings, "gamma": gamma, "embedder": bench.embedder},
+        "report": {**gate.manifest.report, "gammas": {str(g): loss for g, loss in losses.items()}},
+    }
+    return Gate(gate.manifest.model_copy(update=told), gate.layers, {ROWS: rows})
+
+
+def trained(
+    bench: Bench, base: Base, name: str, lora: Lora, own: Sequence[Question], how: Steps
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Module → v (d_in,) of one member, and what its training told. W h + σ(v·h)·s·B A h (Muqeeth
+    et al., arXiv 2402.05859, section 3.1)."""
+    stacked = stacks({name: lora})
+    vectors = {m: nn.Parameter(torch.zeros(s.a.shape[1])) for m, s in stacked.items()}
+    layers = {
+        m: GatedLayer(s.to(s.a.device, torch.float32), Projection(v[None]), Selection())
+        for (m, s), v in zip(stacked.items(), vectors.values(), strict=True)
+    }
+
+    def weigh(module: str, layer: GatedLayer, x: Tensor) -> Tensor:
+        return torch.sigmoid(x.float() @ vectors[module])[..., None]
+
+    stream = base.stream(own, how.tokens, bench.seed)
+    with Installed(base.model, layers, weigh):
+        told = fit(
+            list(vectors.values()),
+            lambda batch: answer_loss(base.model, batch),
+            stream,
+            how,
+            bench.progress,
+            name,
+        )
+    return {m: v.detach().clone() for m, v in vectors.items()}, {**told, "questions": len(own)}
+
+
+def _projections(
+    bench: Bench, vectors: Mapping[str, Mapping[str, Tensor]]
+) -> dict[str, Projection]:
+    """Each row is made of its own vector alone, so that who joins later leaves the others' bits."""
+    widths: dict[str, Stacked] = stacks(bench.members)
+    out = {}
+    for module, stacked in widths.items():
+        zero = torch.zeros(stacked.a.shape[1])
+        rows = [
+            Projection.of(vectors[name].get(module, zero)[None], "standardised").rows
+            for name in bench.members
+        ]
+        out[module] = Projection(torch.cat(rows), "standardised")
+    return out
+
+
+def _instruction(
+    bench: Bench, name: str, own: Sequence[Question], told: Mapping[str, str]
+) -> Tensor:
+    texts = [told[name]] if name in told else [q.prompt for q in own[:1000]]
+    mean = _encoded(bench, texts).mean(axis=0)
+    return torch.from_numpy(mean / max(float(np.linalg.norm(mean)), 1e-12)).float()
+
+
+def _encoded(bench: Bench, texts: Sequence[str]) -> Any:
+    if bench.encode is None:
+        raise TrainingError("GLIDER needs the embedder; set COMPOSER_EMBEDDER to one")
+    return np.asarray(bench.encode(list(texts)), np.float32)
+
+
+@torch.no_grad()
+def _loss_at(base: Base, gate: Gate, judged: Sequence[Question], prior: Tensor) -> float:
+    rows = encoded(base.tokenizer, judged, base.longest)
+    pad = base.tokenizer.pad_token_id or 0
+    total, count = 0.0, 0
+    for start in range(0, len(rows), 32):
+        batch = padded(rows[start : start + 32], pad)
+        here = prior[start : start + 32, None]
+
+        def weigh(module: str, layer: GatedLayer, x: Tensor, here: Tensor = here) -> Tensor:
+            return layer.weights(x, here)
+
+        with Installed(base.model, gate.layers, weigh):
+            total += float(answer_loss(base.model, batch)) * len(here)
+        count += len(here)
+    return total / count
+
+
+def _told(gate: Gate, name: str, told: Mapping[str, Any]) -> Gate:
+    report = dict(gate.manifest.report)
+    members = report.get("members")
+    report["members"] = {**(members if isinstance(members, dict) else {}), name: dict(told)}
+    return Gate(gate.manifest.model_copy(update={"report": report}), gate.layers, gate.tensors)
+
+
+def _steps(settings: Steps) -> Steps:
+    return Steps.model_validate(settings.model_dump(include=set(Steps.model_fields)))
+
+
+def _phatgoose(settings: GliderSettings) -> PhatgooseSettings:
+    fields = set(PhatgooseSettings.model_fields)
+    return PhatgooseSettings.model_validate(settings.model_dump(include=fields))
