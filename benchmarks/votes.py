@@ -5,9 +5,8 @@
 For each pool a router is trained on the train file; heads, bounds and all settings come from its
 cross-fitted scores there; the judged split (TABLE.SPLIT.csv.gz) is looked at once. Every policy
 reported is served: its answers, calls and probabilities are asserted to be those of the arrays that
-the curves are made of. Prints the Markdown of benchmarks/results/votes.md. Routers with their
-cross-fitted scores are kept under .cache/composer/votes: the first run takes some eight minutes of
-one core (kernel on mmlu_pro twice), a second run two.
+the curves are made of. Prints the Markdown of benchmarks/results/votes.md. Some eight minutes of
+one core (kernel on mmlu_pro twice).
 """
 
 from __future__ import annotations
@@ -15,40 +14,30 @@ from __future__ import annotations
 import argparse
 import asyncio
 import sys
-import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from datetime import date
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import yaml
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from benchmarks.common import ROOT, SHARED, progress
-from composer.build import build_generation, load, make_scheduler
+from benchmarks.common import SHARED, progress
+from benchmarks.votes_served import FIRST, OPTIONS, REPORTED, Judged, Prepared, same, serve
 from composer.errors import ComposerError
-from composer.routing.artefact import Artefact, ArtefactError
 from composer.routing.families import FAMILIES
-from composer.routing.model import LearnedModel
-from composer.service import Service
-from composer.settings import Settings
-from composer.store import Recorder, Store
 from composer.strategies.extract import make_extractor
 from composer.strategies.voting.counting import winner
 from composer.strategies.voting.learnt import HeadFile
-from composer.types import FloatArray, Request
+from composer.types import FloatArray
 from router_training.data import Dataset
 from router_training.data import load as load_data
 from router_training.embedding import Embedding, open_embedding
 from router_training.intervals import paired
 from router_training.pools import BESIDE, read_pools
-from router_training.train import Workshop, digest_of
-from router_training.vectors import KeptVectors
+from router_training.train import Workshop
 from router_training.votes import (
     MOST,
     Heard,
@@ -72,43 +61,7 @@ POOLS = {
 }
 """And how their answers are compared."""
 
-FIRST = 2
-"""Asked at once: one alone is seldom the last, and waiting for it is time lost."""
-
-STOPS = (2.5, 3.0, 3.5)
-REPORTED = 3.0
-OPTIONS = 10
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Prepared:
-    """A router, and what its like says of the questions it was fitted on."""
-
-    model: LearnedModel
-    quality: FloatArray
-    data: Dataset
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Judged:
-    """One way of answering: `score` and `calls` (n,)."""
-
-    score: Float64
-    calls: Float64
-
-
-class KeptEmbedder:
-    """Vectors that were made before, as a service's embedder."""
-
-    def __init__(self, kept: KeptVectors) -> None:
-        self.id, self.digest, self.dim = kept.id, kept.digest, kept.dim
-        self.encode = kept.encode
-
-    async def embed(self, text: str) -> FloatArray:
-        return np.asarray(self.encode([text])[0], np.float32)
-
-    async def close(self) -> None:
-        """Nothing is held."""
+STOPS = (2.5, REPORTED, 3.5)
 
 
 def main() -> None:
@@ -117,13 +70,12 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", choices=POOLS, default=list(POOLS))
     parser.add_argument("--split", default="dev", help="judged on TABLE.SPLIT.csv.gz")
     parser.add_argument("--family", choices=FAMILIES, default="kernel", help="the router's")
-    parser.add_argument("--kept", type=Path, default=ROOT / ".cache" / "composer" / "votes")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     try:
         embedding = open_embedding()
         told = [one(args, embedding, pool) for pool in args.only]
-    except (ComposerError, ArtefactError) as error:
+    except ComposerError as error:
         sys.exit(str(error))
     command = " ".join(["python benchmarks/votes.py", *sys.argv[1:]])
     print(f"# Votes at real accuracies\n\n    {command}\n")
@@ -150,7 +102,9 @@ def one(args: argparse.Namespace, embedding: Embedding, name: str) -> str:
     extract = make_extractor(POOLS[name], None)
     train = Heard.of(_numbers(own.data, extract), own.quality, own.data.outcomes)
     file = head_file(train, experts=experts, extractor=POOLS[name], seed=args.seed)
-    served, quality = asyncio.run(serve(args, embedding, name, own, file, judged_file, judged))
+    served, quality = asyncio.run(
+        serve(embedding, name, POOLS[name], own, file, judged_file, judged)
+    )
     heard = Heard.of(_numbers(judged, extract), quality, judged.outcomes)
     order = np.argsort(-quality, axis=1, kind="stable")[:, :MOST]
     top = np.take_along_axis(quality, order, axis=1)
@@ -192,26 +146,15 @@ def one(args: argparse.Namespace, embedding: Embedding, name: str) -> str:
 def prepared(
     args: argparse.Namespace, embedding: Embedding, name: str, experts: Sequence[str]
 ) -> Prepared:
-    """From the folder of an earlier run where the data is the same; otherwise trained, and kept."""
-    table, pool = name.split("/")
-    folder = args.kept / f"{table}.{pool}.{args.family}.{args.seed}"
-    scores = folder.with_name(folder.name + ".npz")
+    """A router trained on the table, with what its like says of it."""
+    table, _ = name.split("/")
     data = load_data(args.data / f"{table}.train.csv.gz", experts=experts)
     with progress(f"{name}: {args.family}", 1) as step:
         encode = embedding.kept.encode
         workshop = Workshop(data.outcomes, [args.family], encode, seed=args.seed)
         data = Dataset(workshop.outcomes, data.answers, data.ids, data.contaminated, data.notes)
-        if scores.exists():
-            model = LearnedModel.of(Artefact.load(folder))
-            with np.load(scores) as kept:
-                quality = kept["quality"]
-            if model.manifest.data.digest == digest_of(workshop.outcomes):
-                step()
-                return Prepared(model, quality, data)
         chosen = workshop.choose(args.family)
         model = workshop.model(chosen, embedding.stamp, source=f"{table}.train.csv.gz")
-        model.artefact().save(folder)
-        np.savez(scores, quality=chosen.quality)
         step()
     return Prepared(model, chosen.quality, data)
 
@@ -227,117 +170,6 @@ def counted(heard: Heard, weights: npt.NDArray[np.floating], k: int) -> Float64:
 
 def stopped(told: Told, calls: Ints) -> Judged:
     return Judged(told.score[np.arange(len(calls)), calls - 1], calls.astype(np.float64))
-
-
-def same(served: Judged, arrays: Judged, name: str, *, calls: bool = True) -> None:
-    """What is served is what the arrays say; `calls` False: these do not say how many."""
-    assert np.array_equal(served.score, arrays.score), f"{name}: served answers differ"
-    if calls:
-        assert np.array_equal(served.calls, arrays.calls), f"{name}: served calls differ"
-
-
-async def serve(
-    args: argparse.Namespace,
-    embedding: Embedding,
-    name: str,
-    own: Prepared,
-    file: HeadFile,
-    judged_file: Path,
-    judged: Dataset,
-) -> tuple[dict[str, Judged], FloatArray]:
-    """Each policy asked all questions, one plan for all policies of a question; and the expected
-    quality of the experts in these plans (n, E), −1 for the others."""
-    experts = own.model.experts
-    ids = {f"e{number}": expert for number, expert in enumerate(experts)}
-    column = {id_: number for number, id_ in enumerate(ids)}
-    with tempfile.TemporaryDirectory() as temporary:
-        folder = Path(temporary)
-        own.model.artefact().save(folder / "router")
-        (folder / "head.json").write_text(file.text())
-        policies = _policies(name, ids)
-        config = {
-            "version": 1,
-            "servers": {
-                id_: {
-                    "engine": "replay",
-                    "table": str(judged_file),
-                    "model": expert,
-                    "time_scale": 0,
-                }
-                for id_, expert in ids.items()
-            },
-            "experts": {id_: {"server": id_, "context_window": 1_000_000} for id_ in ids},
-            "policies": policies,
-        }
-        (folder / "experts.yaml").write_text(yaml.safe_dump(config))
-        settings = Settings(
-            experts=folder / "experts.yaml",
-            database_url=f"sqlite+aiosqlite:///{folder}/composer.db",
-            journal=folder / "journal",
-        )
-        service = _service(settings, KeptEmbedder(embedding.kept))
-        await service.start()
-        found: dict[str, list[tuple[float, int]]] = {policy: [] for policy in policies}
-        quality = np.full(judged.outcomes.quality.shape, -1, np.float32)
-        try:
-            with progress(f"{name}: served", len(judged)) as step:
-                for row, text in enumerate(judged.outcomes.text):
-                    asked = partial(Request, prompt=text, explore=False)
-                    planned = await service.pipeline.plan(asked(id=f"{row}", model="head"))
-                    assert planned is not None
-                    order = [column[choice.expert] for choice in planned.plan.choices]
-                    quality[row, order] = [choice.quality for choice in planned.plan.choices]
-                    for policy, so_far in found.items():
-                        request = asked(id=f"{row}-{policy}", model=policy)
-                        async with await service.pipeline.answer(request, planned) as answer:
-                            async for _ in answer:
-                                pass
-                        outcome = answer.outcome
-                        score = judged.outcomes.quality[row, column[outcome.experts[0]]]
-                        so_far.append((float(score), len(outcome.timings.calls)))
-                    step()
-        finally:
-            await service.close()
-    alone = own.model.score(judged.outcomes.text, embedding.kept.encode).quality
-    asked_of = quality >= 0
-    assert np.allclose(quality[asked_of], alone[asked_of], atol=1e-4), f"{name}: scores differ"
-    return {policy: Judged(*np.array(rows).T) for policy, rows in found.items()}, quality
-
-
-def _policies(name: str, ids: Mapping[str, str]) -> dict[str, Any]:
-    router = {"name": "learned", "artefact": "./router", "names": dict(ids)}
-    vote = {"name": "vote", "extractor": POOLS[name]}
-    head = {**vote, "head": "./head.json", "names": dict(ids)}
-    odds = {**vote, "weights": "log_odds", "options": OPTIONS}
-    strategies: dict[str, dict[str, Any]] = {
-        "single": {"name": "single"},
-        "majority": {**vote, "weights": "majority"},
-        "log_odds_waves": {**odds, "first": FIRST},
-        "head": head,
-        "head_stops": {**head, "first": FIRST, "mean_calls": REPORTED},
-    }
-    k = min(MOST, len(ids))
-    return {id_: {"router": router, "strategy": own, "k": k} for id_, own in strategies.items()} | {
-        "auto": {"router": router, "strategy": {"name": "single"}}
-    }
-
-
-def _service(settings: Settings, embedder: Any) -> Service:
-    """As `build.make_service`, over vectors that are known."""
-    store = Store(settings.database_url)
-
-    async def build(catalog: Any, live: Any) -> Any:
-        return await build_generation(catalog, live, embedder)
-
-    return Service(
-        settings,
-        store=store,
-        recorder=Recorder(store, settings.journal, queue_size=settings.record_queue),
-        embedder=embedder,
-        scheduler=make_scheduler(settings),
-        load=partial(load, settings),
-        build=build,
-    )
 
 
 def _numbers(data: Dataset, extract: Any) -> Ints:

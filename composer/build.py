@@ -195,9 +195,10 @@ def make_embedder(settings: Settings) -> TextEmbedder:
     )
 
 
-def make_service(settings: Settings) -> Service:
-    """A service not yet started. Blocks while the embedder loads."""
-    embedder = make_embedder(settings)
+def make_service(settings: Settings, embedder: TextEmbedder | None = None) -> Service:
+    """A service not yet started. Blocks while the embedder loads, unless it is given: one that the
+    settings do not name, or that is open already."""
+    embedder = make_embedder(settings) if embedder is None else embedder
     store = Store(settings.database_url)
 
     async def build(catalog: Catalog, live: Sequence[Generation]) -> Generation:

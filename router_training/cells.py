@@ -83,6 +83,11 @@ def listed(names: Sequence[str], limit: int = 8) -> str:
     return ", ".join(names[:limit]) + more
 
 
+def columns_of(table: Table) -> str:
+    """A sentence with those that there are, for who misses one."""
+    return f"There are: {listed(list(table.columns), 12)}."
+
+
 def counted(n: int, one: str, many: str | None = None) -> str:
     """How many of what, for a message."""
     return f"{n:,} {one if n == 1 else many or one + 's'}"

@@ -18,6 +18,7 @@ import numpy as np
 
 from composer.types import Message
 from router_training.asking import Ask, Said
+from router_training.cells import columns_of
 from router_training.draft import (
     ANSWER,
     COST,
@@ -123,7 +124,7 @@ def check(questions: Questions, scorer: Scorer, experts: Sequence[str]) -> None:
         raise DataError.of(
             table.file,
             f"there is no such column{other}, and this scorer needs it",
-            "Add it, or name another scorer.",
+            f"Add it, or name another scorer. {columns_of(table)}",
             column=scorer.needs,
         )
     problems = Problems(table.file)

@@ -256,6 +256,16 @@ def card_line(card: dict[str, Any]) -> str:
     return ", ".join(parts)
 
 
+def budget_line(card: Mapping[str, Any]) -> str | None:
+    """None without prices."""
+    within = card["budget_acc"]
+    if within is None:
+        return None
+    shares = " / ".join(f"{100 * float(share):g}" for share in within)
+    reached = " / ".join("–" if q is None else f"{100 * q:.1f}" for q in within.values())
+    return f"accuracy {reached} % within {shares} % of the best single expert's mean cost"
+
+
 def scope_line(scope: Mapping[str, Any]) -> str:
     parts = [
         f"in scope {percent(scope['in_scope_acc'], scope['in_scope_ci95'])}",

@@ -12,6 +12,7 @@ from scipy.stats import rankdata
 from composer.routing.family import decided
 from composer.routing.outcomes import Outcomes
 from composer.types import FloatArray
+from router_training.cells import listed
 from router_training.curves import operating_points
 from router_training.errors import NoBudget, TrainingError
 from router_training.measures import earned
@@ -77,6 +78,21 @@ class Criterion:
                 f"a question, the largest budget is {max(self.budgets):.3g}; name a larger one"
             )
         return np.asarray(np.mean(within, axis=0), np.float64)
+
+
+def need_prices(outcomes: Outcomes, source: str = "") -> None:
+    """Raises TrainingError where an outcome has no cost, so that no budget means anything: it names
+    the experts. `source` is the file that the outcomes are from."""
+    if outcomes.priced:
+        return
+    lacking = np.asarray((np.isnan(outcomes.cost) & outcomes.known).any(axis=0))
+    unpriced = [expert for expert, lacks in zip(outcomes.experts, lacking, strict=True) if lacks]
+    place = f"{source}: " if source else ""
+    raise TrainingError(
+        f"{place}budgets need the cost of every outcome, and outcomes of {listed(unpriced)} have "
+        "none; add costs or lengths with a table of prices (models.csv beside the data, or "
+        "--prices), leave these experts out, or choose by accuracy, without budgets"
+    )
 
 
 def need_decisions(outcomes: Outcomes, place: str) -> None:

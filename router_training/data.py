@@ -33,7 +33,7 @@ import numpy.typing as npt
 
 from composer.routing.outcomes import Outcomes
 from composer.types import BoolArray
-from router_training.cells import listed
+from router_training.cells import columns_of, listed
 from router_training.draft import Draft, from_long, from_wide, is_long, is_wide
 from router_training.errors import DataError
 from router_training.groups import groups_of
@@ -163,7 +163,9 @@ def _of_split(table: Table, split: str | None) -> Table:
         return table
     if "split" not in table.columns:
         raise DataError.of(
-            table.file, "there is no column split", "Add it, or ask for the whole file."
+            table.file,
+            "there is no column split",
+            f"Add it, or ask for the whole file. {columns_of(table)}",
         )
     cells = table.columns["split"]
     chosen = [row for row, cell in enumerate(cells) if cell == split]

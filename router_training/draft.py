@@ -13,7 +13,7 @@ import numpy.typing as npt
 import orjson
 
 from composer.types import BoolArray
-from router_training.cells import Float64, flags, listed, numbers, texts
+from router_training.cells import Float64, columns_of, flags, listed, numbers, texts
 from router_training.errors import Problems
 from router_training.pricing import CHARS_PER_TOKEN, Prices
 from router_training.tables import Table
@@ -184,7 +184,8 @@ def _optional(table: Table, column: str, problems: Problems, remedy: str) -> Flo
 def questions_of(table: Table, problems: Problems) -> dict[str, Any]:
     """The Draft's fields that belong to a row's question."""
     if "query" not in table.columns:
-        problems.add(None, "query", "there is no such column", "Add it, with the question's text.")
+        remedy = f"Add it, with the question's text. {columns_of(table)}"
+        problems.add(None, "query", "there is no such column", remedy)
         problems.settle()
     stems = texts(table, "query", problems, required=True)
     options = table.columns.get("choices", [None] * len(table))

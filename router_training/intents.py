@@ -3,13 +3,13 @@ Knows no router."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 
 from composer.routing.outcomes import Outcomes
-from router_training.cells import texts
+from router_training.cells import columns_of, counted, texts
 from router_training.errors import DataError, Problems
 from router_training.groups import groups_of
 from router_training.tables import Table, name_of, read_table
@@ -49,7 +49,7 @@ def from_intents(
         raise DataError.of(
             table.file,
             f"there is no column {', '.join(lacking)}",
-            "A table of intents has the columns query and intent.",
+            f"A table of intents has the columns query and intent. {columns_of(table)}",
         )
     problems = Problems(table.file)
     queries = texts(table, "query", problems, required=True)
@@ -60,16 +60,15 @@ def from_intents(
         experts = sorted(own.union(also))
     place = {expert: column for column, expert in enumerate(experts)}
     quality = np.zeros((len(table), len(experts)), np.float32)
+    strange: dict[str, list[int]] = {}  # unknown intent → its lines
     for row, intent in enumerate(intents):
         if intent in place:
             quality[row, place[intent]] = 1.0
         elif intent and intent != out_of_scope:
-            problems.add(
-                table.lines[row],
-                "intent",
-                f"{intent!r} is not among the experts",
-                "Correct it, or read the training part with this intent in it.",
-            )
+            strange.setdefault(intent, []).append(table.lines[row])
+    if strange:
+        first = min(lines[0] for lines in strange.values())
+        problems.add(first, "intent", *_unknown(strange, out_of_scope))
     problems.settle()
     if not quality.any():
         raise DataError.of(table.file, "every query is out of scope", "Name another file.")
@@ -81,4 +80,24 @@ def from_intents(
         category=tuple(domains),
         benchmark=(name_of(Path(table.file)),) * len(table),
         group=groups_of(queries, [None] * len(table)),
+    )
+
+
+EXAMPLES = 3
+"""Unknown intents that an error names."""
+
+
+def _unknown(strange: Mapping[str, Sequence[int]], out_of_scope: str) -> tuple[str, str]:
+    """What is wrong with the intents that are not among the experts, told once for all, and the
+    remedy. Each with its lines."""
+    some = [
+        f"{intent!r} ({counted(len(lines), 'query', 'queries')}, first on line {lines[0]})"
+        for intent, lines in list(strange.items())[:EXAMPLES]
+    ]
+    more = f" and {counted(left, 'other')}" if (left := len(strange) - EXAMPLES) > 0 else ""
+    are = "is" if len(strange) == 1 else "are"
+    return (
+        f"{', '.join(some)}{more} {are} not among the experts",
+        f"Correct them, write {out_of_scope!r} where a query is nobody's, or train with these "
+        "intents.",
     )

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from composer.types import Cost
-from router_training.cells import Float64, numbers, texts
+from router_training.cells import Float64, columns_of, numbers, texts
 from router_training.errors import DataError, Problems
 from router_training.tables import name_of, read_table
 
@@ -49,7 +49,7 @@ def read_prices(path: Path, table: str) -> Prices:
         raise DataError.of(
             str(path),
             f"there is no column {', '.join(lacking)}",
-            f"Prices need the columns model, {INPUT} and {OUTPUT}.",
+            f"Prices need the columns model, {INPUT} and {OUTPUT}. {columns_of(rows)}",
         )
     remedy = "Write US dollars per million tokens, or nothing."
     models = texts(rows, "model", problems, required=True)

@@ -9,7 +9,6 @@ import numpy as np
 import numpy.typing as npt
 
 from composer.routing.outcomes import IntArray, Outcomes
-from composer.types import BoolArray
 
 
 def folds(
@@ -48,18 +47,6 @@ def folds(
         here[fold] += size[g]
         total[fold] += size[g]
     return np.asarray(rng.permutation(k)[fold_of[group]], np.int64)
-
-
-def holdout(
-    outcomes: Outcomes, share: float, seed: int, strata: Sequence[Hashable] | None = None
-) -> BoolArray:
-    """(n,) True for about `share` of the questions, to the nearest hundredth, chosen as folds
-    are. Raises ValueError for a share that leaves nothing on one side."""
-    parts = min(100, len(np.unique(outcomes.group)))
-    taken = round(share * parts)
-    if not 0 < taken < parts:
-        raise ValueError(f"a share of {share:g} of {parts} parts leaves one side empty; change it")
-    return np.asarray(folds(outcomes, parts, seed, strata) < taken, np.bool_)
 
 
 def parts(fold: IntArray) -> list[tuple[npt.NDArray[np.intp], npt.NDArray[np.intp]]]:

@@ -13,7 +13,7 @@ import numpy.typing as npt
 
 from composer.routing.outcomes import Outcomes
 from composer.routing.subsets import ENUMERATED, best_subset, budgeted_map
-from router_training.cells import numbers, texts
+from router_training.cells import columns_of, numbers, texts
 from router_training.errors import DataError, Problems, TrainingError
 from router_training.measures import base_rates
 from router_training.tables import read_table
@@ -172,7 +172,7 @@ def read_measured(path: Path, experts: Sequence[str]) -> dict[str, tuple[float, 
         raise DataError.of(
             str(path),
             "there are no columns expert and memory_gb or latency_ms",
-            "Write one row an expert.",
+            f"Write one row an expert. {columns_of(table)}",
         )
     names = texts(table, "expert", problems, required=True)
     remedy = "Write a number of 0 or more, or nothing."

@@ -27,7 +27,7 @@ from composer.types import FloatArray
 from router_training.baselines import mean_costs
 from router_training.cells import listed
 from router_training.choice import earned_apart, ranking
-from router_training.criterion import Criterion, need_decisions
+from router_training.criterion import Criterion, need_decisions, need_prices
 from router_training.crossfit import (
     Chosen,
     CrossFit,
@@ -79,6 +79,8 @@ def train(
     """
     if router == BEST:
         need_decisions(outcomes, f"the router {BEST!r}")
+    if budgets:
+        need_prices(outcomes, source)
     families, left = suited(outcomes, list(FAMILIES)) if router == BEST else ([router], {})
     workshop = Workshop(outcomes, families, encode, budgets=budgets, seed=seed, progress=progress)
     chosen, choice = workshop.best(families) if router == BEST else (workshop.choose(router), None)
@@ -137,10 +139,7 @@ class Workshop:
     def _criterion(self, budgets: Sequence[float]) -> Criterion:
         self.budgets = tuple(budgets)
         if budgets:
-            if self.costs is None:
-                raise TrainingError(
-                    "budgets need the cost of every outcome; give prices, or choose by accuracy"
-                )
+            need_prices(self.outcomes)
             need_decisions(self.outcomes, "budgets")
             single = float(mean_costs(self.outcomes)[self.yardstick.best])
             return Criterion(tuple(share * single for share in budgets), self.expected_cost)

@@ -19,6 +19,9 @@ from router_training.console import (
     written,
 )
 
+SHOWN = 0.01
+"""A resemblance below that, as with no outcome and general texts, is none."""
+
 
 def join(
     artefact: Annotated[Path, typer.Option(help="The artefact's folder; it stays as it is.")],
@@ -66,8 +69,9 @@ def join(
         f"{expert} joined {len(manifest.experts)} experts by {stamp.outcomes} outcomes and "
         f"{stamp.claims} texts; expected quality {percent(stamp.quality, None)} on average"
     )
-    if stamp.like:
-        like = ", ".join(f"{name} ({share:.2f})" for name, share in stamp.like.items())
+    shares = {name: share for name, share in stamp.like.items() if share >= SHOWN}
+    if shares:
+        like = ", ".join(f"{name} ({share:.2f})" for name, share in shares.items())
         say(f"it is taken to share the strengths of {like}")
     if manifest.curve is not None:
         say(

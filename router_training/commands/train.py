@@ -19,6 +19,7 @@ from router_training.console import (
     Skills,
     Split,
     bars,
+    budget_line,
     card_line,
     named_experts,
     out,
@@ -61,6 +62,7 @@ def train(
 ) -> None:
     """Fit a router on outcomes and write the artefact that a policy in experts.yaml loads."""
     with told_plainly():
+        from router_training.criterion import need_prices
         from router_training.embedding import open_embedding
         from router_training.train import train as fit
 
@@ -71,6 +73,9 @@ def train(
         judged = None
         if dev is not None:
             judged = outcomes_of(dev, names or outcomes.experts, dev_split, prices, judging=True)
+        source = Path(data).name if "://" not in data else "database"
+        if budget:
+            need_prices(outcomes, source)
         with bars(as_json) as progress:
             embedding = open_embedding(progress)
             model = fit(
@@ -79,7 +84,7 @@ def train(
                 embedding.kept.encode,
                 embedding.stamp,
                 dev=judged,
-                source=Path(data).name if "://" not in data else "database",
+                source=source,
                 budgets=tuple(budget or ()),
                 seed=seed,
                 progress=progress,
@@ -110,6 +115,8 @@ def train(
     for title, key in (("cross-fitted on train", "cross_fitted"), ("dev", "dev")):
         if (card := metrics.get(key)) is not None:
             say(f"{title}: {card_line(card)}")
+            if (within := budget_line(card)) is not None:
+                say(f"{title}: {within}")
             if card["scope"] is not None:
                 say(f"{title}: {scope_line(card['scope'])}")
     say(f"{len(manifest.experts)} experts, {manifest.data.questions} questions → {out_folder}")

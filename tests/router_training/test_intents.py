@@ -35,12 +35,22 @@ def test_one_expert_an_intent(tmp_path: Path) -> None:
 def test_experts_of_the_training_part(tmp_path: Path) -> None:
     path = write_csv(tmp_path / "dev.csv", "query,intent", "x,b", "y,d")
     assert read_intents(path, experts=["d", "c", "b"]).quality.tolist() == [[0, 0, 1], [1, 0, 0]]
-    with pytest.raises(DataError, match=r":3: intent: 'd' is not among the experts"):
+    with pytest.raises(DataError, match=r":3: intent: 'd' \(1 query, first on line 3\) is not"):
         read_intents(path, experts=["b"])
 
 
+def test_unknown_intents_are_told_once(tmp_path: Path) -> None:
+    rows = [f"query {i},i{i % 30}" for i in range(60)]
+    path = write_csv(tmp_path / "dev.csv", "query,intent", "x,b", *rows)
+    with pytest.raises(DataError) as caught:
+        read_intents(path, experts=["b"])
+    assert caught.value.found == 1
+    assert ":3: intent: 'i0' (2 queries, first on line 3), 'i1'" in str(caught.value)
+    assert "and 27 others are not among the experts. Correct them, write 'oos'" in str(caught.value)
+
+
 def test_no_intents(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="no column intent"):
+    with pytest.raises(DataError, match=r"no column intent.* There are: query, score\|a\."):
         read_intents(write_csv(tmp_path / "t.csv", "query,score|a", "x,1"))
     with pytest.raises(DataError, match="out of scope"):
         read_intents(write_csv(tmp_path / "t.csv", "query,intent", "x,oos"))

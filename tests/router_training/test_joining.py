@@ -241,6 +241,18 @@ def test_join_on_the_command_line(folder: Path, tmp_path: Path) -> None:
     assert "cannot aim at `quality` or `max_cost`" in out
     assert load_router(new, EMBEDDER).experts == ("algebra", "cheap", "poems")
     assert load_router(folder, EMBEDDER).experts == ("algebra", "cheap")
+    before, after = (load_router(one, EMBEDDER).model.trained for one in (folder, new))
+    assert before is not None
+    assert after is not None
+    assert after.hold(table(16, seed=3).text).all()
+    assert len(after.digests) == len(before.digests) + 16
+    assert set(before.digests.tolist()) < set(after.digests.tolist())
+    status, out, err = run(
+        "join", "--artefact", folder, "--expert", "late", "--out", tmp_path / "late",
+        "--example", "nothing of the kind",
+    )  # fmt: skip
+    assert status == 0, err
+    assert "(0.00)" not in out
     status, _, err = run("evaluate", "--artefact", new, "--data", data)
     assert status == 0, err
 

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from router_training.split import folds, holdout, parts
+from router_training.split import folds, parts
 from tests.router_training.helpers import outcomes
 
 rows_of = st.lists(
@@ -55,15 +55,6 @@ def test_other_strata_and_seeds() -> None:
     fold = folds(data, 4, 0, strata=kinds)
     assert np.bincount(fold[np.array(kinds) == 1]).tolist() == [5] * 4
     assert not np.array_equal(fold, folds(data, 4, 1, strata=kinds))
-
-
-def test_holdout() -> None:
-    data = outcomes(np.zeros((200, 1)), category=["a", "b"] * 100)
-    held = holdout(data, 0.25, 0)
-    assert held.sum() == 50
-    assert held[::2].sum() == 25
-    with pytest.raises(ValueError, match="leaves one side empty"):
-        holdout(data, 0.001, 0)
 
 
 def test_too_few_questions() -> None:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 import tomllib
 from pathlib import Path
 
+import numpy as np
 import pytest
 from typer.testing import CliRunner
 
@@ -61,6 +63,7 @@ def test_train_evaluate_compare(data: Path, dev: Path, tmp_path: Path) -> None:
     )
     assert status == 0, err
     assert "dev: accuracy" in out
+    assert re.search(r"dev: accuracy [–\d./ ]+ % within 5 / 10 / 25 / 50 % of the best single", out)
     assert f"3 experts, 300 questions → {folder}" in out
     assert (folder / "manifest.json").is_file()
 
@@ -115,6 +118,38 @@ def test_a_gain_that_is_not_known_is_no_zero() -> None:
     card = {"avg_acc": 0.5, "ci95": None, "brier": 0.2, "brier_base_rate": 0.2, "ece": None}
     assert "over best single –, " in card_line({**card, "gain_over_best_single": None})
     assert "over best single +0.0, " in card_line({**card, "gain_over_best_single": 0.0})
+
+
+def test_budgets_without_prices_are_refused_before_anything_is_embedded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = table(60)
+    data.cost[3, 1] = np.nan
+    file = write_table(tmp_path / "some.csv", data)
+    monkeypatch.setattr("router_training.embedding.open_embedding", None)  # not callable
+    status, _, err = run(
+        "train", "--router", "category", "--data", file, "--out", tmp_path / "r", "--budget", "0.5"
+    )
+    assert status == 2
+    assert (
+        "some.csv: budgets need the cost of every outcome, and outcomes of poems have none" in err
+    )
+
+
+def test_questions_trained_on_are_told(data: Path, tmp_path: Path) -> None:
+    folder, page = tmp_path / "router", tmp_path / "page.html"
+    assert run("train", "--router", "category", "--data", data, "--out", folder)[0] == 0
+    told = "300 of 300 judged questions (100.0 %) were trained on (equal but for case and space)"
+    status, out, err = run("evaluate", "--artefact", folder, "--data", data)
+    assert status == 0, err
+    assert f"router: {told}: the figures over-state" in out
+    status, out, err = run("report", "--artefact", folder, "--data", data, "--out", page)
+    assert status == 0, err
+    assert f"router: {told}" in out
+    assert told in page.read_text(encoding="utf-8")
+    status, _, err = run("evaluate", "--artefact", folder, "--data", data, "--without-trained")
+    assert status == 2
+    assert "all questions to judge on were trained on" in err
 
 
 def test_a_log_of_single_outcomes_is_told_of(tmp_path: Path) -> None:

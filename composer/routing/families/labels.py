@@ -3,9 +3,9 @@ expert's score."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -18,6 +18,8 @@ from composer.routing.outcomes import IntArray, Outcomes
 from composer.routing.state import State
 from composer.routing.views import Features, View, count_of, rows_of
 from composer.types import FloatArray
+
+T = TypeVar("T")
 
 RARE = 10
 """Categories with fewer questions are one: too few to learn what they look like."""
@@ -61,10 +63,7 @@ class Labels:
     @classmethod
     def fit(cls, features: Features, kinds: Sequence[str], sharpness: float) -> Labels:
         """Questions of kind "" are left out. Raises ValueError where that leaves none."""
-        return shared(
-            lambda: ("labels", _digest(features), digest(kinds), sharpness),
-            lambda: cls._fit(features, kinds, sharpness),
-        )
+        return _once(features, kinds, (sharpness,), lambda: cls._fit(features, kinds, sharpness))
 
     @classmethod
     def _fit(cls, features: Features, kinds: Sequence[str], sharpness: float) -> Labels:
@@ -110,31 +109,22 @@ class Labels:
         """(n, C) what a classifier that has not seen a question's group says of it. On the rows it
         was fitted on a classifier is surer than on any others, so these are the ones to learn
         from."""
-        return shared(
-            lambda: ("labels apart", _digest(features), digest(kinds, group), sharpness, folds),
-            lambda: self._crossfitted(features, kinds, group, sharpness, folds),
-        )
-
-    def _crossfitted(
-        self,
-        features: Features,
-        kinds: Sequence[str],
-        group: IntArray,
-        sharpness: float,
-        folds: int,
-    ) -> FloatArray:
         fold = folds_of(group, folds)
-        out = np.zeros((count_of(features), len(self.names)), np.float32)
-        for number in np.unique(fold):
-            held = fold == number
-            seen = [kind for kind, away in zip(kinds, held, strict=True) if not away]
-            if not any(seen):
-                out[held] = 1 / len(self.names)
-                continue
-            part = Labels._fit(rows_of(features, ~held), seen, sharpness)
-            columns = [self.names.index(name) for name in part.names]
-            out[np.ix_(held, columns)] = part.posterior(rows_of(features, held))
-        return out
+
+        def made() -> FloatArray:
+            out = np.zeros((count_of(features), len(self.names)), np.float32)
+            for number in np.unique(fold):
+                held = fold == number
+                seen = [kind for kind, away in zip(kinds, held, strict=True) if not away]
+                if not any(seen):
+                    out[held] = 1 / len(self.names)
+                    continue
+                part = Labels._fit(rows_of(features, ~held), seen, sharpness)
+                columns = [self.names.index(name) for name in part.names]
+                out[np.ix_(held, columns)] = part.posterior(rows_of(features, held))
+            return out
+
+        return _once(features, kinds, (sharpness, fold), made)
 
     def state(self) -> State:
         return State({"weight": self.weight, "bias": self.bias}, {"names": list(self.names)})
@@ -145,8 +135,10 @@ class Labels:
         return cls(tuple(state.values["names"]), a["weight"], a["bias"])
 
 
-def _digest(features: Features) -> bytes:
-    return digest({view: features[view] for view in VIEWS if view in features})
+def _once(features: Features, kinds: Sequence[str], of: Sequence[Any], make: Callable[[], T]) -> T:
+    """As `shared`, of what is made of these questions and of `of`."""
+    seen = {view: features[view] for view in VIEWS if view in features}
+    return shared(lambda: ("labels", digest(seen), digest(kinds, list(of))), make)
 
 
 def _parts(features: Features) -> list[Any]:
