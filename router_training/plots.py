@@ -14,6 +14,7 @@ import xml.etree.ElementTree as ET
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from math import ceil
 from typing import TYPE_CHECKING, Any, Literal
 
 from router_training.errors import TrainingError
@@ -24,6 +25,8 @@ if TYPE_CHECKING:
 
 SERIES = 8
 """Colours that the page has; further lines begin anew with another dash."""
+
+LEGEND_COLUMNS = 2
 
 WIDTH_IN = 3.9
 """Narrow, so that the text is still to be read where a phone's width is all there is."""
@@ -113,7 +116,8 @@ class Chart:
 
     def svg(self) -> str:
         """Raises TrainingError where matplotlib is not installed."""
-        with _figure(WIDTH_IN, 3.3, self.words) as (axes, made):
+        height = 2.9 + _legend_in(sum(bool(line.name) for line in self.lines))
+        with _figure(WIDTH_IN, height, self.words) as (axes, made):
             if self.diagonal:
                 axes.plot([0, 1], [0, 1], color=_INK, linewidth=0.8, linestyle=_DASHES[2])
             for n, line in enumerate(_loud_first(self.lines)):
@@ -128,7 +132,10 @@ class Chart:
             if self.scale == "log":
                 from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 
-                axes.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0), numticks=8))
+                low, high = axes.get_xlim()
+                # Of four powers of ten and more, labels in between would run into each other.
+                subs = (1.0, 2.0, 5.0) if high < 1000 * low else (1.0,)
+                axes.xaxis.set_major_locator(LogLocator(subs=subs, numticks=8))
                 axes.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
                 axes.xaxis.set_minor_formatter(NullFormatter())
             _percent(axes, x=self.percent_x)
@@ -148,7 +155,7 @@ class BarChart:
     def svg(self) -> str:
         """Raises TrainingError where matplotlib is not installed."""
         each = len(self.bars)
-        height = 1.0 + len(self.places) * (0.13 * each + 0.1)
+        height = 0.6 + len(self.places) * (0.13 * each + 0.1) + _legend_in(each)
         with _figure(WIDTH_IN, height, self.words) as (axes, made):
             step = 0.84 / each
             for n, bars in enumerate(self.bars):
@@ -198,6 +205,12 @@ def _short(name: str, most: int = 22) -> str:
     return name if len(name) <= most else name[: most - 1] + "…"
 
 
+def _cut(name: str, most: int = 26) -> str:
+    """Shorter in the middle: names of one kind differ at their ends."""
+    half = most // 2
+    return name if len(name) <= most else f"{name[: half - 1]}…{name[-half:]}"
+
+
 def _percent(axes: Axes, *, x: bool, y: bool = True) -> None:
     from matplotlib.ticker import MaxNLocator, PercentFormatter
 
@@ -209,7 +222,19 @@ def _percent(axes: Axes, *, x: bool, y: bool = True) -> None:
 
 def _legend(axes: Axes) -> None:
     """Below the picture, where it hides nothing."""
-    axes.figure.legend(loc="outside lower center", ncols=2, handlelength=2.4)
+    shapes, names = axes.get_legend_handles_labels()
+    axes.figure.legend(
+        shapes,
+        [_cut(name) for name in names],
+        loc="outside lower center",
+        ncols=LEGEND_COLUMNS,
+        handlelength=2.4,
+    )
+
+
+def _legend_in(names: int) -> float:
+    """Inches that the legend of so many names needs, or the axes would give way to it."""
+    return 0.17 * ceil(names / LEGEND_COLUMNS) + 0.06
 
 
 @contextmanager

@@ -298,3 +298,16 @@ def browse(what: str, page: Path, *more: str, home: Path) -> tuple[str, str]:
         env={**os.environ, "HOME": str(home)},
     )
     return run.stdout, run.stderr
+
+
+@pytest.mark.filterwarnings("error")  # as where a legend leaves no room for the axes
+def test_many_artefacts_fit() -> None:
+    names = [f"an-artefact-with-a-rather-long-name-{i:02}" for i in range(30)]
+    lines = [Line(name, [0.001, 1.0, 100.0], [0.3, 0.5, 0.6]) for name in names]
+    words = Words("Many", "Thirty of them.", "US dollars", "mean quality")
+    told = Page(Chart(words, lines, scale="log").svg()).said
+    assert {"an-artefact-…-long-name-00", "an-artefact-…-long-name-29"} <= set(told)
+    assert {"0.01", "1", "100"} <= set(told)
+    assert not {"0.02", "0.05", "2", "5"} & set(told)
+    assert "0.5" in Page(Chart(words, [Line("a", [0.2, 1], [0.3, 0.5])], scale="log").svg()).said
+    assert BarChart(words, ["all"], [Bars(name, [0.5]) for name in names]).svg()
