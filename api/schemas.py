@@ -105,6 +105,12 @@ class ComposerField(Body):
         "the header x-composer-session, or how the conversation began.",
     )
     explore: bool = Field(True, description="Whether an expert may be tried out on this request.")
+    gates: bool | Literal["all", "layers"] | None = Field(
+        None,
+        description="Whether to tell which adapters of a gated expert spoke at which token, in "
+        "`composer.gates` of the answer: true or `all` on average over all layers, `layers` by "
+        "ranges of them, attention and the rest apart.",
+    )
 
     @model_validator(mode="after")
     def _one_aim(self) -> ComposerField:
@@ -207,6 +213,7 @@ class Generation(Ignored, Parameters):
             session=ours.session or caller.session,
             caller="/".join((caller.id, self.safety_identifier or self.user or "")),
             key=caller.key,
+            gates="all" if ours.gates is True else ours.gates or None,
             **rest,
         )
 

@@ -5,13 +5,13 @@ Pure functions of what the pipeline yields; knows nothing about HTTP.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from composer.errors import EngineError
 from composer.pipeline import Outcome
-from composer.types import Chunk, FinishReason, TokenLogprob, Usage
+from composer.types import Chunk, FinishReason, GateTrace, TokenGates, TokenLogprob, Usage
 
 LEAST_LOGPROB = -9999.0
 """OpenAI's stand-in for a probability of zero: JSON has no infinity."""
@@ -248,7 +248,8 @@ def composer_body(outcome: Outcome) -> dict[str, Any]:
     """Who answered and why: the `composer` field. Of an answer that has ended.
 
     `expert` wrote the text; `experts` are all that were called for it, best first, but for a
-    router's own questions; `details` is what the strategy tells of how it came about.
+    router's own questions; `details` is what the strategy tells of how it came about; `gates`,
+    where asked for, is what each of them tells of its gate, null for one that has none.
     """
     plan, timings = outcome.plan, outcome.timings
     assert plan is not None
@@ -263,12 +264,32 @@ def composer_body(outcome: Outcome) -> dict[str, Any]:
         "reasons": plan.reasons,
         **({} if plan.confident is None else {"confident": plan.confident}),
         **({"details": outcome.details} if outcome.details else {}),
+        **({} if outcome.request.gates is None else {"gates": _gates_body(called, outcome.gates)}),
         "catalog_version": outcome.catalog_version,
         "cost_usd": outcome.cost_usd,
         "decision_ms": round(timings.decision_ms, 3),
         "queue_ms": round(timings.queue_ms, 3),
         "run_ms": round(timings.run_ms, 3),
         "first_token_ms": None if first is None else round(first, 3),
+    }
+
+
+def _gates_body(called: Iterable[str], traces: Mapping[str, GateTrace]) -> dict[str, Any]:
+    return {expert: _trace_body(traces.get(expert)) for expert in called}
+
+
+def _trace_body(trace: GateTrace | None) -> dict[str, Any] | None:
+    if trace is None:
+        return None
+
+    def tokens(own: Sequence[TokenGates]) -> list[dict[str, Any]]:
+        return [{"token": one.token, "weights": one.weights} for one in own]
+
+    return {
+        "members": trace.members,
+        "prompt": tokens(trace.prompt),
+        "answers": [tokens(answer) for answer in trace.answers],
+        "left_out": trace.left_out,
     }
 
 

@@ -320,6 +320,7 @@ async def build_ways(catalog: Catalog, embedder: Embedder, file: str = "") -> di
     except that a router which learns is one policy's own. Starts no engine, so that a decision can
     be tried without one. Raises RegistryError, a problem of `file`, where a router's artefact
     cannot be used: what shows only with its arrays or the embedder at hand."""
+    _check_embedded(catalog, embedder, file)
     routers: dict[tuple[str, str, tuple[str, ...], str], Router] = {}
     ways: dict[str, Way] = {}
     for policy in catalog.policies.values():
@@ -336,6 +337,26 @@ async def build_ways(catalog: Catalog, embedder: Embedder, file: str = "") -> di
                 raise RegistryError([_problem(file, policy, "router", error)], {}) from error
         ways[policy.id] = _way(policy, experts, routers[key])
     return ways
+
+
+def _check_embedded(catalog: Catalog, embedder: Embedder, file: str) -> None:
+    """Raises RegistryError for gates that read a request as another embedder sees it."""
+    problems = [
+        Problem(
+            file,
+            f"experts.{expert.id}.gate",
+            f"it reads requests as the embedder {gate.embedder!r} sees them, and this service's is "
+            f"{embedder.id!r}",
+            "Set COMPOSER_EMBEDDER to that one, or make the gate again with this one.",
+        )
+        for expert in catalog.experts.values()
+        if expert.adapter is not None
+        and (gate := expert.adapter.gate) is not None
+        and gate.per_request
+        and gate.embedder_digest not in ("", embedder.digest)
+    ]
+    if problems:
+        raise RegistryError(problems, {})
 
 
 def named_ways(catalog: Catalog) -> Callable[[str], Way]:

@@ -113,4 +113,5 @@ def call_of(
         max_tokens_asked=sampling.max_tokens is not None,
         stream=request.stream,
         priority=request.priority,
+        gates=request.gates,
     )

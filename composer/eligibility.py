@@ -9,7 +9,7 @@ from typing import get_args
 import numpy as np
 
 from composer.errors import ContextTooLong, RequestError, UnknownModel, Unsupported
-from composer.types import Ability, ApiKey, BoolArray, Catalog, Expert, FloatArray, Request
+from composer.types import Ability, ApiKey, BoolArray, Catalog, Expert, FloatArray, Policy, Request
 
 MOST_CHARS_PER_TOKEN = 16
 """Text that averages more than this is not seen outside of long repeats."""
@@ -122,6 +122,30 @@ def key_of(name: str, catalog: Catalog) -> ApiKey | None:
             f"the key {name!r} is no longer known here; send the request with one that is"
         )
     return key
+
+
+def check_parameters(request: Request, policy: Policy) -> None:
+    """Raises Unsupported for a wire field beyond OpenAI's core that the policy does not allow."""
+    if refused := sorted(request.parameters - policy.parameters):
+        raise Unsupported(
+            f"{refused[0]!r} is not allowed for model {policy.id!r}; leave it out, or ask a policy "
+            "whose `parameters` name it",
+            param=refused[0],
+        )
+
+
+def check_gates(request: Request, policy: Policy, catalog: Catalog) -> None:
+    """Raises Unsupported for a wish to see gates where nobody who may answer has one. Of those
+    whom a policy chooses among, one without a gate has nothing to tell, and may answer."""
+    if request.gates is None:
+        return
+    adapters = (catalog.experts[expert].adapter for expert in policy.experts)
+    if not any(adapter is not None and adapter.gate is not None for adapter in adapters):
+        raise Unsupported(
+            f"no expert of model {policy.id!r} has a gate; leave it out, or name one that has "
+            "(GET /v1/experts tells)",
+            param="composer.gates",
+        )
 
 
 def restricted(request: Request, catalog: Catalog) -> Request:

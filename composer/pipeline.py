@@ -9,7 +9,7 @@ import asyncio
 import copy
 import dataclasses
 import logging
-from collections.abc import AsyncGenerator, Callable, Collection, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Collection, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field
 from time import perf_counter
@@ -18,7 +18,7 @@ from typing import Any, Literal
 import numpy as np
 
 from composer.calling import CallRun, call_of
-from composer.eligibility import check_exclude, restricted
+from composer.eligibility import check_exclude, check_gates, check_parameters, restricted
 from composer.errors import ComposerError, UnknownModel, Unsupported
 from composer.generations import Generation, Generations, Hold, Way
 from composer.routing import conversation
@@ -34,7 +34,9 @@ from composer.types import (
     Choice,
     Chunk,
     Expert,
+    FloatArray,
     Forward,
+    GateTrace,
     Message,
     Plan,
     Policy,
@@ -42,6 +44,7 @@ from composer.types import (
     Sampling,
     Timings,
     Usage,
+    last_user_text,
 )
 
 log = logging.getLogger(__name__)
@@ -61,14 +64,17 @@ class Pipeline:
         *,
         max_wait_s: float = 300.0,
         reads_text: bool = False,
+        embed: Callable[[str], Awaitable[FloatArray]] | None = None,
     ) -> None:
         """`max_wait_s` bounds the wait for a lease where a policy says nothing; `reads_text`
-        (records hold answers) keeps streams from being handed on unread."""
+        (records hold answers) keeps streams from being handed on unread; `embed` makes the unit
+        vectors of texts for experts whose gate reads the request."""
         self._generations = generations
         self._scheduler = scheduler
         self._ended = ended
         self._max_wait_s = max_wait_s
         self._reads_text = reads_text
+        self._embed = embed
         self._sessions = Sessions()
 
     def behind(self, scheduler: Scheduler) -> Pipeline:
@@ -137,7 +143,7 @@ class Pipeline:
         """`routing`: for the router's own questions. Of the request they have what orders and
         bounds its calls, and nothing of how it wants to be answered (tools, formats, a stream)."""
         if routing:
-            request = dataclasses.replace(request, prompt=None, extra={}, stream=False)
+            request = dataclasses.replace(request, prompt=None, extra={}, stream=False, gates=None)
         timings = outcome.timings
         catalog = generation.catalog
 
@@ -163,6 +169,10 @@ class Pipeline:
                 max_wait_s=self._bound(request, policy),
                 later=tuple(generation.place(catalog.experts[one].server) for one in later),
                 forward=self._forward(request, call, policy) if verbatim else None,
+                embedding=await self._embedding(
+                    catalog.experts[expert],
+                    request.text if messages is None else last_user_text(messages),
+                ),
             )
             engine = generation.engines[catalog.experts[expert].server]
             entry: dict[str, Any] = {"id": call.id, "expert": expert}
@@ -177,6 +187,8 @@ class Pipeline:
                             outcome.spend(catalog.experts[expert], chunk.usage)
                             if routing:  # no part of the answer, whose usage is its chunks'
                                 outcome.usage = outcome.usage + chunk.usage
+                        if chunk.gates is not None:
+                            outcome.gates[expert] = chunk.gates
                         yield chunk if chunk.expert else dataclasses.replace(chunk, expert=expert)
             finally:
                 timings.queue_ms += run.queue_ms
@@ -185,6 +197,13 @@ class Pipeline:
                     outcome.cost_usd = None  # it ran, and nobody said for how many tokens
 
         return ask
+
+    async def _embedding(self, expert: Expert, text: str) -> tuple[float, ...] | None:
+        gate = None if expert.adapter is None else expert.adapter.gate
+        if gate is None or not gate.per_request or self._embed is None:
+            return None
+        vector = await self._embed(text)
+        return tuple(vector.tolist())
 
     def _bound(self, request: Request, policy: Policy) -> float | None:
         """Seconds that each call may wait; the caller's own bound can only tighten it."""
@@ -217,6 +236,7 @@ async def decide(
     check_exclude(request.exclude, generation.catalog.experts)
     request = restricted(request, generation.catalog)
     check_parameters(request, way.policy)
+    check_gates(request, way.policy, generation.catalog)
     way.strategy.check(request)
     eligible = way.eligibility.mask(request)
     if way.router is None:
@@ -283,6 +303,7 @@ class Outcome:
     experts: list[str] = field(default_factory=list)
     text: list[str] = field(default_factory=list)
     details: dict[str, Any] = field(default_factory=dict)
+    gates: dict[str, GateTrace] = field(default_factory=dict)
     cost_usd: float | None = 0.0
     status: Status = "running"
     error: str | None = None
@@ -376,16 +397,6 @@ def way_of(request: Request, generation: Generation) -> Way:
             param="composer.exclude",
         )
     return generation.named(model)
-
-
-def check_parameters(request: Request, policy: Policy) -> None:
-    """Raises Unsupported for a wire field beyond OpenAI's core that the policy does not allow."""
-    if refused := sorted(request.parameters - policy.parameters):
-        raise Unsupported(
-            f"{refused[0]!r} is not allowed for model {policy.id!r}; leave it out, or ask a policy "
-            "whose `parameters` name it",
-            param=refused[0],
-        )
 
 
 def _ms_since(started: float) -> float:

@@ -92,6 +92,7 @@ class Service:
             self._ended,
             max_wait_s=settings.max_wait_s,
             reads_text=settings.log_content,
+            embed=embedder.embed,
         )
         self.reload_state = ReloadState()
         self._load = load

@@ -3,17 +3,27 @@
 from __future__ import annotations
 
 import socket
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from composer.build import build_generation
+from composer.build import build_generation, build_ways
 from composer.engines import keys
 from composer.engines.launch import Launch
 from composer.engines.openai import OpenAISettings
 from composer.engines.processes import ManagedProcess
 from composer.engines.vllm_launch import VllmSettings
-from composer.types import Catalog, Expert, FloatArray, SamplingDefaults, Server
+from composer.registry import RegistryError
+from composer.types import (
+    Adapter,
+    Catalog,
+    Expert,
+    FloatArray,
+    Gated,
+    SamplingDefaults,
+    Server,
+)
 
 
 class NoEmbedder:
@@ -104,3 +114,18 @@ def test_an_experts_revision_changes_with_what_its_answers_come_from() -> None:
         revision(Expert("one", "far", sampling=SamplingDefaults(temperature=1.0))),
     ]
     assert len({same, *others}) == 3
+
+
+async def test_a_gate_that_reads_requests_names_its_embedder() -> None:
+    class Known(NoEmbedder):
+        id, digest = "mini", "d1"
+
+    def catalog(digest: str) -> Catalog:
+        gate = Gated("glider", ("x",), ("sha256:1",), 1, True, "other", digest)
+        adapter = Adapter(Path("g"), "sha256:2", 1, 1.0, (), gate=gate)
+        return Catalog(1, "a", {}, {"one": Expert("one", "box", adapter=adapter)}, {})
+
+    for digest in ("", "d1"):
+        assert await build_ways(catalog(digest), Known()) == {}  # type: ignore[arg-type]
+    with pytest.raises(RegistryError, match="as the embedder 'other' sees them, .* is 'mini'"):
+        await build_ways(catalog("d2"), Known())  # type: ignore[arg-type]

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 
 from composer.errors import EngineError, UnknownModel, Unsupported
 from composer.generations import Generations
 from composer.pipeline import Outcome, Pipeline
 from composer.prompting import PromptSpec
-from composer.types import Expert
+from composer.types import Adapter, Expert, FloatArray, Gated
 from tests.fakes import FakeScheduler, Stage, request, stage
 
 
@@ -180,3 +183,33 @@ async def test_a_raw_prompt_is_read_by_a_template_and_sent_as_a_message() -> Non
 async def _texts(pipeline: Pipeline, asked: object) -> str:
     async with await pipeline.answer(asked) as answer:  # type: ignore[arg-type]
         return "".join([chunk.text async for chunk in answer])
+
+
+def gated(**settings: Any) -> Expert:
+    gate = Gated("glider", ("x",), ("sha256:1",), **settings)
+    return Expert("beta", "server", adapter=Adapter(Path("g"), "sha256:2", 1, 1.0, (), gate=gate))
+
+
+async def test_a_gate_that_reads_the_request_is_given_its_embedding() -> None:
+    experts = {"alpha": Expert("alpha", "server"), "beta": gated(per_request=True)}
+    bench = Bench(stage(experts=experts))
+    texts: list[str] = []
+
+    async def embed(text: str) -> FloatArray:
+        texts.append(text)
+        return np.array([0.6, 0.8], np.float32)
+
+    pipeline = Pipeline(bench.generations, bench.scheduler, bench.outcomes.append, embed=embed)
+    for text in ("please beta", "please alpha"):
+        async with await pipeline.answer(request(text, gates="all")) as answer:
+            assert [chunk async for chunk in answer]
+    asked = {call.expert: call for call in bench.staged.engine.calls}
+    assert asked["beta"].embedding == pytest.approx((0.6, 0.8))
+    assert asked["alpha"].embedding is None
+    assert (texts, asked["beta"].gates) == (["please beta"], "all")
+
+
+async def test_gates_are_asked_of_those_who_may_have_one() -> None:
+    bench = Bench(stage())
+    with pytest.raises(Unsupported, match="no expert of model 'auto' has a gate"):
+        await bench.pipeline.answer(request("please beta", gates="all"))

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, fields, replace
 from typing import Any, NotRequired, TypedDict
 
 from composer.types.catalog import SamplingDefaults
-from composer.types.values import Ability, Priority, empty
+from composer.types.values import Ability, GroupBy, Priority, empty
 
 
 class Message(TypedDict):
@@ -57,6 +57,7 @@ class Request:
     (at most one) take the place of the policy's aim. `session` is the caller's own name for the
     conversation; `caller` tells callers apart, and is no secret; `key` names the caller's key among
     the catalog's, "" for one without a name. `explore` False: no expert is tried out on it.
+    `gates`: how the weights of gates are to be told, averaged over which modules; None: not at all.
     """
 
     id: str
@@ -77,6 +78,7 @@ class Request:
     session: str | None = None
     caller: str = ""
     key: str = ""
+    gates: GroupBy | None = None
 
     @property
     def text(self) -> str:
