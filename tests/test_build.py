@@ -127,5 +127,5 @@ async def test_a_gate_that_reads_requests_names_its_embedder() -> None:
 
     for digest in ("", "d1"):
         assert await build_ways(catalog(digest), Known()) == {}  # type: ignore[arg-type]
-    with pytest.raises(RegistryError, match="as the embedder 'other' sees them, .* is 'mini'"):
+    with pytest.raises(RegistryError, match=r"as the embedder 'other' sees them, .* is 'mini'"):
         await build_ways(catalog("d2"), Known())  # type: ignore[arg-type]
