@@ -56,7 +56,7 @@ WithoutTrained = Annotated[
     bool,
     typer.Option(
         "--without-trained",
-        help="Leave out questions that were trained on, but for case and space.",
+        help="Leave out questions that were trained on, but for case and marks.",
     ),
 ]
 Seed = Annotated[int, typer.Option(help="Of folds, fits and intervals.")]

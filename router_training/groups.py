@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Hashable, Sequence
 
 import numpy as np
@@ -10,14 +9,7 @@ from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
 from composer.routing.outcomes import IntArray
-
-_NEITHER = re.compile(r"[\W_]+")
-
-
-def normalised(question: str) -> str:
-    """Letters and digits alone, in one case: what two copies of a question have in common. A text
-    without any keeps its signs."""
-    return _NEITHER.sub("", question.casefold()) or " ".join(question.split())
+from composer.routing.trained import normalised
 
 
 def groups_of(texts: Sequence[str], labels: Sequence[str | None]) -> IntArray:

@@ -32,7 +32,7 @@ class Overlap:
         share = f"{self.trained} of {self.questions} judged questions"
         told = f"{share} ({100 * self.trained / self.questions:.1f} %) were trained on (equal but "
         end = "they are left out" if self.left_out else "the figures over-state"
-        return f"{told}for case and space): {end}"
+        return f"{told}for case, space and marks): {end}"
 
     def as_json(self) -> dict[str, int | bool | None]:
         return {"questions": self.trained, "of": self.questions, "left_out": self.left_out}

@@ -182,7 +182,8 @@ def test_questions_fitted_on_are_told_and_can_be_left_out() -> None:
     assert (told.overlap.trained, told.overlap.questions, len(told.group)) == (8, 80, 80)
     page = markdown([told])
     assert (
-        "8 of 80 judged questions (10.0 %) were trained on (equal but for case and space)" in page
+        "8 of 80 judged questions (10.0 %) were trained on (equal but for case, space and marks)"
+        in page
     )
     assert "over-state" in page
     assert len(without.group) == 72

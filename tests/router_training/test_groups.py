@@ -5,7 +5,8 @@ from __future__ import annotations
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from router_training.groups import groups_of, normalised
+from composer.routing.trained import normalised
+from router_training.groups import groups_of
 
 
 def test_signs_and_case_make_no_other_question() -> None:

@@ -139,10 +139,10 @@ def test_budgets_without_prices_are_refused_before_anything_is_embedded(
 def test_questions_trained_on_are_told(data: Path, tmp_path: Path) -> None:
     folder, page = tmp_path / "router", tmp_path / "page.html"
     assert run("train", "--router", "category", "--data", data, "--out", folder)[0] == 0
-    told = "300 of 300 judged questions (100.0 %) were trained on (equal but for case and space)"
+    told = "300 of 300 judged questions (100.0 %) were trained on (equal but for case, space and"
     status, out, err = run("evaluate", "--artefact", folder, "--data", data)
     assert status == 0, err
-    assert f"router: {told}: the figures over-state" in out
+    assert f"router: {told} marks): the figures over-state" in out
     status, out, err = run("report", "--artefact", folder, "--data", data, "--out", page)
     assert status == 0, err
     assert f"router: {told}" in out

@@ -1,4 +1,4 @@
-"""Queries that were trained on are known again, but for case and white space."""
+"""Queries that were trained on are known again, but for case, white space and marks."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ WORDS = st.text("abcxyzß .?\n", max_size=12)
 @given(st.lists(WORDS), WORDS, st.lists(WORDS))
 def test_those_and_no_others_are_held(known: list[str], asked: str, more: list[str]) -> None:
     def plain(text: str) -> str:
-        return " ".join(text.casefold().split())
+        letters = "".join(text.casefold().split()).replace(".", "").replace("?", "")
+        return letters or " ".join(text.split())
 
     trained = TrainedQueries.of(known)
     assert trained.hold([asked]).tolist() == [plain(asked) in map(plain, known)]
