@@ -88,14 +88,16 @@ class ComposerField(Body):
         ge=0,
         le=2,
         allow_inf_nan=False,
-        description="Share of the best single expert's mean quality to be reached at least cost; "
+        description="Share of the best single expert's mean quality to be reached at least cost, "
+        "at most what the router's curve reaches (1, or more where routing beats that expert); "
         "needs a policy with a trained router, and takes the place of what it aims at.",
     )
     max_cost: float | None = Field(
         None,
         gt=0,
         allow_inf_nan=False,
-        description="US dollars that such requests may cost on average, for the best quality.",
+        description="US dollars that such requests may cost on average, all calls of each "
+        "together, for the best quality.",
     )
     session: str | None = Field(
         None,

@@ -18,6 +18,7 @@ import numpy as np
 
 from composer.eligibility import Eligibility
 from composer.embedder import TextEmbedder, load_embedder
+from composer.encoders import ModelFiles, find_model
 from composer.engines import keys
 from composer.engines.base import Engine
 from composer.engines.local import EmbeddedEngine
@@ -33,10 +34,11 @@ from composer.registry import (
     Loaded,
     RegistryError,
     RouterFamily,
+    in_words,
     load_catalog,
 )
 from composer.routing.artefact import ArtefactError
-from composer.routing.base import Embedder, Router
+from composer.routing.base import Demands, Embedder, Router, Vectors
 from composer.routing.learned import LearnedRouter
 from composer.routing.llm import LlmRouter
 from composer.routing.neighbours import NeighboursRouter
@@ -68,8 +70,9 @@ ENGINES: Mapping[str, type[Engine]] = {
 }
 
 
-def families() -> Families:
-    """What experts.yaml may name, with the settings model of each."""
+def families(embedder: Callable[[], Vectors] | None = None) -> Families:
+    """What experts.yaml may name, with the settings model of each. `embedder` says what the service
+    embeds with, where that is to be checked; it is called only where a policy names an artefact."""
     return Families(
         routers={
             name: RouterFamily(
@@ -77,6 +80,8 @@ def families() -> Families:
                 needs_texts=router.needs_texts,
                 path_fields=router.path_fields,
                 digest=router.digest,
+                check=partial(_check_router, router, embedder),
+                asks=router.asks,
             )
             for name, router in ROUTERS.items()
         },
@@ -85,6 +90,7 @@ def families() -> Families:
                 settings=strategy.settings,
                 path_fields=strategy.path_fields,
                 digest=partial(_files_digest, strategy.path_fields),
+                check=partial(_check_strategy, strategy),
             )
             for name, strategy in STRATEGIES.items()
         },
@@ -110,20 +116,50 @@ def load(
     runtime: Sequence[Mapping[str, Any]] = (),
     version: int = 1,
     may_skip: Collection[str] = (),
+    *,
+    embedder: Callable[[], Vectors] | None = None,
 ) -> Loaded:
-    """The catalog that `settings.experts` and the runtime experts make. Raises CatalogError."""
-    roots = settings.adapter_roots or (settings.experts.resolve().parent,)
-    loaded = load_catalog(
+    """The catalog that `settings.experts` and the runtime experts make; `embedder` as `families`
+    has it, default: the settings' own, by its files. Raises CatalogError, and SettingsError for an
+    embedder that is asked for and not there."""
+    return load_catalog(
         settings.experts,
-        families(),
-        roots=roots,
+        families(embedder or partial(_embedder_files, settings.embedder)),
+        roots=settings.adapter_roots or (settings.experts.resolve().parent,),
         runtime=runtime,
         version=version,
         may_skip=may_skip,
         compositions=settings.cache_dir / "compositions",
     )
-    _check_components(loaded, str(settings.experts))
-    return loaded
+
+
+@cache
+def _embedder_files(name: str) -> ModelFiles:
+    """Its weights are read once for their digest: half a second, and no model is loaded."""
+    return find_model(name)
+
+
+def _check_router(
+    router: type[Router],
+    embedder: Callable[[], Vectors] | None,
+    policy: Policy,
+    experts: Sequence[Expert],
+) -> None:
+    demands = Demands(
+        curve=policy.quality is not None or policy.max_cost is not None,
+        quality=policy.quality,
+        embedder=embedder() if embedder is not None and _names_files(router, policy) else None,
+    )
+    router.check(experts, policy.router.settings, demands)
+
+
+def _names_files(router: type[Router], policy: Policy) -> bool:
+    return bool(router.path_fields) and policy.router.digest != ""
+
+
+def _check_strategy(strategy: type[Strategy], policy: Policy, experts: Sequence[Expert]) -> None:
+    del experts  # a strategy goes by their ids
+    strategy.check_experts(policy.strategy.settings, policy.experts, policy.k)
 
 
 def _files_digest(fields: Sequence[str], settings: Any) -> str:
@@ -135,53 +171,9 @@ def _files_digest(fields: Sequence[str], settings: Any) -> str:
         return ""
 
 
-def _check_components(loaded: Loaded, file: str) -> None:
-    """What a router or strategy asks of its experts is its own to say, so the registry cannot."""
-    catalog = loaded.catalog
-    problems = []
-    for policy in catalog.policies.values():
-        experts = [catalog.experts[expert] for expert in policy.experts]
-        aims = policy.quality is not None or policy.max_cost is not None
-        router, strategy = ROUTERS[policy.router.name], STRATEGIES[policy.strategy.name]
-        checks: list[tuple[str, Callable[[], None]]] = [
-            ("router", partial(router.check, experts, policy.router.settings, needs_curve=aims)),
-            ("router", partial(_check_asked, catalog, router.asks(policy.router.settings))),
-            (
-                "strategy",
-                partial(strategy.check_experts, policy.strategy.settings, policy.experts, policy.k),
-            ),
-        ]
-        for part, check in checks:
-            try:
-                check()
-            except ValueError as error:
-                problems.append(_problem(file, policy, part, error))
-                break
-    if problems:
-        raise RegistryError(problems, loaded.watched)
-
-
-def _problem(file: str, policy: Policy, part: str, error: ValueError) -> Problem:
-    """Of an error that reads "what is wrong; the remedy"."""
-    message, _, remedy = str(error).partition("; ")
-    remedy = f"{remedy[:1].upper()}{remedy[1:]}."
-    return Problem(file, f"policies.{policy.id}.{part}", message, remedy)
-
-
-def _check_asked(catalog: Catalog, asked: str | None) -> None:
-    """Raises ValueError ("what is wrong; the remedy") for an expert that no router can ask."""
-    if asked is None:
-        return
-    if asked not in catalog.experts:
-        known = ", ".join(sorted(catalog.experts)[:8]) + (", …" if len(catalog.experts) > 8 else "")
-        raise ValueError(
-            f"it asks {asked!r}, and there is no such expert; name one of {known}, or add it"
-        )
-    if catalog.experts[asked].prompt is not None:
-        raise ValueError(
-            f"it asks {asked!r}, which reads only what its `prompt` template makes of a request; "
-            "name an expert that follows free instructions"
-        )
+def _problem(file: str, policy: Policy, error: ArtefactError) -> Problem:
+    message, remedy = in_words(error)
+    return Problem(file, f"policies.{policy.id}.router", message, remedy)
 
 
 def make_embedder(settings: Settings) -> TextEmbedder:
@@ -210,7 +202,7 @@ def make_service(settings: Settings, embedder: TextEmbedder | None = None) -> Se
         recorder=Recorder(store, settings.journal, queue_size=settings.record_queue),
         embedder=embedder,
         scheduler=make_scheduler(settings),
-        load=partial(load, settings),
+        load=partial(load, settings, embedder=lambda: embedder),
         build=build,
     )
 
@@ -334,7 +326,7 @@ async def build_ways(catalog: Catalog, embedder: Embedder, file: str = "") -> di
                     kind.build, experts, policy.router.settings, embedder
                 )
             except ArtefactError as error:
-                raise RegistryError([_problem(file, policy, "router", error)], {}) from error
+                raise RegistryError([_problem(file, policy, error)], {}) from error
         ways[policy.id] = _way(policy, experts, routers[key])
     return ways
 

@@ -24,7 +24,7 @@ from composer.generations import Generation, Generations, Hold, Way
 from composer.routing import conversation
 from composer.routing.aims import aim_of
 from composer.routing.base import Query
-from composer.routing.choose import choose
+from composer.routing.choose import choose, most_experts
 from composer.routing.explore import draw_of, explored
 from composer.routing.sessions import Session, Sessions
 from composer.scheduling.base import Scheduler
@@ -249,8 +249,9 @@ async def decide(
             reasons={"rule": "named"},
         )
     query = Query(request.text, request.turns[:-1], patient=request.priority == "batch")
-    if way.router.asked in request.exclude:
-        ask = None
+    asked = way.router.asked
+    if asked in request.exclude or asked not in generation.catalog.experts:
+        ask = None  # whom the request excludes, or a run-time expert that is left out at present
     scores, turns_read = await conversation.score(way.router, query, eligible, ask)
     aim = aim_of(
         way.policy,
@@ -259,6 +260,7 @@ async def decide(
         way.router.curve,
         quality=request.quality,
         max_cost=request.max_cost,
+        calls=way.strategy.calls(most_experts(way.policy))[1],
     )
     position = way.eligibility.position
     columns = [position[expert] for expert in answered_last if expert in position]
@@ -270,10 +272,13 @@ async def decide(
         catalog = generation.catalog
         loaded = {server: resident(generation.place(server)) for server in catalog.servers}
         here = np.array([loaded[catalog.experts[e].server] for e in way.policy.experts], np.bool_)
-    plan = choose(scores, aim, way.policy, here, last)
+    plan = choose(scores, aim, way.policy, here, last, way.strategy.calls)
     if query.earlier:
         plan = dataclasses.replace(plan, reasons={**plan.reasons, "turns_read": turns_read})
-    return explored(plan, scores, aim, way.policy, draw)
+    plan = explored(plan, scores, aim, way.policy, draw)
+    least, most = way.strategy.calls(len(plan.calls))
+    told = aim.told(scores.experts, plan.calls[:most], least)
+    return dataclasses.replace(plan, reasons={**plan.reasons, **told})
 
 
 @dataclass(frozen=True, slots=True)

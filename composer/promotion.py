@@ -21,7 +21,7 @@ from composer.registry import Loaded
 from composer.routing import conversation
 from composer.routing.aims import aim_of
 from composer.routing.base import Query, Router
-from composer.routing.choose import choose
+from composer.routing.choose import choose, most_experts
 from composer.routing.judging import judged
 from composer.store import Promotion, ShadowChoice, Shadows
 from composer.types import Policy
@@ -127,8 +127,9 @@ class Promotions:
             shadow.curve,
             quality=request.quality,
             max_cost=request.max_cost,
+            calls=way.strategy.calls(most_experts(way.policy))[1],
         )
-        chosen = choose(scores, aim, way.policy)
+        chosen = choose(scores, aim, way.policy, calls=way.strategy.calls)
         artefact = router.shadow.artefact
         return ShadowChoice(request.id, plan.policy, artefact, chosen.best, chosen.scores)
 

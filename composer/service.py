@@ -214,6 +214,7 @@ class Service:
         """Raises UnknownModel, or Conflict for an expert that stands in the registry file."""
         async with self._changing:
             if id_ in self._left_out:
+                await self._check_unnamed(id_)
                 await self.store.delete_expert(id_)
                 del self._left_out[id_]
                 self._rows = [row for row in self._rows if row["id"] != id_]
@@ -235,6 +236,22 @@ class Service:
                     f"the registry file names expert {id_!r}, or is wrong at present; mend it first"
                 ) from error
             self._rows = rows
+
+    async def _check_unnamed(self, id_: str) -> None:
+        """Raises Conflict where the registry file names an expert that is left out: without its row
+        that name is a mistake, and the next start would fail for it."""
+        may_skip = list(self._left_out)
+        try:
+            await asyncio.to_thread(self._load, self._rows, self._version, may_skip)
+        except RegistryError:
+            return  # the file is wrong whatever becomes of the row
+        rest = [row for row in self._rows if row["id"] != id_]
+        try:
+            await asyncio.to_thread(self._load, rest, self._version, may_skip)
+        except RegistryError as error:
+            raise Conflict(
+                f"the registry file names expert {id_!r}; take it out there first"
+            ) from error
 
     async def promote(self, policy: str, promotion: Promotion | None) -> None:
         """Serves it from now on, and after a restart; None undoes. Raises as `add_expert`,

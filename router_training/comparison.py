@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 from router_training.compared import (
     Comparison,
@@ -14,6 +13,7 @@ from router_training.compared import (
     over_training,
 )
 from router_training.intervals import Interval, Verdict
+from router_training.promises import HEADS, promise_row
 from router_training.published import BAR, PUBLISHED
 
 NONE = "–"
@@ -157,28 +157,16 @@ def _within(c: Comparison, within: Within) -> list[str]:
         ),
     ]
     if within.promises is not None:
-        heads = ["asked", "promised, % (95 %)", "achieved", "within", "share here"]
         parts += [
-            f"The knob of {within.best}: quality asked as a share of the best single expert's on "
-            "train.",
-            _table([*heads, "cost, US dollars"], [_promise_row(p) for p in within.promises]),
+            f"The knob of {within.best}: shares of the best single expert's quality, promised on "
+            "train and achieved on dev.",
+            _table(list(HEADS), [promise_row(p) for p in within.promises]),
         ]
     return parts
 
 
 def _named(name: str, best: str) -> str:
     return f"**{name}**" if name == best else name
-
-
-def _promise_row(promise: Mapping[str, Any]) -> list[str]:
-    return [
-        f"{promise['asked']:g}",
-        f"{_percent(promise['promised'])} ({_range(*promise['interval'])})",
-        f"{_percent(promise['achieved'])} ({_range(*promise['achieved_ci95'])})",
-        "yes" if promise["within_interval"] else "no",
-        _decimal(promise["achieved_share"]),
-        f"{promise['achieved_cost']:.3g}, {promise['promised_cost']:.3g} promised",
-    ]
 
 
 def _pairs(c: Comparison) -> str:

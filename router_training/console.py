@@ -18,6 +18,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
 from rich.progress import Progress as Bars
+from rich.table import Table
 
 from composer.errors import ComposerError
 from router_training.environment import process_settings
@@ -228,6 +229,16 @@ def written(value: Any, as_json: Path | None) -> bool:
     except OSError as error:
         refuse(f"{as_json} cannot be written: {error.strerror}; name another file")
     return False
+
+
+def promised(title: str, promises: Sequence[Mapping[str, Any]]) -> Table:
+    """What a knob promised and kept, as `kept_promises` tells it."""
+    from router_training.promises import HEADS, promise_row
+
+    table = Table(*HEADS, title=escape(title), title_justify="left")
+    for promise in promises:
+        table.add_row(*map(escape, promise_row(promise)))
+    return table
 
 
 def say(line: str) -> None:

@@ -18,6 +18,7 @@ from composer.types import FloatArray
 from router_training.cells import listed
 from router_training.curves import BUDGETS
 from router_training.errors import TrainingError
+from router_training.knob import kept_promises
 from router_training.loading import load_router
 from router_training.overlap import Overlap, parted
 from router_training.progress import Progress, silent
@@ -44,6 +45,9 @@ MEASURES = (
 SCOPE = "scope"
 """Where the table has questions that are nobody's, and only there."""
 
+KNOB = "knob"
+"""Where the artefact has a curve and the table prices, and only there."""
+
 TIMED = 100
 """Decisions that the median time is taken of, after UNTIMED others."""
 
@@ -63,7 +67,8 @@ class Latency:
 class Judged:
     """One artefact: `card` as `scorecard` makes it of `predicted` quality and `expected_cost` on
     the evaluation's outcomes, (n, E) each; in US dollars, None where it knows no price. `overlap`
-    tells how many of the questions it was trained on."""
+    tells how many of the questions it was trained on, `knob` what its curve promised and kept on
+    these, as `kept_promises` has it."""
 
     name: str
     router: str
@@ -72,11 +77,14 @@ class Judged:
     overlap: Overlap
     predicted: FloatArray
     expected_cost: FloatArray | None
+    knob: Sequence[Mapping[str, Any]] | None = None
 
     def as_json(self) -> dict[str, Any]:
         measured = {name: self.card[name] for name in MEASURES}
         if self.card[SCOPE] is not None:
             measured[SCOPE] = self.card[SCOPE]
+        if self.knob is not None:
+            measured[KNOB] = list(self.knob)
         if measured["budget_acc"] is None:
             measured["budget_acc"] = {f"{share:.2f}": None for share in BUDGETS}
         return {
@@ -169,11 +177,28 @@ def evaluate(
         )
         latency = timed(model, outcomes.text, encode_anew or embedder.encode)
         name = folder.resolve().name
-        overlap = overlaps[number]
-        judged.append(Judged(name, model.manifest.family, card, latency, overlap, quality, cost))
+        knob = _knob(model, first, quality, cost, outcomes, seed)
+        family, overlap = model.manifest.family, overlaps[number]
+        judged.append(Judged(name, family, card, latency, overlap, quality, cost, knob))
     progress("evaluating", len(models), len(models))
     baselines = baseline_cards(outcomes, yardstick, seed=seed)
     return Evaluation(tuple(judged), baselines, outcomes, yardstick)
+
+
+def _knob(
+    model: LearnedModel,
+    experts: Sequence[str],
+    quality: FloatArray,
+    cost: FloatArray | None,
+    outcomes: Outcomes,
+    seed: int,
+) -> Sequence[Mapping[str, Any]] | None:
+    """None without a curve or prices, or where an expert joined: the curve knows nothing of it."""
+    curve = model.manifest.curve
+    if curve is None or cost is None or model.manifest.joined:
+        return None
+    best = yardstick_of(model.manifest, experts).best
+    return kept_promises(curve, quality, cost, outcomes, best, seed=seed)
 
 
 def timed(model: LearnedModel, texts: Sequence[str], encode: Encode) -> Latency:

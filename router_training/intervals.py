@@ -95,6 +95,32 @@ def side_by_side(
     return [_interval(float(m), own, level) for m, own in zip(means, drawn.T, strict=True)]
 
 
+def shares(
+    columns: npt.NDArray[np.floating],
+    group: npt.NDArray[np.integer],
+    base: npt.NDArray[np.floating],
+    base_group: npt.NDArray[np.integer],
+    *,
+    seed: int = 0,
+    level: float = 0.95,
+    resamples: int = RESAMPLES,
+) -> list[Interval]:
+    """The mean of each of the columns (n, P) over the mean of `base` (m,), whose questions are
+    theirs or some of them and are drawn with them; how easy those drawn happen to be is then on
+    both sides. Draws in which the base was never right count for nothing. Raises ValueError for a
+    missing value (NaN), no question, or a base that was never right."""
+    if not len(columns) or not np.isfinite(columns).all() or not np.isfinite(base).all():
+        raise ValueError("intervals need every value; leave questions out whose values are missing")
+    if not len(base) or not np.mean(base) > 0:
+        raise ValueError("there are no shares of nothing; name a base that was right once")
+    pools = [Difference(str(p), "", column, group) for p, column in enumerate(columns.T)]
+    drawn = _drawn([*pools, Difference("base", "", base, base_group)], seed, resamples)
+    drawn = drawn[drawn[:, -1] > 0]
+    ratio = drawn[:, :-1] / drawn[:, -1:]
+    means = columns.mean(axis=0, dtype=np.float64) / np.mean(base, dtype=np.float64)
+    return [_interval(float(m), own, level) for m, own in zip(means, ratio.T, strict=True)]
+
+
 def verdict(
     differences: Sequence[Difference],
     *,

@@ -3,6 +3,7 @@ seen, and whether other questions keep that promise. Knows no router."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +13,7 @@ import numpy.typing as npt
 from composer.routing.curve import Curve, Point
 from composer.routing.outcomes import Outcomes
 from router_training.baselines import mean_costs
-from router_training.intervals import Interval, side_by_side
+from router_training.intervals import Interval, shares, side_by_side
 from router_training.measures import base_rates, earned
 
 STEPS = 60
@@ -47,9 +48,10 @@ def curve_of(
 ) -> Curve | None:
     """The curve of cross-fitted calibrated `quality` and `expected_cost` (n, E), of which the
     decisions are made, and the outcomes they had. `best` is the best single expert's column.
-    Weights that decide the same are one point. Only of `decidable` questions; None where there is
-    none, where an outcome has no cost, or where the best single expert was never right: there are
-    no shares of nothing."""
+    Weights that decide the same are one point; what a single expert beats in quality and cost gives
+    way to it (`enveloped`). Only of `decidable` questions; None where there is none, where an
+    outcome has no cost, or where the best single expert was never right: there are no shares of
+    nothing."""
     if expected_cost is None or not outcomes.priced:
         return None
     rows = outcomes.decidable
@@ -66,30 +68,104 @@ def curve_of(
         if not chosen or (now != chosen[-1]).any():
             weights.append(float(weight))
             chosen.append(now)
+    # Whoever lacks an outcome cannot be compared on the same questions.
+    alone = np.flatnonzero(outcomes.known.all(axis=0))
+    everywhere = [np.full(len(outcomes), expert) for expert in alone]
+    measured = _measured([*chosen, *everywhere], outcomes, best, seed)
+    settings = [
+        point.model_copy(update={"weight": weight})
+        for weight, point in zip(weights, measured, strict=False)
+    ]
+    singles = [
+        point.model_copy(update={"expert": outcomes.experts[expert]})
+        for expert, point in zip(alone, measured[len(settings) :], strict=True)
+    ]
+    return Curve(
+        best_single=best_single,
+        best_single_cost=float(mean_costs(outcomes)[best]),
+        points=tuple(enveloped(settings, singles)),
+    )
+
+
+def enveloped(settings: Sequence[Point], singles: Sequence[Point]) -> list[Point]:
+    """The settings, by rising weight, but for those that a single expert beats: no dearer and no
+    worse, and one of the two better. Singles that nothing beats stand among them by their cost,
+    each with the weight of the setting before it, for when that expert may not answer.
+
+    Settings are measured cross-fitted; who the best of E experts is was seen, so a single's mean is
+    that much flattered, as `best_single` itself is: with E = 10 about equal experts by some 1.5
+    standard errors, so it is on small data that one may stand here by luck. What is lost then is
+    less than that, and cost is known far better than quality. Settings are not held against each
+    other: of 60, a lucky one would be taken.
+    """
+    kept = [i for i, one in enumerate(settings) if not any(_beats(s, one) for s in singles)]
+    front: list[Point] = []  # by rising cost, so whoever beats a single stands before it
+    for single in sorted(singles, key=lambda s: (s.cost, -s.quality)):
+        if not any(_no_worse(other, single) for other in (*settings, *front)):
+            front.append(single)
+    points: list[Point] = []
+    for i, number in enumerate(kept):
+        one = settings[number]
+        while front and front[-1].cost > one.cost:
+            points.append(_at_weight(front.pop(), points, settings))
+        follows = i + 1 == len(kept) or kept[i + 1] == number + 1
+        points.append(one if follows else one.model_copy(update={"gap": True}))
+    while front:
+        points.append(_at_weight(front.pop(), points, settings))
+    return points
+
+
+def _at_weight(single: Point, before: Sequence[Point], settings: Sequence[Point]) -> Point:
+    """With the greatest weight that costs as much or more, kept rising."""
+    dearer = [one.weight for one in settings if one.cost >= single.cost]
+    least = before[-1].weight if before else settings[0].weight
+    return single.model_copy(update={"weight": max([least, *dearer[-1:]])})
+
+
+def _no_worse(one: Point, other: Point) -> bool:
+    return one.cost <= other.cost and one.quality >= other.quality
+
+
+def _beats(one: Point, other: Point) -> bool:
+    return _no_worse(one, other) and not _no_worse(other, one)
+
+
+def _measured(
+    chosen: Sequence[npt.NDArray[np.integer]], outcomes: Outcomes, best: int, seed: int
+) -> list[Point]:
+    """Points, yet without a weight, of experts chosen for each question (n,), drawn together."""
     reached = np.stack([earned(outcomes.quality, now) for now in chosen], axis=1)  # (n, p)
     spent = np.stack([earned(outcomes.cost, now) for now in chosen], axis=1)
     around = side_by_side(
         np.hstack([reached, spent]), outcomes.group, seed=seed, resamples=RESAMPLES
     )
-    points = tuple(
+    return [
         Point(
-            weight=weight,
+            weight=0.0,
             quality=q.mean,
             low=q.low,
             high=q.high,
             cost=c.mean,
             cost_low=c.low,
             cost_high=c.high,
+            share=(s.low, s.high),
         )
-        for weight, q, c in zip(
-            weights, around[: len(weights)], around[len(weights) :], strict=True
+        for q, c, s in zip(
+            around[: len(chosen)],
+            around[len(chosen) :],
+            _shares(reached, outcomes, best, seed),
+            strict=True,
         )
-    )
-    return Curve(
-        best_single=best_single,
-        best_single_cost=float(mean_costs(outcomes)[best]),
-        points=points,
-    )
+    ]
+
+
+def _shares(
+    reached: npt.NDArray[np.floating], outcomes: Outcomes, best: int, seed: int
+) -> list[Interval]:
+    """Of (n, p): means over that of the best single expert, where its outcome is known."""
+    rows = outcomes.known[:, best]
+    base, group = outcomes.quality[rows, best], outcomes.group
+    return shares(reached, group, base, group[rows], seed=seed, resamples=RESAMPLES)
 
 
 def decided_at(
@@ -112,40 +188,62 @@ def kept_promises(
     *,
     seed: int = 0,
 ) -> list[dict[str, Any]] | None:
-    """What the curve's weights reach on other questions, for each share ASKED of the best single
-    expert's quality on the curve's own: that mean quality is what is promised, with the bounds that
-    the curve gives, and `within_interval` says whether what was achieved lies between them. They
-    know nothing of how easy other questions are, so `achieved_share` tells the same as a share of
-    what the best single expert reaches there. Questions without an outcome of it, or of anybody
-    else, are left out. None without any other, or without their costs."""
+    """What the curve's settings reach on other questions, for each share ASKED of the best single
+    expert's quality.
+
+    `promised`, with the `interval` that the curve gives it, and `achieved`, with `achieved_ci95`,
+    are such shares, each of what that expert reaches on the same questions (drawn together): other
+    questions may be harder for everybody, and the curve knows nothing of that. `within_interval`
+    says whether what was achieved lies in the curve's interval. The means themselves stand beside
+    them (`…_quality`), and costs in US dollars a call. `expert` is who alone met the promise best,
+    where nobody else was asked. Questions without an outcome of the best single expert, or of
+    anybody else, are left out. None without any other, or without their costs."""
     rows = np.asarray(outcomes.known[:, best] & outcomes.decidable, np.bool_)
     outcomes, quality, expected_cost = outcomes.rows(rows), quality[rows], expected_cost[rows]
     if not len(outcomes) or not outcomes.priced:
         return None
-    single = float(base_rates(outcomes)[best])
-    if single <= 0:
+    if float(base_rates(outcomes)[best]) <= 0:
         return None
     told = []
     for share in ASKED:
-        weight, point = curve.weight_for_quality(share)
-        chosen = decided_at(weight, quality, expected_cost, outcomes)
+        point = curve.at_quality(share)
+        chosen = _decided_by(point, quality, expected_cost, outcomes)
         both = np.stack([earned(outcomes.quality, chosen), earned(outcomes.cost, chosen)], axis=1)
         reached, spent = side_by_side(both, outcomes.group, seed=seed, resamples=RESAMPLES)
+        [achieved] = _shares(both[:, :1], outcomes, best, seed)
+        promised, low, high = curve.share(point)
         told.append(
             {
                 "asked": share,
-                "weight": weight,
-                "promised": point.quality,
-                "interval": [point.low, point.high],
-                "achieved": reached.mean,
-                "achieved_ci95": [reached.low, reached.high],
-                "within_interval": point.low <= reached.mean <= point.high,
-                "achieved_share": reached.mean / single,
+                "weight": point.weight,
+                "expert": point.expert,
+                "promised": promised,
+                "interval": [low, high],
+                "achieved": achieved.mean,
+                "achieved_ci95": [achieved.low, achieved.high],
+                "within_interval": low <= achieved.mean <= high,
+                "promised_quality": point.quality,
+                "achieved_quality": reached.mean,
+                "achieved_quality_ci95": [reached.low, reached.high],
                 "promised_cost": point.cost,
                 "achieved_cost": spent.mean,
             }
         )
     return told
+
+
+def _decided_by(
+    point: Point,
+    quality: npt.NDArray[np.floating],
+    expected_cost: npt.NDArray[np.floating],
+    outcomes: Outcomes,
+) -> npt.NDArray[np.intp]:
+    """(n,) the point's expert, or who its weight decides for where that one has no outcome."""
+    chosen = decided_at(point.weight, quality, expected_cost, outcomes)
+    if point.expert is None:
+        return chosen
+    expert = outcomes.experts.index(point.expert)
+    return np.asarray(np.where(outcomes.known[:, expert], expert, chosen), np.intp)
 
 
 def at_best_single(
@@ -157,21 +255,21 @@ def at_best_single(
     *,
     seed: int = 0,
 ) -> AtBest | None:
-    """The greatest weight with which the curve, on its own questions, is as good as the best single
-    expert, applied to others. The weight with which these themselves are just as good would be
-    chosen with hindsight: the luckiest of some 200. None where the curve is nowhere as good, or on
-    these questions an outcome of that expert or a cost is missing."""
-    weight, point = curve.weight_for_quality(1.0)
+    """The cheapest setting that the curve, on its own questions, has as good as the best single
+    expert (at worst that expert itself), applied to others. The weight with which these themselves
+    are just as good would be chosen with hindsight: the luckiest of some 200. None where the curve
+    is nowhere as good, or on these questions an outcome of that expert or a cost is missing."""
+    point = curve.at_quality(1.0)
     rows = np.asarray(outcomes.known[:, best] & outcomes.decidable, np.bool_)
     outcomes, quality, expected_cost = outcomes.rows(rows), quality[rows], expected_cost[rows]
     reached = point.quality >= curve.best_single * (1 - 1e-9)  # up to rounding
     single_cost = float(mean_costs(outcomes)[best])
     if not reached or not rows.any() or not outcomes.priced or not single_cost > 0:
         return None
-    chosen = decided_at(weight, quality, expected_cost, outcomes)
+    chosen = _decided_by(point, quality, expected_cost, outcomes)
     spent = earned(outcomes.cost, chosen) / single_cost
     over = earned(outcomes.quality, chosen) - outcomes.quality[:, best].astype(np.float64)
     share, gain = side_by_side(
         np.stack([spent, over], axis=1), outcomes.group, seed=seed, resamples=RESAMPLES
     )
-    return AtBest(weight, share, gain)
+    return AtBest(point.weight, share, gain)

@@ -22,6 +22,7 @@ from router_training.page import (
 )
 from router_training.plots import BarChart, Bars, Chart, Dot, Line, Words
 from router_training.portrait import Backdrop, Level, Portrait
+from router_training.promises import HEADS, promise_row
 
 SHARES = (0.05, 0.10, 0.25, 0.50, 1.00)
 """Of the best single expert's mean cost: what the table of budgets shows."""
@@ -139,7 +140,7 @@ def costs(drawn: Sequence[Drawn], backdrop: Backdrop) -> Section:
         "within the same spend; a router is worth having where it is above." + note,
         chart.svg(),
         "Bands: 95 % intervals. Small dots: single experts.",
-        (_budgets(curves, backdrop), _single_experts(backdrop)),
+        (_budgets(curves, backdrop), *_knobs(drawn), _single_experts(backdrop)),
     )
 
 
@@ -156,6 +157,16 @@ def _budgets(curves: Mapping[str, Sequence[Level]], backdrop: Backdrop) -> PageT
     return PageTable(
         "quality (95 %) within shares of the best single expert's cost", heads, tuple(rows)
     )
+
+
+def _knobs(drawn: Sequence[Drawn]) -> list[PageTable]:
+    tables = []
+    for judged in (d.judged for d in drawn if d.judged.knob is not None):
+        rows = [promise_row(promise) for promise in judged.knob or ()]
+        told = tuple(Row(asked, tuple(cells)) for asked, *cells in rows)
+        title = f"the knob of {judged.name}: shares of the best single expert's quality"
+        tables.append(PageTable(title, HEADS, told))
+    return tables
 
 
 def _within(curve: Sequence[Level], budget: float) -> str:

@@ -13,8 +13,10 @@ import pytest
 import yaml
 from typer.testing import CliRunner
 
+from composer.build import _embedder_files
 from composer.cli import app
-from composer.routing.artefact import ARRAYS, EmbedderStamp
+from composer.encoders import ModelFiles
+from composer.routing.artefact import ARRAYS, MANIFEST, EmbedderStamp
 from composer.routing.outcomes import Outcomes
 from composer.settings import Settings
 from router_training.train import train
@@ -211,9 +213,34 @@ def trained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return file
 
 
+def test_check_takes_an_artefact_of_the_embedder_that_the_settings_name(
+    trained: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By the embedder's files; no model is loaded."""
+    stamp = json.loads((trained.parent / "router" / MANIFEST).read_text())["embedder"]
+    files = ModelFiles(stamp["id"], trained.parent, stamp["digest"])
+    monkeypatch.setattr("composer.build.find_model", lambda name: files)
+    _embedder_files.cache_clear()
+    try:
+        assert run("check", str(trained))[0] == 0
+    finally:
+        _embedder_files.cache_clear()
+
+
+def test_check_tells_all_at_once_where_there_is_no_default_policy(trained: Path) -> None:
+    config = yaml.safe_load(trained.read_text())
+    config["policies"]["other"] = config["policies"].pop("auto")
+    trained.write_text(yaml.safe_dump(config))
+    status, _, err = run("check", str(trained))
+    assert status == 2
+    assert "there is no policy 'auto', for requests that name none" in err
+    assert "policies.other.router: " in err
+    assert "was trained on vectors of words" in err
+    assert "2 problem(s)" in err
+
+
 @pytest.mark.parametrize("harm", ["torn", "missing"])
 def test_check_refuses_a_damaged_artefact(trained: Path, harm: str) -> None:
-    assert run("check", str(trained))[0] == 0
     arrays = trained.parent / "router" / ARRAYS
     if harm == "torn":
         arrays.write_bytes(arrays.read_bytes()[:-9])
@@ -222,14 +249,15 @@ def test_check_refuses_a_damaged_artefact(trained: Path, harm: str) -> None:
     status, out, err = run("check", str(trained))
     assert (status, out) == (2, "")
     told, counted = err.splitlines()
-    assert told.startswith(f"{trained}: policies.auto.router: {arrays} ")
+    assert told.startswith(f"{trained}:")
+    assert f": policies.auto.router: {arrays} " in told
     assert "Copy the whole folder" in told
     assert counted == "1 problem(s); nothing was changed."
 
 
 @pytest.mark.parametrize(
     "command",
-    [pytest.param(("serve",), marks=pytest.mark.slow), ("route", "say fox", "--experts")],
+    [("check",), pytest.param(("serve",), marks=pytest.mark.slow), ("route", "say", "--experts")],
 )
 def test_an_artefact_of_another_embedder_is_told_in_a_sentence(
     trained: Path, command: tuple[str, ...]
@@ -237,7 +265,8 @@ def test_an_artefact_of_another_embedder_is_told_in_a_sentence(
     status, out, err = run(*command, str(trained))
     assert (status, out) == (2, "")
     assert "Traceback" not in err
-    [told] = [line for line in err.splitlines() if line.startswith(f"{trained}: ")]
+    assert "catalog version" not in err  # it is told before any server is started
+    [told] = [line for line in err.splitlines() if line.startswith(f"{trained}:")]
     assert "policies.auto.router: " in told
     assert "was trained on vectors of words (words), and this service embeds with " in told
     assert told.endswith(". Set COMPOSER_EMBEDDER, or train it again.")

@@ -54,6 +54,34 @@ async def test_a_runtime_expert_gone_wrong_is_left_out_at_boot_and_can_be_delete
         assert (await client.get("/health")).json()["status"] == "ok"
 
 
+async def test_a_runtime_expert_left_out_may_be_named_by_a_key_and_asked_by_a_router(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ANN_KEY", "ann")
+    roots = {"adapter_roots": (TINY, tmp_path)}
+    config = yaml.safe_load(registry("uppercase", "reverse"))
+    async with serving(tmp_path, yaml.safe_dump(config), **roots) as (client, _):
+        await client.post("/v1/experts", json=spec(tmp_path / "mine"))
+    shutil.rmtree(tmp_path / "mine")
+    config["keys"] = {"ann": {"key_env": "ANN_KEY", "exclude": ["mine"], "admin": True}}
+    config["policies"]["auto"]["router"] = {"name": "llm", "expert": "mine"}
+    async with serving(tmp_path, yaml.safe_dump(config), **roots) as (client, _):
+        client.headers["authorization"] = "Bearer ann"
+        health = (await client.get("/health")).json()
+        assert list(health["catalog"]["left_out"]) == ["mine"]
+        body = chat(ASKED["uppercase"][0])
+        answer = (await client.post("/v1/chat/completions", json=body)).json()
+        assert answer["choices"][0]["message"]["content"] == ASKED["uppercase"][1]
+        assert answer["composer"]["reasons"]["asked"]["failed"] == "not_asked"
+        # Without its row the names would be mistakes, and the next start would fail.
+        kept = await client.delete("/v1/experts/mine")
+        assert kept.status_code == 409
+        assert "the registry file names expert 'mine'" in kept.text
+    async with serving(tmp_path, yaml.safe_dump(config), **roots) as (client, _):
+        client.headers["authorization"] = "Bearer ann"
+        assert list((await client.get("/health")).json()["catalog"]["left_out"]) == ["mine"]
+
+
 async def test_while_the_file_is_broken_no_expert_is_added_and_the_caller_is_not_blamed(
     tmp_path: Path,
 ) -> None:

@@ -54,6 +54,11 @@ def route(
     rule = plan["reasons"]["rule"]
     if rule == "below_threshold":
         rule = f"the best quality is below the threshold of {plan['reasons']['threshold']:g}"
+    elif rule == "aim_quality":
+        asked = plan["reasons"]["aim"]["quality"]
+        rule = f"aim: quality ≥ {asked:g} of the best single expert's, at least cost"
+    elif rule == "aim_max_cost":
+        rule = f"aim: at most ${plan['reasons']['aim']['max_cost']:g} a request on average"
     out.print(
         f"policy {decision['policy']} → {', '.join(chosen)} ({plan['strategy']}; {rule}; "
         f"{decision['decision_ms']:.1f} ms)",

@@ -1,6 +1,7 @@
 """experts.yaml and runtime experts → Catalog. Knows no router, strategy or engine but by name."""
 
 from composer.registry.families import ComponentFamily, EngineFamily, Families, RouterFamily
+from composer.registry.fitting import in_words
 from composer.registry.gather import RUNTIME
 from composer.registry.load import Loaded, RegistryError, load_catalog
 from composer.registry.schema import registry_json_schema
@@ -15,6 +16,7 @@ __all__ = [
     "RegistryError",
     "RouterFamily",
     "catalog_table",
+    "in_words",
     "load_catalog",
     "registry_json_schema",
 ]

@@ -9,6 +9,7 @@ from pathlib import Path, PurePosixPath
 
 from composer.adapters.cache import FileCache
 from composer.errors import Problem
+from composer.registry.blocks import Place
 from composer.registry.families import Families
 from composer.registry.source import Document
 from composer.registry.stamps import Stamp, stamp
@@ -30,7 +31,8 @@ class Context:
     of a spec without one), `warnings` about this machine, the stamp of each path from before it
     was first read, and the folders that servers see elsewhere.
     `experts_missing`: some experts could not be gathered, so that a name that is not there may be
-    one of theirs."""
+    one of theirs. `left_out` are run-time experts that are passed over: the file may name them, and
+    is told that they are not there now."""
 
     file: Document
     folder: Path
@@ -44,11 +46,18 @@ class Context:
     watched: dict[Path, Stamp] = field(default_factory=dict)
     mounts: list[Mount] = field(default_factory=list)
     experts_missing: bool = False
+    left_out: frozenset[str] = frozenset()
 
     def add_runtime(self, id_: str, problems: Sequence[Problem]) -> None:
         """Problems that a run-time expert has or makes, as opposed to those of the file."""
         if problems:
             self.of_runtime.setdefault(id_, []).extend(problems)
+
+    def warn_left_out(self, place: Place, id_: str, until: str) -> None:
+        """What the file says of an expert that is left out has to wait: `until` then …"""
+        message = f"the run-time expert {id_!r} is left out at present; until it is back, {until}"
+        remedy = "GET /health says why: mend it, or delete it and take its name out here."
+        self.warnings.append(place.problem(message, remedy))
 
     def look(self, path: Path) -> None:
         """To be called before `path` is read, from any thread: the stamp from before the first

@@ -5,14 +5,14 @@ The registry knows them by name and settings alone, so it imports none of them.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from pydantic import BaseModel
 
 from composer.adapters.lora_config import AdapterFeature
-from composer.types import Ability, Placement
+from composer.types import Ability, Expert, Placement, Policy
 
 SERVER_KEYS = ("engine", "placement")
 """Keys of a server that are the registry's own; all others are its engine's settings."""
@@ -61,24 +61,39 @@ def no_files(settings: Any) -> str:
     return ""
 
 
+def fits_any_policy(policy: Policy, experts: Sequence[Expert]) -> None:
+    """The `check` of a router or strategy that has nothing to say about its policy."""
+
+
+def asks_nobody(settings: Any) -> None:
+    """The `asks` of a router that needs no LLM."""
+
+
 @dataclass(frozen=True, slots=True)
 class ComponentFamily:
-    """A strategy as the registry sees it. `path_fields` are settings that hold a path, dotted where
-    they lie deeper: relative ones start at the registry file's folder, and what lies there is
-    watched. `digest` stands for the content of those files, and is "" where they cannot be read.
+    """A part that policies are made of and that has settings of its own: here a strategy, below a
+    router. It is all that the registry knows of the class behind a name.
+
+    `path_fields` are settings that hold a path, dotted where they lie deeper: relative ones start
+    at the registry file's folder, and what lies there is watched. `digest` stands for the content
+    of those files, and is "" where they cannot be read. `check` raises ValueError ("what is wrong;
+    the remedy") where the part does not fit the policy it stands in. The experts are given in any
+    order, and may be fewer than the policy's.
     """
 
     settings: type[BaseModel]
     path_fields: tuple[str, ...] = ()
     digest: Callable[[Any], str] = no_files
+    check: Callable[[Policy, Sequence[Expert]], None] = fits_any_policy
 
 
 @dataclass(frozen=True, slots=True)
 class RouterFamily(ComponentFamily):
-    """The same of a router. `needs_texts`: it finds experts by what is said about them, so each
-    must say something."""
+    """`needs_texts`: it finds experts by what is said about them, so each must say something.
+    `asks` says which expert's LLM it asks about each query, None for no one's."""
 
     needs_texts: bool = True
+    asks: Callable[[Any], str | None] = asks_nobody
 
 
 @dataclass(frozen=True, slots=True)

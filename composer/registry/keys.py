@@ -30,7 +30,11 @@ def make_keys(
         if spec is None:
             continue
         for number, expert in enumerate(spec.exclude):
-            if expert not in experts and not context.experts_missing:
+            if expert in experts:
+                continue
+            if expert in context.left_out:
+                context.warn_left_out(block.at(("exclude", number)), expert, "nobody can ask it")
+            elif not context.experts_missing:
                 message, remedy = unknown_name("expert", expert, experts)
                 context.problems.append(block.problem(("exclude", number), message, remedy))
         digest = _digest(context, block, spec.key_env, list(keys.values()))

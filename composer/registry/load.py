@@ -87,8 +87,9 @@ def load_catalog(
     `roots` are the folders that adapters, cards and examples may lie in; none: the file's own.
     `runtime` are experts in the form of experts.yaml, each with its `id` beside the rest; their
     relative paths start at the file's folder. Those in `may_skip` (ids) are left out, as if they
-    had never been added, where their own specs are wrong. `compositions` is the folder that
-    composed adapters are kept in; none: one beside the file. Blocks, for the network too where a
+    had never been added, where their own specs are wrong; what the file says of one of them is a
+    warning then. `compositions` is the folder that composed adapters are kept in; none: one beside
+    the file. Blocks, for the network too where a
     hub name is not in the cache.
 
     Raises RegistryError (a CatalogError) with every problem found.
@@ -111,6 +112,7 @@ def load_catalog(
             problems=list(problems),
             watched=watched,
             experts_missing=bool({problem.path for problem in problems} - _OTHER_KEYS),
+            left_out=frozenset(skipped),
         )
         catalog = _make_catalog(context, file, runtime, version)
         bad = context.of_runtime.keys() & set(may_skip)

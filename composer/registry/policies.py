@@ -15,6 +15,7 @@ from composer.registry.blocks import Block, Place, block_at, block_named, unknow
 from composer.registry.context import Context
 from composer.registry.experts import Prepared
 from composer.registry.families import ComponentFamily
+from composer.registry.fitting import check_fit
 from composer.registry.gather import Entry
 from composer.registry.specs import PolicySpec
 from composer.types import SAFE_PARAMETERS, Component, Policy, Unsure
@@ -60,23 +61,22 @@ def _make_policy(
     context.problems += problems
     if spec is None:
         return None
-    experts = _matched(context, block, spec, list(prepared))
-    _check_default(context, block, spec, experts, list(prepared))
+    experts, absent = _matched(context, block, spec, list(prepared))
+    default = _default(context, block, spec, experts, list(prepared))
     _check_costs(context, block, id_, spec, experts, prepared)
     _check_aims(context, block, spec)
-    if spec.null_expert is not None:
-        _check_own(context, block, "null_expert", spec.null_expert, experts, list(prepared))
+    null = _own(context, block, "null_expert", spec.null_expert, experts, list(prepared))
     parameters = _parameters(context, block, spec)
     if router is None or strategy is None:
         return None
     if families.routers[router.name].needs_texts:
         _check_texts(context, block, id_, spec, experts, prepared)
-    return Policy(
+    policy = Policy(
         id=id_,
         router=router,
         strategy=strategy,
         experts=experts,
-        default_expert=spec.default_expert,
+        default_expert=default,
         threshold=spec.threshold,
         cost_weight=spec.cost_weight,
         k=spec.k,
@@ -87,11 +87,13 @@ def _make_policy(
         max_cost=spec.max_cost,
         min_quality=spec.min_quality,
         top_p=spec.top_p,
-        null_expert=spec.null_expert,
+        null_expert=null,
         null_margin=spec.null_margin,
         unsure=Unsure(**spec.unsure.model_dump()) if spec.unsure else None,
         stay=spec.stay,
     )
+    check_fit(context, block.home, policy, absent, prepared)
+    return policy
 
 
 def _made(
@@ -157,14 +159,19 @@ def _component(
 
 def _matched(
     context: Context, block: Block, spec: PolicySpec, ids: Sequence[str]
-) -> tuple[str, ...]:
-    """The ids that a pattern matches and no `!pattern` does, in the order of the catalog."""
+) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """The ids that a pattern matches and no `!pattern` does, in the order of the catalog; and of
+    the run-time experts that are left out at present, the same."""
     found: set[str] = set()
     left_out: set[str] = set()
+    passed_over = sorted(context.left_out.difference(ids))
     for number, written in enumerate(spec.experts):
         pattern = written.removeprefix("!")
-        some = matching(ids, pattern)
+        some = matching([*ids, *passed_over], pattern)
         (left_out if written != pattern else found).update(some)
+        if pattern in passed_over:
+            until = "the policy goes without it"
+            context.warn_left_out(block.at(("experts", number)), pattern, until)
         if not some and ids and not context.experts_missing:
             message, remedy = unknown_name("expert", pattern, ids)
             if any(mark in pattern for mark in "*?["):
@@ -176,7 +183,15 @@ def _matched(
             "Narrow the patterns that begin with `!`.",
         )
         context.problems.append(block.problem(("experts",), message, remedy))
-    return tuple(id_ for id_ in ids if id_ in found and id_ not in left_out)
+    experts, absent = (
+        tuple(id_ for id_ in some if id_ in found and id_ not in left_out)
+        for some in (ids, passed_over)
+    )
+    if absent and not experts:
+        message = f"all its experts are left out at present: {_listed(absent)}"
+        remedy = "Mend or delete them (GET /health says why), or add another one."
+        context.problems.append(block.problem(("experts",), message, remedy))
+    return experts, absent
 
 
 def _parameters(context: Context, block: Block, spec: PolicySpec) -> frozenset[str]:
@@ -199,33 +214,36 @@ def _parameters(context: Context, block: Block, spec: PolicySpec) -> frozenset[s
     return SAFE_PARAMETERS | added if added else frozenset(spec.parameters)
 
 
-def _check_default(
+def _default(
     context: Context,
     block: Block,
     spec: PolicySpec,
     experts: Sequence[str],
     ids: Sequence[str],
-) -> None:
-    default = spec.default_expert
-    if default is None:
-        if spec.threshold > 0:
-            message = "below it the default expert answers, but the policy has none"
-            remedy = "Add `default_expert`, or remove the threshold."
-            context.problems.append(block.problem(("threshold",), message, remedy))
-    else:
-        _check_own(context, block, "default_expert", default, experts, ids)
+) -> str | None:
+    if spec.default_expert is None and spec.threshold > 0:
+        message = "below it the default expert answers, but the policy has none"
+        remedy = "Add `default_expert`, or remove the threshold."
+        context.problems.append(block.problem(("threshold",), message, remedy))
+    return _own(context, block, "default_expert", spec.default_expert, experts, ids)
 
 
-def _check_own(
+def _own(
     context: Context,
     block: Block,
     key: str,
-    expert: str,
+    expert: str | None,
     experts: Sequence[str],
     ids: Sequence[str],
-) -> None:
-    """An expert that the policy names has to be one of its own."""
+) -> str | None:
+    """An expert that the policy names, which has to be one of its own; None where it is left out
+    at present."""
+    if expert is None:
+        return None
     if expert not in ids:
+        if expert in context.left_out:
+            context.warn_left_out(block.at((key,)), expert, "the policy has none")
+            return None
         if not context.experts_missing:
             problem = block.problem((key,), *unknown_name("expert", expert, ids))
             context.problems.append(problem)
@@ -233,6 +251,7 @@ def _check_own(
         message = f"{expert!r} is not among the policy's experts"
         remedy = f"Add {expert!r} to `experts`, or name one of those."
         context.problems.append(block.problem((key,), message, remedy))
+    return expert
 
 
 def _check_aims(context: Context, block: Block, spec: PolicySpec) -> None:

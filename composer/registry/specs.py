@@ -231,7 +231,7 @@ class UnsureSpec(Spec):
     do: Literal["say", "ask_more", "ask_stronger"] = Field(
         "say",
         description="Answer and say `composer.confident: false`, ask `k` experts, or go to the "
-        "best one whatever it costs.",
+        "best one whatever it costs, unless a spend is aimed at.",
     )
     k: int = Field(3, ge=2, le=1000, strict=True, description="Experts that `ask_more` asks.")
 
@@ -287,15 +287,15 @@ class PolicySpec(Spec):
         gt=0,
         le=2,
         strict=True,
-        description="Share of the best single expert's mean quality to be reached at least cost; "
-        "needs a router trained on outcomes with costs.",
+        description="Share of the best single expert's mean quality to be reached at least cost, "
+        "at most what the router's curve reaches; needs a router trained on outcomes with costs.",
     )
     max_cost: float | None = Field(
         None,
         gt=0,
         strict=True,
-        description="US dollars that a request may cost on average, for the best quality; needs "
-        "a router trained on outcomes with costs.",
+        description="US dollars that a request may cost on average, all its calls together, for "
+        "the best quality; needs a router trained on outcomes with costs.",
     )
     min_quality: float = Field(
         0.0, ge=0, le=1, strict=True, description="Experts expected to do worse are passed over."

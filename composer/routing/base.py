@@ -85,6 +85,30 @@ class Embedder(Protocol):
         ...
 
 
+class Vectors(Protocol):
+    """An embedder as far as it needs not be loaded for: `digest` is of its files."""
+
+    @property
+    def id(self) -> str: ...
+
+    @property
+    def digest(self) -> str: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Demands:
+    """What a policy and the service demand of a router. `curve`: the policy aims at a quality or a
+    spend; `quality`: the share that it aims at. `embedder` is what the service embeds with, None
+    where that is not known."""
+
+    curve: bool = False
+    quality: float | None = None
+    embedder: Vectors | None = None
+
+
+NO_DEMANDS = Demands()
+
+
 class Router(Protocol):
     """Built once per catalog and policy, then only read: safe for concurrent requests.
 
@@ -106,10 +130,9 @@ class Router(Protocol):
         ...
 
     @classmethod
-    def check(cls, experts: Sequence[Expert], settings: Any, *, needs_curve: bool = False) -> None:
+    def check(cls, experts: Sequence[Expert], settings: Any, demands: Demands = NO_DEMANDS) -> None:
         """Raises ValueError ("what is wrong; the remedy") when the experts cannot be scored this
-        way, or `needs_curve` (the policy aims at a quality or a spend) and there will be none.
-        Quick: `composer check` asks it for every policy."""
+        way, or a demand cannot be met. Quick: `composer check` asks it for every policy."""
         ...
 
     @classmethod
@@ -136,6 +159,6 @@ class Router(Protocol):
     async def score(self, query: Query, eligible: BoolArray, ask: Ask | None = None) -> Scores:
         """`eligible` (E,) in the order of `experts`; at least one is True. `ask` calls the expert
         `asked` on behalf of the request, whose timings and cost the call counts in; None where no
-        engine runs, or the request excludes that expert. Without an answer it can use a router
-        decides as well as it can, and says so in `told`: it never fails for that."""
+        engine runs, the request excludes that expert, or it is not there. Without an answer it can
+        use a router decides as well as it can, and says so in `told`: it never fails for that."""
         ...

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -16,12 +16,18 @@ SHOWN_SCORES = 8
 """How many experts' scores a plan carries: enough to explain, few enough to log."""
 
 
+def all_of_them(experts: int) -> tuple[int, int]:
+    """Of a strategy that asks every expert of a plan: the fewest and the most calls."""
+    return experts, experts
+
+
 def choose(
     scores: Scores,
     aim: Aim,
     policy: Policy,
     resident: BoolArray | None = None,
     session: BoolArray | None = None,
+    calls: Callable[[int], tuple[int, int]] = all_of_them,
 ) -> Plan:
     """The policy's plan for these scores.
 
@@ -35,8 +41,14 @@ def choose(
     - `k` experts, or with `top_p` as few as make it that likely that one of them is right, were
       they right independently of each other: at most `k`.
     - The best chosen one's quality is below the policy's floor of confidence: more experts, or
-      the best by quality whatever it costs, as the policy says. `Plan.confident` is False if what
-      is chosen is still below.
+      the best by quality, as the policy says. `Plan.confident` is False if what is chosen is still
+      below.
+
+    An aim that one expert meets best has that one first, whatever it is expected to do here. Under
+    an aim at a spend (`Aim.room`) experts behind the first are dropped from where they cost more
+    together than there is room for (`reasons.over_budget`), if `calls` says that the strategy asks
+    them at all; and neither the null expert nor a stronger one takes the place of the first where
+    it costs more than that by as much. The default expert does whatever it costs.
 
     Weights are the chosen experts' qualities, normalised.
 
@@ -58,42 +70,77 @@ def choose(
     utility = np.where(eligible, quality - aim.weight * aim.cost, -np.inf)
     order = np.argsort(-utility, kind="stable")
     order = order[eligible[order]]
+    if (named := _column(aim.expert, scores)) is not None:
+        order = np.concatenate([[named], order[order != named]])
     shown = order[:SHOWN_SCORES]
 
+    def costs_too_much(column: int) -> bool:
+        return float(aim.cost[column] - aim.cost[order[0]]) > aim.room
+
     if best < policy.threshold and (default := _column(policy.default_expert, scores)) is not None:
-        told = {"rule": "below_threshold", "best": best, "threshold": policy.threshold}
+        told = {
+            "rule": "below_threshold",
+            "best": best,
+            "threshold": policy.threshold,
+            **aim.reasons,
+        }
         return _plan(policy, scores, np.array([default]), shown, told, explained=False)
     null = _column(policy.null_expert, scores)
-    if null is not None and quality[null] >= best - policy.null_margin:
+    near = null is not None and quality[null] >= best - policy.null_margin
+    if null is not None and near and not costs_too_much(null):
         told = {"rule": "null_expert", "best": best, **aim.reasons}
         return _plan(policy, scores, np.array([null]), shown, told)
 
     good = quality[order] >= policy.min_quality
     if policy.min_quality > 0:
         order = order[good] if good.any() else order[[quality[order].argmax()]]
-    reasons: dict[str, Any] = {"rule": "best_score", **aim.reasons}
+    reasons: dict[str, Any] = {"rule": aim.rule, **aim.reasons}
     chosen = order[: policy.k]
     plain = chosen
     trusted = order[quality[order] >= policy.threshold]
-    for rule, bonus in _bonuses(policy, resident, session, trusted, len(quality)):
-        near = _preferred(utility, bonus, order, len(plain))
-        if set(near) != set(chosen):
-            reasons["rule"] = rule
-        chosen = near
+    if named is None:
+        for rule, bonus in _bonuses(policy, resident, session, trusted, len(quality)):
+            preferred = _preferred(utility, bonus, order, len(plain))
+            if set(preferred) != set(chosen):
+                reasons["rule"] = rule
+            chosen = preferred
     if gone := [scores.experts[i] for i in plain if i not in chosen]:
         gave_up = float(utility[plain].mean() - utility[chosen].mean())
         reasons |= {"instead_of": gone, "gave_up": round(gave_up, 6)}
     if policy.top_p is not None:
         chosen = chosen[: _enough(quality[chosen], policy.top_p)]
     unsure = policy.unsure
-    if unsure is not None and float(quality[chosen].max()) < unsure.below:
+    in_doubt = unsure is not None and float(quality[chosen].max()) < unsure.below
+    if unsure is not None and in_doubt:
+        reasons["unsure"] = unsure.do
         if unsure.do == "ask_more":
             chosen = order[: max(unsure.k, len(chosen))]
         elif unsure.do == "ask_stronger":
-            chosen = order[np.argsort(-quality[order], kind="stable")][: len(chosen)]
-        reasons |= {"unsure": unsure.do, "best": round(float(quality[chosen].max()), 4)}
+            stronger = order[np.argsort(-quality[order], kind="stable")][: len(chosen)]
+            chosen = chosen if costs_too_much(int(stronger[0])) else stronger
+    if calls(len(chosen))[1] > 1:
+        within = chosen[: 1 + _affordable(aim.cost[chosen[1:]], aim.room)]
+        if len(within) < len(chosen):
+            reasons["over_budget"] = [scores.experts[i] for i in chosen[len(within) :]]
+        chosen = within
+    if in_doubt:
+        reasons["best"] = round(float(quality[chosen].max()), 4)
     shown = np.concatenate([shown, chosen[:SHOWN_SCORES]])  # the chosen may stand further down
     return _plan(policy, scores, chosen, shown, reasons)
+
+
+def most_experts(policy: Policy) -> int:
+    """That a plan of the policy has. A stronger one that may take the place of the first counts,
+    since it costs as if it came on top."""
+    unsure = policy.unsure
+    more = 0 if unsure is None else {"say": 0, "ask_more": unsure.k, "ask_stronger": 2}[unsure.do]
+    return max(policy.k, more)
+
+
+def _affordable(cost: FloatArray, room: float) -> int:
+    """How many of the first of (k,) costs fit together."""
+    total = np.cumsum(cost, dtype=np.float64)
+    return int(np.searchsorted(total, room * (1 + 1e-9), side="right"))
 
 
 def _plan(

@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 from scipy.special import ndtr
 
-from composer.routing.aims import Aim
+from composer.routing.aims import BY_SCORE, Aim
 from composer.routing.base import Exploration, Scores
 from composer.types import Choice, Plan, Policy
 
@@ -48,7 +48,7 @@ def explored(plan: Plan, scores: Scores, aim: Aim, policy: Policy, draw: float |
     noted = replace(plan, learning={**plan.learning, **exploration.learning})
     greedy = plan.best
     rule = plan.reasons.get("rule")
-    by_score = rule in ("best_score", "resident_within_tolerance") and "unsure" not in plan.reasons
+    by_score = rule in BY_SCORE | {"resident_within_tolerance"} and "unsure" not in plan.reasons
     if draw is None or not by_score or len(plan.choices) > 1:
         return _told(noted, greedy, 1.0)
     quality = scores.quality.astype(np.float64)
@@ -58,7 +58,7 @@ def explored(plan: Plan, scores: Scores, aim: Aim, policy: Policy, draw: float |
         return _told(noted, greedy, 1.0)
     value = quality - aim.weight * np.asarray(aim.cost, np.float64)
     spread = None
-    if exploration.thompson > 0 and rule == "best_score":
+    if exploration.thompson > 0 and rule in BY_SCORE:
         spread = exploration.thompson * scores.uncertainty[allowed]
     chances = propensities(
         value[allowed], spread, int(np.flatnonzero(allowed == best)[0]), exploration.floor
@@ -88,7 +88,7 @@ def _drawn(
     """As many experts as the plan has, or as many as have a chance, drawn by the router's chances
     among those that the policy allows. Weights are shares of the draws, with replacement, else
     qualities. Best first, as in any plan. One that a rule named stays."""
-    by_score = plan.reasons.get("rule") == "best_score" and "unsure" not in plan.reasons
+    by_score = plan.reasons.get("rule") in BY_SCORE and "unsure" not in plan.reasons
     quality = scores.quality.astype(np.float64)
     assert exploration.chances is not None
     # NaN, who is not eligible, is not at least anything.

@@ -12,6 +12,7 @@ from typing import Any, ClassVar, Literal
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
 
+from composer.routing.aims import beyond
 from composer.routing.artefact import (
     MANIFEST,
     Artefact,
@@ -22,12 +23,13 @@ from composer.routing.artefact import (
     read_manifest,
 )
 from composer.routing.asked_skills import AskedSkills, AskedSkillsSettings
-from composer.routing.base import Embedder, Exploration, Query, Scores
+from composer.routing.base import NO_DEMANDS, Demands, Embedder, Exploration, Query, Scores
 from composer.routing.curve import Curve
 from composer.routing.families import FAMILIES
 from composer.routing.family import BySkills
-from composer.routing.model import LearnedModel, check_embedder
-from composer.routing.reading import read
+from composer.routing.model import LearnedModel, Scored, check_embedder
+from composer.routing.reading import Reading, read
+from composer.routing.views import Encode
 from composer.types import Ask, BoolArray, Expert, FloatArray, Tier
 
 EXPLAINED = 5
@@ -128,13 +130,25 @@ class LearnedRouter:
         self._settings = settings
         self.artefact = self.digest(LearnedSettings(artefact=settings.artefact))
         self.shadow = shadow
+        self.curve = self._curve()
 
-    @property
-    def curve(self) -> Curve | None:
-        """That of the artefact, which holds for the experts that it was trained on, together: None
-        where the policy lacks one, or has one that joined."""
+    def _curve(self) -> Curve | None:
+        """That of the artefact, which holds for decisions by the scores of the experts that it was
+        trained on, together: None where the policy lacks one, has one that joined, or decides by
+        skills that are asked for, or draws."""
         whole = sorted(self._columns) == list(range(len(self.model.manifest.experts)))
-        return self.model.manifest.curve if whole else None
+        curve = self.model.manifest.curve
+        if curve is None or not whole or _otherwise_decided(self._settings):
+            return None
+        names = [stamp.id for stamp in self.model.manifest.experts]
+        ids = {names[c]: id_ for c, id_ in zip(self._columns, self.experts, strict=True)}
+        points = tuple(
+            point
+            if point.expert is None
+            else point.model_copy(update={"expert": ids[point.expert]})
+            for point in curve.points
+        )
+        return curve.model_copy(update={"points": points})
 
     @classmethod
     def asks(cls, settings: LearnedSettings) -> str | None:
@@ -152,45 +166,22 @@ class LearnedRouter:
 
     @classmethod
     def check(
-        cls, experts: Sequence[Expert], settings: LearnedSettings, *, needs_curve: bool = False
+        cls, experts: Sequence[Expert], settings: LearnedSettings, demands: Demands = NO_DEMANDS
     ) -> None:
-        """Reads the manifest, and the arrays for their digest alone; whose vectors it was fitted
-        on is for `build` to compare, since that takes an embedder. Raises ValueError
-        (ArtefactError) where an expert is unknown to the artefact (and may not join, or has no text
-        to join by), the folder is none or damaged, or a curve is needed that it does not have."""
+        """Reads the manifest, and the arrays for their digest alone. Raises ValueError
+        (ArtefactError) where the folder is none or damaged, the artefact was fitted on another
+        embedder's vectors, an expert is unknown to it (and may not join, or has no text to join
+        by), or an aim is demanded that it cannot be held to. The shadow is checked likewise."""
         manifest = read_manifest(settings.artefact)
         packed_arrays(settings.artefact, manifest)
+        if demands.embedder is not None:
+            check_embedder(manifest, demands.embedder, settings.artefact)
         new = _new(manifest.known, experts, settings)
         _check_skills(manifest, settings, new)
         if (shadow := settings.of_shadow) is not None:
-            cls.check(experts, shadow, needs_curve=needs_curve)
-        if not needs_curve:
-            return
-        if manifest.curve is None:
-            raise ArtefactError(
-                "`quality` and `max_cost` need outcomes with costs, and the artefact "
-                f"{settings.artefact} was trained without; train it again with prices, or leave "
-                "them out"
-            )
-        names = [settings.names.get(expert.id, expert.id) for expert in experts]
-        if None in names:
-            raise ArtefactError(
-                "`quality` and `max_cost` need the cost of every expert, and `names` says of one "
-                "that the artefact does not know it; leave that expert out, or the aim"
-            )
-        late = [*(stamp.id for stamp in manifest.joined if stamp.id in names), *new]
-        if late:
-            raise ArtefactError(
-                "`quality` and `max_cost` hold for the experts that the artefact was trained on, "
-                f"together, and {late[0]!r} joined later; train it again with that one's outcomes, "
-                "or leave them out"
-            )
-        if left := [stamp.id for stamp in manifest.experts if stamp.id not in names]:
-            raise ArtefactError(
-                "`quality` and `max_cost` hold for all the artefact's experts together, and the "
-                f"policy leaves out {left[0]!r}; train one for the policy's experts, or leave "
-                "them out"
-            )
+            cls.check(experts, shadow, demands)
+        if demands.curve:
+            _check_curve(manifest, experts, settings, new, demands.quality)
 
     @classmethod
     def build(
@@ -216,36 +207,58 @@ class LearnedRouter:
 
     async def score(self, query: Query, eligible: BoolArray, ask: Ask | None = None) -> Scores:
         readings = [read(query.text)]
+        encode = await self._encoder(readings)
+        skills, told = await self._asked_skills(query, ask)
+        scored = await asyncio.to_thread(self.model.score_read, readings, encode, skills)
+        quality = self._of_policy(scored.quality[0], 0)
+        uncertainty = self._of_policy(scored.uncertainty[0], 0)
+        quality[~eligible] = np.nan
+        uncertainty[~eligible] = np.nan
+        return Scores(
+            self.experts,
+            quality,
+            uncertainty,
+            self._reasons(quality),
+            self._cost(scored),
+            self._exploration(scored),
+            told,
+        )
+
+    async def _encoder(self, readings: Sequence[Reading]) -> Encode:
+        """Of the texts that are read of these queries, embedded beforehand in one batch with those
+        of other requests."""
         wanted = self.model.views.encoded(readings)
         vectors = await asyncio.gather(*(self._embedder.embed(text) for text in wanted))
         known = dict(zip(wanted, vectors, strict=True))
+        return lambda texts: np.stack([known[text] for text in texts])
 
-        def encode(texts: Sequence[str]) -> FloatArray:
-            return np.stack([known[text] for text in texts])
+    async def _asked_skills(
+        self, query: Query, ask: Ask | None
+    ) -> tuple[Sequence[int], Mapping[str, Any]]:
+        """The skills that an LLM named, none where it is not asked, and what is told of that."""
+        if self._skills is None:
+            return (), {}
+        return await self._skills.infer(query, ask)
 
-        skills: Sequence[int] = ()
-        told: Mapping[str, Any] = {}
-        if self._skills is not None:
-            skills, told = await self._skills.infer(query, ask)
-        scored = await asyncio.to_thread(self.model.score_read, readings, encode, skills)
-        # One more column, for those whom the artefact does not know.
-        quality = np.append(scored.quality[0], np.float32(0))[self._columns]
-        uncertainty = np.append(scored.uncertainty[0], np.float32(0))[self._columns]
-        quality[~eligible] = np.nan
-        uncertainty[~eligible] = np.nan
-        cost = None
-        if scored.cost is not None:
-            cost = np.append(scored.cost[0], np.nanmax(scored.cost[0]))[self._columns]
-        if cost is not None and np.isnan(cost).any():
-            cost = None  # one of them joined without a price
-        tried = self._settings.shadow
-        exploration = None if tried is None else Exploration(tried.explore)
+    def _of_policy(self, row: FloatArray, unknown: float) -> FloatArray:
+        """(A,) of the artefact's experts → (E,) of the policy's, `unknown` for those whom `names`
+        says that it does not know."""
+        return np.asarray(np.append(row, np.float32(unknown))[self._columns])
+
+    def _cost(self, scored: Scored) -> FloatArray | None:
+        """(E,), an unknown one's that of the dearest. None where one joined without a price."""
+        if scored.cost is None:
+            return None
+        cost = self._of_policy(scored.cost[0], float(np.nanmax(scored.cost[0])))
+        return None if np.isnan(cost).any() else cost
+
+    def _exploration(self, scored: Scored) -> Exploration | None:
         if self._settings.draw is not None and scored.chances is not None:
-            chances = np.append(scored.chances[0], np.float32(0))[self._columns]
+            chances = self._of_policy(scored.chances[0], 0)
             replacement = self._settings.draw == "with_replacement"
-            exploration = Exploration(0.0, chances=chances, replacement=replacement)
-        reasons = self._reasons(quality)
-        return Scores(self.experts, quality, uncertainty, reasons, cost, exploration, told)
+            return Exploration(0.0, chances=chances, replacement=replacement)
+        shadow = self._settings.shadow
+        return None if shadow is None else Exploration(shadow.explore)
 
     def _reasons(self, quality: FloatArray) -> Mapping[str, Mapping[str, Any]]:
         """How far the query moves the best few from their mean quality, and what is known of those
@@ -265,10 +278,58 @@ class LearnedRouter:
         return told
 
 
+def _check_curve(
+    manifest: Manifest,
+    experts: Sequence[Expert],
+    settings: LearnedSettings,
+    new: Mapping[str, object],
+    quality: float | None,
+) -> None:
+    """Raises ArtefactError where the artefact has no curve, its curve is not one of these experts
+    together and of decisions as they are made here, or it does not reach `quality`."""
+    if manifest.curve is None:
+        raise ArtefactError(
+            "`quality` and `max_cost` need outcomes with costs, and the artefact "
+            f"{settings.artefact} was trained without; train it again with prices, or leave "
+            "them out"
+        )
+    if said := _otherwise_decided(settings):
+        raise ArtefactError(
+            f"`quality` and `max_cost` hold for decisions by scores, and `{said[0]}` makes others; "
+            "leave out one of the two"
+        )
+    names = [settings.names.get(expert.id, expert.id) for expert in experts]
+    if None in names:
+        raise ArtefactError(
+            "`quality` and `max_cost` need the cost of every expert, and `names` says of one "
+            "that the artefact does not know it; leave that expert out, or the aim"
+        )
+    late = [*(stamp.id for stamp in manifest.joined if stamp.id in names), *new]
+    if late:
+        raise ArtefactError(
+            "`quality` and `max_cost` hold for the experts that the artefact was trained on, "
+            f"together, and {late[0]!r} joined later; train it again with that one's outcomes, "
+            "or leave them out"
+        )
+    if left := [stamp.id for stamp in manifest.experts if stamp.id not in names]:
+        raise ArtefactError(
+            "`quality` and `max_cost` hold for all the artefact's experts together, and the "
+            f"policy leaves out {left[0]!r}; train one for the policy's experts, or leave "
+            "them out"
+        )
+    if quality is not None and (refused := beyond(manifest.curve, quality)) is not None:
+        raise ArtefactError(refused)
+
+
+def _otherwise_decided(settings: LearnedSettings) -> list[str]:
+    """The settings by which decisions are not those that the artefact's measures tell of."""
+    return [name for name in ("skills", "draw") if getattr(settings, name) is not None]
+
+
 def _check_skills(manifest: Manifest, settings: LearnedSettings, new: Mapping[str, object]) -> None:
     """Raises ArtefactError where an LLM is to name skills, or experts are to be drawn, and this
     artefact, a shadow beside it or an expert that joins does not allow that."""
-    said = [name for name in ("skills", "draw") if getattr(settings, name) is not None]
+    said = _otherwise_decided(settings)
     if not said:
         return
     kind: Any = FAMILIES.get(manifest.family)

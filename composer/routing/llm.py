@@ -12,7 +12,7 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
 
 from composer.routing.asking import Asking
-from composer.routing.base import Embedder, Query, Scores
+from composer.routing.base import NO_DEMANDS, Demands, Embedder, Query, Scores
 from composer.routing.neighbours import NeighboursRouter, NeighboursSettings
 from composer.types import Ask, BoolArray, Expert, Tier
 
@@ -120,9 +120,9 @@ class LlmRouter:
 
     @classmethod
     def check(
-        cls, experts: Sequence[Expert], settings: LlmSettings, *, needs_curve: bool = False
+        cls, experts: Sequence[Expert], settings: LlmSettings, demands: Demands = NO_DEMANDS
     ) -> None:
-        NeighboursRouter.check(experts, settings.base, needs_curve=needs_curve)
+        NeighboursRouter.check(experts, settings.base, demands)
 
     @classmethod
     def build(

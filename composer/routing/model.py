@@ -10,8 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from composer.routing.artefact import Artefact, ArtefactError, EmbedderStamp, JoinedStamp, Manifest
-from composer.routing.base import Embedder
+from composer.routing.artefact import Artefact, ArtefactError, JoinedStamp, Manifest
+from composer.routing.base import Vectors
 from composer.routing.costs import CostModel
 from composer.routing.families import FAMILIES
 from composer.routing.family import BySkills, Family, Predicted, State, predicted
@@ -216,10 +216,10 @@ class LearnedModel:
         )
 
 
-def check_embedder(manifest: Manifest, embedder: Embedder | EmbedderStamp, folder: Path) -> None:
+def check_embedder(manifest: Manifest, embedder: Vectors, folder: Path) -> None:
     """Raises ArtefactError where the artefact was fitted on another embedder's vectors."""
     asked = manifest.embedder
-    if (asked.digest, asked.dim) != (embedder.digest, embedder.dim):
+    if asked.digest != embedder.digest:
         raise ArtefactError(
             f"{folder} was trained on vectors of {asked.id} ({asked.digest[:12]}), and this "
             f"service embeds with {embedder.id} ({embedder.digest[:12]}); set COMPOSER_EMBEDDER, "

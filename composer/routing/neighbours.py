@@ -11,7 +11,7 @@ from typing import Any, ClassVar, Literal
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
 
-from composer.routing.base import Embedder, Query, Scores
+from composer.routing.base import NO_DEMANDS, Demands, Embedder, Query, Scores
 from composer.routing.calibrate import Calibration, Evidence, evidence
 from composer.routing.index import FlatIndex, Index, Rows, build_index
 from composer.routing.metric import IntArray, apply_metric, fit_metric
@@ -173,12 +173,11 @@ class NeighboursRouter:
         cls,
         experts: Sequence[Expert],
         settings: NeighboursSettings,
-        *,
-        needs_curve: bool = False,
+        demands: Demands = NO_DEMANDS,
     ) -> None:
         """Raises ValueError when none of several experts has a text of the sources, or a curve is
         needed, which only outcomes give."""
-        if needs_curve:
+        if demands.curve:
             raise ValueError(
                 "`quality` and `max_cost` need a router trained on outcomes, and this one is not; "
                 "train one with `router-training train` and name its artefact here, or leave "

@@ -15,7 +15,15 @@ from safetensors import SafetensorError
 from safetensors.numpy import load as load_arrays
 from safetensors.numpy import save as save_arrays
 
-from composer.routing.base import Embedder, Exploration, Query, Router, Scores
+from composer.routing.base import (
+    NO_DEMANDS,
+    Demands,
+    Embedder,
+    Exploration,
+    Query,
+    Router,
+    Scores,
+)
 from composer.routing.curve import Curve
 from composer.routing.learned import LearnedRouter, LearnedSettings
 from composer.routing.learners import BanditLearner, FullLearner, Learner, Observed
@@ -115,9 +123,9 @@ class OnlineRouter:
 
     @classmethod
     def check(
-        cls, experts: Sequence[Expert], settings: OnlineSettings, *, needs_curve: bool = False
+        cls, experts: Sequence[Expert], settings: OnlineSettings, demands: Demands = NO_DEMANDS
     ) -> None:
-        if needs_curve:
+        if demands.curve:
             raise ValueError(
                 "`quality` and `max_cost` hold for a router that stays as it was trained, and "
                 "`online` goes on learning; use `cost_weight`, or the router `learned`"
@@ -132,7 +140,7 @@ class OnlineRouter:
                 "the base of `online` cannot `draw` experts: who is tried is its own to say; leave "
                 "it out, or use the router `learned`"
             )
-        _base(settings).check(experts, settings.base)
+        _base(settings).check(experts, settings.base, demands)
 
     @classmethod
     def build(

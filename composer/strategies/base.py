@@ -33,6 +33,10 @@ class Strategy(Protocol):
         """Raises Unsupported, before anything runs, for what this strategy cannot honour."""
         ...
 
+    def calls(self, experts: int) -> tuple[int, int]:
+        """The fewest calls, if all goes well, and the most, for a plan of so many experts."""
+        ...
+
     def run(self, request: Request, plan: Plan, ask: Ask) -> AsyncGenerator[Chunk, None]:
         """Yields the answer. Closing the generator closes every `ask` it opened. The last
         chunk carries the usage summed over all calls, those that lost included."""

@@ -37,6 +37,9 @@ class Single:
     def check(self, request: Request) -> None:
         """Refuses nothing: what an expert cannot do is the filter's and the engine's to say."""
 
+    def calls(self, experts: int) -> tuple[int, int]:
+        return 1, 1
+
     async def run(self, request: Request, plan: Plan, ask: Ask) -> AsyncGenerator[Chunk, None]:
         expert = plan.best
         async with aclosing(ask(expert, verbatim=True)) as chunks:

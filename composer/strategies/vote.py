@@ -64,7 +64,9 @@ class VoteSettings(BaseModel):
     head: Path | None = Field(
         None,
         description="The file that `router-training votes` wrote. It weighs the answers, says how "
-        "likely they are, and how many experts are asked at most if the policy's `k` is larger.",
+        "likely they are, and how many experts are asked at most if the policy's `k` is larger. "
+        "Its probability and number of calls hold where experts come by expected quality alone: "
+        "`cost_weight`, aims, `tolerance` and `stay` may change their order.",
     )
     names: Mapping[str, str] = Field(
         {}, description="Expert id → its name in the head's file, where the two differ."
@@ -168,6 +170,10 @@ class Vote:
                 "with the strategy `single`",
                 param="tools",
             )
+
+    def calls(self, experts: int) -> tuple[int, int]:
+        most = experts if self._head is None else min(experts, self._head.most)
+        return min(self._settings.first or most, most), most
 
     async def run(self, request: Request, plan: Plan, ask: Ask) -> AsyncGenerator[Chunk, None]:
         choices = plan.choices if self._head is None else plan.choices[: self._head.most]

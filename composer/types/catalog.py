@@ -190,7 +190,7 @@ class Component:
 class Unsure:
     """What a policy does where the best chosen expert's expected quality is `below` its floor:
     say so in the answer (which it does in any case), ask `k` experts, or go to the best by
-    quality whatever it costs."""
+    quality."""
 
     below: float
     do: Literal["say", "ask_more", "ask_stronger"] = "say"

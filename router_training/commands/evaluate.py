@@ -20,6 +20,7 @@ from router_training.console import (
     number,
     out,
     percent,
+    promised,
     say,
     scope_line,
     told_plainly,
@@ -78,3 +79,5 @@ def evaluate(
             say(f"{j.name}: {scope_line(scope)}")
         if (told := j.overlap.sentence) is not None:
             say(f"{j.name}: {told}")
+        if j.knob is not None:
+            out.print(promised(f"the knob of {j.name}", j.knob))

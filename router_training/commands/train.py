@@ -24,6 +24,7 @@ from router_training.console import (
     named_experts,
     out,
     outcomes_of,
+    promised,
     refuse,
     say,
     scope_line,
@@ -119,4 +120,6 @@ def train(
                 say(f"{title}: {within}")
             if card["scope"] is not None:
                 say(f"{title}: {scope_line(card['scope'])}")
+    if (promises := metrics.get("dev_promises")) is not None:
+        out.print(promised("the knob on dev", promises))
     say(f"{len(manifest.experts)} experts, {manifest.data.questions} questions → {out_folder}")

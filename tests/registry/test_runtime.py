@@ -10,7 +10,7 @@ import pytest
 
 from composer.registry import RUNTIME, RegistryError
 from tests.registry.conftest import Load
-from tests.registry.world import RABBIT, said, write_adapter
+from tests.registry.world import DEMANDING, RABBIT, said, write_adapter
 
 Edit = Callable[[str, str], None]
 
@@ -168,10 +168,92 @@ def test_only_those_named_may_be_left_out(load: Load) -> None:
     assert refused.value.problems == refused.value.about("gone") != ()
 
 
-def test_a_policy_that_names_an_expert_left_out_is_wrong(load: Load, edit: Edit) -> None:
-    edit("experts: [fox, owl]", "experts: [fox, rabbit]")
-    assert load(runtime=[RABBIT]).catalog.policies["twice"].experts == ("fox", "rabbit")
+GONE = {**RABBIT, "adapter": "./adapters/gone"}
+"""The same, whose adapter is there no more."""
+
+KEY = "keys:\n  ann: {key_env: ANN_KEY, exclude: [rabbit]}\n"
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "where", "until"),
+    [
+        ("[fox, owl]", "[fox, rabbit]", "twice.experts[1]", "the policy goes without it"),
+        ("default_expert: general", "default_expert: rabbit", "auto.default_expert", "has none"),
+        ('["*"]\n', '["*"]\n    null_expert: rabbit\n', "auto.null_expert", "has none"),
+        ("policies:\n", KEY + "policies:\n", "keys.ann.exclude[0]", "nobody can ask it"),
+        ("centroid}", "asking, expert: rabbit}", "twice.router", "without asking it"),
+    ],
+)
+def test_what_the_file_says_of_an_expert_left_out_waits_for_it(
+    load: Load,
+    edit: Edit,
+    monkeypatch: pytest.MonkeyPatch,
+    old: str,
+    new: str,
+    where: str,
+    until: str,
+) -> None:
+    monkeypatch.setenv("ANN_KEY", "a")
+    edit(old, new)
+    whole = load(families=DEMANDING, runtime=[RABBIT])
+    assert whole.warnings == ()
+    loaded = load(families=DEMANDING, runtime=[GONE], may_skip={"rabbit"})
+    assert loaded.skipped.keys() == {"rabbit"}
+    (warning,) = loaded.warnings
+    assert warning.path.endswith(where)
+    assert "the run-time expert 'rabbit' is left out at present" in warning.message
+    assert until in warning.message
+    assert load(families=DEMANDING, runtime=[RABBIT], may_skip={"rabbit"}).catalog == whole.catalog
+    edit("rabbit", "rabit")  # nobody was ever called that
     with pytest.raises(RegistryError) as refused:
-        load(runtime=[{**RABBIT, "adapter": "./adapters/gone"}], may_skip={"rabbit"})
-    assert said(refused) == ["policies.twice.experts[1]: no expert is called 'rabbit'"]
-    assert refused.value.about("rabbit") == ()
+        load(families=DEMANDING, runtime=[GONE], may_skip={"rabbit"})
+    (problem,) = refused.value.problems
+    assert problem.path.endswith(where)
+    assert "no expert is called 'rabit'" in problem.message
+
+
+def test_whom_a_key_excludes_stays_excluded_while_it_is_left_out(load: Load, edit: Edit) -> None:
+    edit("policies:\n", KEY + "policies:\n")
+    keys = load(families=DEMANDING, runtime=[GONE], may_skip={"rabbit"}).catalog.keys
+    assert keys["ann"].exclude == {"rabbit"}
+
+
+def test_a_policy_of_nobody_but_those_left_out_is_wrong(load: Load, edit: Edit) -> None:
+    edit("experts: [fox, owl]", "experts: [rabbit]")
+    with pytest.raises(RegistryError) as refused:
+        load(families=DEMANDING, runtime=[GONE], may_skip={"rabbit"})
+    assert said(refused) == [
+        "policies.twice.experts: all its experts are left out at present: 'rabbit'"
+    ]
+
+
+def test_an_expert_that_a_router_refuses_is_left_out_too(load: Load, edit: Edit) -> None:
+    """As one that a trained router knows nothing of, where the file's experts fit it."""
+    edit("{name: neighbours, top: 3}", "{name: picky}")
+    assert load(families=DEMANDING).catalog.policies["auto"].experts == ("fox", "general", "owl")
+    with pytest.raises(RegistryError) as refused:
+        load(families=DEMANDING, runtime=[RABBIT])
+    (problem,) = refused.value.about("rabbit")
+    assert str(problem) == (
+        "runtime: experts.rabbit: it does not fit policy 'auto': 'rabbit' is not known. "
+        "Train again."
+    )
+    loaded = load(families=DEMANDING, runtime=[RABBIT], may_skip={"rabbit"})
+    assert loaded.skipped == {"rabbit": (problem,)}
+    edit("[fox, owl]", "[fox, owl]\n    cost_weight: 0.1")
+    with pytest.raises(RegistryError) as refused:
+        load(families=DEMANDING, runtime=[RABBIT])
+    assert len(refused.value.about("rabbit")) == 1  # what else is wrong is told beside it
+    assert len(refused.value.problems) == 2
+
+
+def test_an_aim_that_needs_an_expert_left_out_is_not_held_to_meanwhile(
+    load: Load, edit: Edit
+) -> None:
+    edit("{name: centroid}", "{name: whole, of: [fox, rabbit]}\n    quality: 0.9")
+    edit("[fox, owl]", "[fox, rabbit]")
+    assert load(families=DEMANDING, runtime=[RABBIT]).warnings == ()
+    loaded = load(families=DEMANDING, runtime=[GONE], may_skip={"rabbit"})
+    told = [warning for warning in loaded.warnings if warning.path == "policies.twice.router"]
+    assert len(told) == 1
+    assert "requests that aim at a quality or a spend are refused" in told[0].message

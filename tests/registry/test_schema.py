@@ -45,7 +45,7 @@ def test_policies_choose_among_routers_and_strategies() -> None:
     assert policy["properties"].keys() == {*PolicySpec.model_fields, "router", "strategy"}
     assert set(policy["required"]) == {"router", "strategy"}
     routers = branches(schema, policy["properties"]["router"], "name")
-    assert routers.keys() == {"neighbours", "centroid"}
+    assert routers.keys() == FAMILIES.routers.keys()
     assert routers["neighbours"]["properties"]["pooling"]["enum"] == ["max", "mean"]
     assert branches(schema, policy["properties"]["strategy"], "name").keys() == {"single", "vote"}
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,7 +14,7 @@ from safetensors.numpy import save_file
 
 from composer.errors import CatalogError
 from composer.registry import ComponentFamily, EngineFamily, Families, RouterFamily
-from composer.types import Placement
+from composer.types import Expert, Placement, Policy
 
 WIDTH, VOCABULARY, LAYERS, RANK = 8, 16, 2, 2
 BASE_NAME = "acme/tiny-llama"
@@ -104,6 +105,25 @@ class CentroidSettings(Strict):
     pass
 
 
+class AskingSettings(Strict):
+    expert: str
+
+
+def refuse_rabbits(policy: Policy, experts: Sequence[Expert]) -> None:
+    if "rabbit" in {expert.id for expert in experts}:
+        raise ValueError("'rabbit' is not known; train again")
+
+
+class WholeSettings(Strict):
+    of: list[str]
+
+
+def need_all(policy: Policy, experts: Sequence[Expert]) -> None:
+    settings = policy.router.settings
+    if policy.quality is not None and {expert.id for expert in experts} != set(settings.of):
+        raise ValueError("the aim needs all of them; train again")
+
+
 class EmbeddedSettings(Strict):
     model: str = Field(description="Folder of the base model, or its hub name.")
     revision: str | None = None
@@ -151,6 +171,18 @@ FAMILIES = Families(
         ),
     },
 )
+
+DEMANDING = Families(
+    routers={
+        **FAMILIES.routers,
+        "asking": RouterFamily(AskingSettings, asks=lambda settings: settings.expert),
+        "picky": RouterFamily(CentroidSettings, check=refuse_rabbits),
+        "whole": RouterFamily(WholeSettings, check=need_all),
+    },
+    strategies=FAMILIES.strategies,
+    engines=FAMILIES.engines,
+)
+"""The same with routers that do not take everybody, or ask somebody."""
 
 
 def said(error: pytest.ExceptionInfo[CatalogError]) -> list[str]:

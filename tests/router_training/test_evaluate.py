@@ -57,7 +57,11 @@ def test_the_json_has_exactly_the_keys_of_its_description(tmp_path: Path) -> Non
     assert [a["name"] for a in value["artefacts"]] == ["one", "two"]
     assert [a["router"] for a in value["artefacts"]] == ["category", "clusters"]
     for artefact in value["artefacts"]:
-        assert artefact.keys() == ARTEFACT_KEYS
+        assert artefact.keys() == ARTEFACT_KEYS | {"knob"}  # with a curve and prices alone
+        for promise in artefact["knob"]:
+            low, high = promise["achieved_ci95"]
+            assert low <= promise["achieved"] <= high
+            assert promise["promised"] >= promise["asked"] - 1e-6
         assert artefact["budget_acc"].keys() == {"0.05", "0.10", "0.25", "0.50"}
         assert artefact["ci95"][0] <= artefact["avg_acc"] <= artefact["ci95"][1]
         assert artefact["apgr"] is None  # not a pool of two
@@ -72,6 +76,7 @@ def test_the_json_has_exactly_the_keys_of_its_description(tmp_path: Path) -> Non
 def test_without_prices_what_needs_them_is_null(tmp_path: Path) -> None:
     folder = made(tmp_path / "a", table())
     value = evaluate([folder], table(100, seed=2, priced=False), WordEmbedder()).as_json()
+    assert value["artefacts"][0].keys() == ARTEFACT_KEYS
     artefact = value["artefacts"][0]
     assert artefact["mean_cost"] is None
     assert artefact["aiq"] is None

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from router_training.intervals import Difference, paired, verdict
+from router_training.intervals import Difference, paired, shares, side_by_side, verdict
 
 Float64 = np.ndarray[tuple[int], np.dtype[np.float64]]
 
@@ -93,3 +93,20 @@ def test_what_cannot_be_compared() -> None:
         verdict([Difference("a", "t", np.array([np.nan]), np.array([0]))])
     with pytest.raises(ValueError, match="no pool"):
         verdict([])
+
+
+def test_shares_are_paired_with_their_base() -> None:
+    rng = np.random.default_rng(0)
+    base = (rng.random(400) < 0.6).astype(float)
+    other = np.where(rng.random(400) < 0.1, 1 - base, base)
+    group = np.arange(400)
+    alike, near = shares(np.stack([base, other], axis=1), group, base, group)
+    assert (alike.mean, alike.low, alike.high) == (1.0, 1.0, 1.0)
+    assert near.mean == pytest.approx(other.mean() / base.mean())
+    [apart] = side_by_side(other[:, None], group)
+    assert near.high - near.low < (apart.high - apart.low) / base.mean()
+    half = np.flatnonzero(group % 2)
+    [some] = shares(other[:, None], group, base[half], group[half])
+    assert some.mean == pytest.approx(other.mean() / base[half].mean())
+    with pytest.raises(ValueError, match="no shares of nothing"):
+        shares(other[:, None], group, base * 0, group)

@@ -11,6 +11,7 @@ import pytest
 from typer.testing import CliRunner
 
 from composer.routing.artefact import ArtefactError
+from composer.routing.base import Demands, Query
 from composer.routing.joining import MAX_OUTCOMES
 from composer.routing.learned import LearnedRouter, LearnedSettings
 from composer.routing.model import LearnedModel
@@ -156,16 +157,14 @@ def test_an_unknown_expert_is_refused_unless_it_may_join(folder: Path) -> None:
 
 
 def test_the_curve_is_that_of_those_trained_together(folder: Path) -> None:
-    LearnedRouter.check(KNOWN, settings(folder), needs_curve=True)
+    LearnedRouter.check(KNOWN, settings(folder), Demands(curve=True))
     with pytest.raises(ArtefactError, match="'team/poems' joined later"):
-        LearnedRouter.check([*KNOWN, POEMS], settings(folder), needs_curve=True)
+        LearnedRouter.check([*KNOWN, POEMS], settings(folder), Demands(curve=True))
     assert LearnedRouter.build(KNOWN, settings(folder), EMBEDDER).curve is not None
     assert LearnedRouter.build([*KNOWN, POEMS], settings(folder), EMBEDDER).curve is None
 
 
 async def test_an_expert_of_the_policy_joins_by_its_texts(folder: Path) -> None:
-    from composer.routing.base import Query
-
     before = LearnedRouter.build(KNOWN, settings(folder), EMBEDDER)
     after = LearnedRouter.build([POEMS, *KNOWN], settings(folder), EMBEDDER)
     everybody = np.ones(3, np.bool_)
@@ -183,15 +182,13 @@ async def test_an_expert_of_the_policy_joins_by_its_texts(folder: Path) -> None:
 async def test_who_joined_offline_needs_no_texts_to_be_served(
     model: LearnedModel, tmp_path: Path
 ) -> None:
-    from composer.routing.base import Query
-
     joined = join(model, "poems", ENCODE, outcomes=table(16, seed=3))
     joined.artefact().save(tmp_path / "new")
     given = settings(tmp_path / "new", unknown="refuse", names={"team/poems": "poems"})
     mute = expert("team/poems")
     LearnedRouter.check([*KNOWN, mute], given)
     with pytest.raises(ArtefactError, match="'poems' joined later"):
-        LearnedRouter.check([*KNOWN, mute], given, needs_curve=True)
+        LearnedRouter.check([*KNOWN, mute], given, Demands(curve=True))
     router = LearnedRouter.build([*KNOWN, mute], given, EMBEDDER)
     scores = await router.score(Query(TEXTS[0]), np.ones(3, np.bool_))
     expected = joined.score([TEXTS[0]], ENCODE).quality[0]

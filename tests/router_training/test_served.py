@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 import yaml
 
-from composer.build import make_embedder
+from composer.build import load, make_embedder
+from composer.errors import CatalogError
 from composer.routing.artefact import EmbedderStamp
 from composer.routing.families import FAMILIES
 from composer.routing.outcomes import Outcomes
@@ -101,7 +102,47 @@ async def test_a_policy_serves_what_was_trained(
         assert frugal["expert"] == cheapest
         modest = await answer(client, asked[0], quality=0.5)
         assert modest["expert"] == cheapest
-        assert modest["reasons"]["aim"]["quality"] == 0.5
+        assert modest["reasons"]["rule"] == "aim_quality"
+        aim = modest["reasons"]["aim"]
+        assert aim["quality"] == 0.5
+        assert aim["expected_cost"] == pytest.approx([PRICES[cheapest]] * 2, rel=0.05)
+
+
+async def test_an_aim_counts_every_call_of_a_vote(
+    tmp_path: Path, recorded: Recorded, embedder: Any
+) -> None:
+    trained(recorded, "category", embedder, tmp_path / "router")
+    vote = {"name": "vote", "extractor": "exact", "first": 2}
+    asked, dearest = recorded.query[:4], max(PRICES.values())
+    async with serving(tmp_path, served(recorded, strategy=vote, k=3), **WAITS) as (client, _):
+        for text in asked:
+            rich = await answer(client, text, max_cost=4 * dearest)
+            assert rich["reasons"]["rule"] == "aim_max_cost"
+            least, most = rich["reasons"]["aim"]["expected_cost"]
+            assert 0 < least < most
+            poor = await answer(client, text, max_cost=2.5 * min(PRICES.values()))
+            assert poor["reasons"]["over_budget"]
+            assert poor["reasons"]["aim"]["expected_cost"][1] <= 2.5 * min(PRICES.values()) * 1.05
+        for wish, says in ((2, "quality 2 is out of reach"), (2.5, "less than or equal to 2")):
+            body = chat(asked[0]) | {"composer": {"quality": wish}}
+            refused = await client.post("/v1/chat/completions", json=body)
+            error = refused.json()["error"]
+            assert (refused.status_code, error["param"]) == (400, "composer.quality")
+            assert says in error["message"]
+
+
+def test_a_policys_quality_beyond_the_curve_is_a_problem_of_the_registry(
+    tmp_path: Path, recorded: Recorded, embedder: Any
+) -> None:
+    trained(recorded, "category", embedder, tmp_path / "router")
+    file = tmp_path / "experts.yaml"
+    file.write_text(served(recorded, quality=1.0))
+    load(Settings(experts=file), embedder=lambda: embedder)
+    file.write_text(served(recorded, quality=1.9))
+    with pytest.raises(CatalogError, match=r"quality 1\.9 is out of reach") as refused:
+        load(Settings(experts=file), embedder=lambda: embedder)
+    [problem] = refused.value.problems
+    assert problem.path == "policies.auto.router"
 
 
 async def test_intents_go_to_their_experts_and_what_is_nobodys_to_the_default(

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from composer.errors import Unsupported
-from composer.routing.aims import aim_of
+from composer.routing.aims import aim_of, beyond
 from composer.routing.base import Scores
 from composer.types import Component, Policy
 from tests.routing.test_curve import FALLING
@@ -38,8 +38,9 @@ def test_a_policys_share_of_quality() -> None:
         "quality": 1.0,
         "expected_quality": 1.0,
         "interval": [0.975, 1.025],
-        "expected_cost": 3.0,
+        "call_cost": 3.0,
     }
+    assert aim.rule == "aim_quality"
 
 
 def test_the_requests_word_goes_first() -> None:
@@ -49,10 +50,53 @@ def test_the_requests_word_goes_first() -> None:
     assert aim_of(policy(max_cost=1.0), PRICE, scores(), FALLING, quality=1.0).weight == 1
 
 
-@pytest.mark.parametrize("wish", [{"quality": 1.5}, {"max_cost": 0.1}])
-def test_what_is_out_of_reach_is_told(wish: dict[str, float]) -> None:
-    aim = aim_of(policy(), PRICE, scores(), FALLING, **wish)
+def test_what_is_out_of_reach_is_told() -> None:
+    aim = aim_of(policy(), PRICE, scores(), FALLING, max_cost=0.1)
     assert aim.reasons["aim"]["out_of_reach"] is True
+    # As after a promotion: the policy's own aim is no caller's to mend.
+    aim = aim_of(policy(quality=1.5), PRICE, scores(), FALLING)
+    assert aim.reasons["aim"]["out_of_reach"] is True
+
+
+@pytest.mark.parametrize("quality", [1.06, 1.5, 2.0])
+def test_a_quality_beyond_the_curve_is_refused(quality: float) -> None:
+    with pytest.raises(Unsupported, match=r"curve has is 1\.05 of") as no:
+        aim_of(policy(), PRICE, scores(), FALLING, quality=quality)
+    assert no.value.param == "composer.quality"
+    told = beyond(FALLING, quality)
+    assert told is not None
+    assert told.startswith(f"quality {quality:g} is out of reach")
+
+
+def test_routing_may_be_better_than_the_best_single_expert_and_1_may_always_be_asked() -> None:
+    assert aim_of(policy(), PRICE, scores(), FALLING, quality=1.05).weight == 0
+    worse = FALLING.model_copy(update={"points": FALLING.points[2:]})
+    assert aim_of(policy(), PRICE, scores(), worse, quality=1.0).reasons["aim"]["out_of_reach"]
+    assert beyond(worse, 1.01) is not None
+
+
+def test_of_several_calls_the_spend_is_that_of_all() -> None:
+    aim = aim_of(policy(), PRICE, scores(), FALLING, max_cost=6.0, calls=3)
+    assert aim.reasons["aim"]["call_cost"] == pytest.approx(2.0)  # a third
+    assert aim.room == pytest.approx(4.0)
+    assert aim.rule == "aim_max_cost"
+    cheapest = aim_of(policy(), PRICE, scores(), FALLING, max_cost=1.5, calls=3)
+    assert cheapest.room == pytest.approx(0.5)
+    assert "out_of_reach" not in cheapest.reasons["aim"]
+    told = cheapest.told(("a", "b"), ("b", "a"), 1)
+    assert told["aim"]["expected_cost"] == pytest.approx([0.01, 0.03])
+    plain = aim_of(policy(), PRICE, scores(), FALLING)
+    assert plain.told(("a", "b"), ("b",), 1) == {}
+
+
+def test_an_aim_that_one_expert_meets_best_names_it() -> None:
+    alone = FALLING.points[1].model_copy(update={"expert": "b"})
+    points = (FALLING.points[0], alone, FALLING.points[2])
+    aim = aim_of(
+        policy(quality=1.0), PRICE, scores(), FALLING.model_copy(update={"points": points})
+    )
+    assert (aim.expert, aim.weight) == ("b", 1)
+    assert aim.reasons["aim"]["expert"] == "b"
 
 
 def test_what_is_within_reach_is_not_out_of_it_by_rounding() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -11,7 +12,7 @@ from hypothesis import strategies as st
 
 from composer.routing.aims import Aim
 from composer.routing.base import Scores
-from composer.routing.choose import SHOWN_SCORES, choose
+from composer.routing.choose import SHOWN_SCORES, choose, most_experts
 from composer.types import BoolArray, Component, Policy, Unsure
 
 NAN = float("nan")
@@ -147,6 +148,72 @@ def test_below_the_floor_of_confidence(do: Any, calls: tuple[str, ...]) -> None:
     assert plan.calls == calls
     assert plan.confident is (do != "say")
     assert plan.reasons["unsure"] == do
+
+
+# --- aims -------------------------------------------------------------------------------
+
+
+def spend(*cost: float, room: float, expert: str | None = None) -> Aim:
+    costs = np.array(cost, np.float32)
+    return Aim(0.0, costs, {"aim": {}}, expert=expert, room=room, rule="aim_max_cost")
+
+
+def test_the_aims_rule_is_the_plans() -> None:
+    found = scores(0.9, 0.8)
+    plan = choose(found, spend(1, 1, room=0), policy())
+    assert (plan.calls, plan.reasons["rule"], plan.reasons["aim"]) == (("e0",), "aim_max_cost", {})
+
+
+@pytest.mark.parametrize(
+    ("room", "calls"),
+    [(0.0, ("e0",)), (2.0, ("e0", "e1")), (3.9, ("e0", "e1")), (4.0, ("e0", "e1", "e2"))],
+)
+def test_further_calls_fit_into_the_room(room: float, calls: tuple[str, ...]) -> None:
+    found = scores(0.9, 0.8, 0.7)
+    for asked in (policy(k=3), policy(unsure=Unsure(0.95, "ask_more", k=3))):
+        plan = choose(found, spend(9, 2, 2, room=room), asked)
+        assert plan.calls == calls
+        over = [e for e in ("e0", "e1", "e2") if e not in calls]
+        assert plan.reasons.get("over_budget", []) == over
+
+
+def test_a_strategy_that_asks_one_of_them_needs_no_room() -> None:
+    found = scores(0.9, 0.8, 0.7)
+    plan = choose(found, spend(9, 2, 2, room=0), policy(k=3), calls=lambda n: (1, 1))
+    assert plan.calls == ("e0", "e1", "e2")
+
+
+@pytest.mark.parametrize(("room", "best"), [(0.5, "e1"), (1.0, "e0")])
+def test_nobody_dearer_takes_the_place_of_the_first_but_where_there_is_room(
+    room: float, best: str
+) -> None:
+    found = scores(0.5, 0.4)
+    aim = replace(spend(2, 1, room=room), weight=1.0)
+    assert choose(found, aim, policy(unsure=Unsure(0.45, "ask_stronger"))).best == best
+    assert choose(found, aim, policy(null_expert="e0")).best == best
+
+
+def test_an_aims_expert_goes_first_where_it_may_answer() -> None:
+    found = scores(0.9, 0.3, 0.7)
+    aim = spend(1, 1, 1, room=9, expert="e1")
+    plan = choose(found, aim, policy(k=2, tolerance=0.5, stay=0.5), loaded(0, n=3), loaded(2, n=3))
+    assert plan.calls == ("e1", "e0")
+    assert plan.reasons["rule"] == "aim_max_cost"
+    gone = scores(0.9, NAN, 0.7)
+    assert choose(gone, aim, policy(k=2)).calls == ("e0", "e2")
+
+
+@pytest.mark.parametrize(
+    ("rules", "most"),
+    [
+        ({"k": 2}, 2),
+        ({"unsure": Unsure(0.5, "say")}, 1),
+        ({"unsure": Unsure(0.5, "ask_more", k=4)}, 4),
+        ({"unsure": Unsure(0.5, "ask_stronger")}, 2),
+    ],
+)
+def test_how_many_experts_a_plan_may_cost(rules: dict[str, Any], most: int) -> None:
+    assert most_experts(policy(**rules)) == most
 
 
 def test_sure_enough() -> None:

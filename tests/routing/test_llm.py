@@ -12,7 +12,7 @@ import pytest
 
 from composer.errors import EngineUnavailable
 from composer.routing.asking import Asking
-from composer.routing.base import Query, Scores
+from composer.routing.base import Demands, Query, Scores
 from composer.routing.conversation import ASKED_CHARS, READ_CHARS, score
 from composer.routing.llm import LlmRouter, LlmSettings
 from composer.routing.neighbours import NeighboursRouter
@@ -251,7 +251,7 @@ def test_settings_name_who_is_asked() -> None:
     settings = LlmSettings(expert="wise")
     assert LlmRouter.asks(settings) == router().asked == "wise"
     with pytest.raises(ValueError, match="need a router trained on outcomes"):
-        LlmRouter.check(EXPERTS, settings, needs_curve=True)
+        LlmRouter.check(EXPERTS, settings, Demands(curve=True))
     with pytest.raises(ValueError, match="expert"):
         LlmSettings.model_validate({})
 

@@ -12,7 +12,7 @@ import pytest
 from safetensors.numpy import save as save_arrays
 
 from composer.routing.artefact import MANIFEST
-from composer.routing.base import Query
+from composer.routing.base import Demands, Query
 from composer.routing.learners import BanditLearner, FullLearner, Observed
 from composer.routing.online import OnlineRouter, OnlineSettings
 from tests.routing.helpers import WordEmbedder, expert, queries
@@ -220,7 +220,7 @@ def test_what_was_learnt_of_another_base_is_not_taken_up(tmp_path: Path) -> None
 
 def test_a_policy_that_aims_by_a_curve_cannot_learn_online() -> None:
     with pytest.raises(ValueError, match="goes on learning; use"):
-        OnlineRouter.check(POOL, OnlineSettings(), needs_curve=True)
+        OnlineRouter.check(POOL, OnlineSettings(), Demands(curve=True))
 
 
 def test_the_base_is_told_by_its_settings() -> None:
