@@ -89,11 +89,12 @@ def test_the_policies_shown_are_right(checkout: Path) -> None:
 
 def test_the_trained_router_shown_is_right(checkout: Path) -> None:
     plain = load(with_added(checkout, {})).catalog
+    stamp = EmbedderStamp(id="any", digest="any", dim=1)
     Artefact(
         Manifest(
             family="kernel",
             settings={},
-            embedder=EmbedderStamp(id="any", digest="any", dim=1),
+            embedder=stamp,
             experts=tuple(ExpertStamp(id=expert, quality=0.5) for expert in plain.experts),
             data=DataStamp(source="outcomes.csv", digest="any", questions=1),
             curve=FALLING,
@@ -101,7 +102,8 @@ def test_the_trained_router_shown_is_right(checkout: Path) -> None:
         {},
     ).save(checkout / "routers" / "exams")
     catalog = load(
-        with_added(checkout, {"policies": {"exams": yaml_with("exams")["exams"]}})
+        with_added(checkout, {"policies": {"exams": yaml_with("exams")["exams"]}}),
+        embedder=lambda: stamp,
     ).catalog
     assert catalog.policies["exams"].quality == 0.95
     assert catalog.policies["exams"].router.digest

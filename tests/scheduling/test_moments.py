@@ -395,6 +395,9 @@ async def test_what_a_strategy_will_ask_next_is_told_ahead() -> None:
     class Steps:
         def check(self, request: Request) -> None: ...
 
+        def calls(self, experts: int) -> tuple[int, int]:
+            return experts, experts
+
         async def run(self, request: Request, plan: Plan, ask: Ask) -> AsyncGenerator[Chunk, None]:
             async for _ in ask("upper", later=("small",)):
                 pass
