@@ -11,6 +11,7 @@ import typer
 from composer.commands.batching import batch
 from composer.commands.composing import compose
 from composer.commands.embedder import embedder
+from composer.commands.gates import gates
 from composer.commands.registry import check, list_experts, schema
 from composer.commands.routing import promote, route
 from composer.commands.serving import serve
@@ -24,6 +25,7 @@ app.command()(batch)
 app.command()(promote)
 app.command(name="experts")(list_experts)
 app.command()(compose)
+app.command()(gates)
 app.command()(embedder)
 app.command()(schema)
 
