@@ -40,9 +40,10 @@ $(VENV)/.ready: pyproject.toml constraints.txt
 vllm: $(VLLM)/.ready  ## the environment of the real vLLM (its CPU build), beside ours
 
 # Read constraints-vllm.txt on why without dependencies.
-$(VLLM)/.ready: constraints-vllm.txt
+$(VLLM)/.ready: constraints-vllm.txt pyproject.toml
 	$(call new_environment,$(VLLM))
 	$(VLLM)/bin/pip install -q --no-deps -r constraints-vllm.txt
+	$(VLLM)/bin/pip install -q --no-deps -e . --config-settings editable_mode=compat
 	@$(VLLM)/bin/python -c 'import vllm.engine.arg_utils' \
 	  || { echo "vLLM does not import; try: make clean vllm"; exit 1; }
 	@touch $@

@@ -8,6 +8,7 @@ minute and 2 GB: share a server between tests, and never run more than two.
 from __future__ import annotations
 
 import os
+import tomllib
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -73,6 +74,21 @@ vllm_marks = [pytest.mark.vllm, _skip]
 def python() -> str:
     assert PYTHON is not None, "the test lacks @requires_vllm"
     return str(PYTHON)
+
+
+def plugin_environment(folder: Path) -> dict[str, str]:
+    """What shows composer's plugin, as it is in this checkout, to a vLLM that it is not installed
+    for: a folder for PYTHONPATH with the package and the entry point that an installation has."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    info = folder / f"composer-{project['version']}.dist-info"
+    info.mkdir(parents=True)
+    (folder / "composer").symlink_to(ROOT / "composer")
+    told = f"Metadata-Version: 2.1\nName: composer\nVersion: {project['version']}\n"
+    (info / "METADATA").write_text(told)
+    group = "vllm.general_plugins"
+    points = [f"{name} = {at}" for name, at in project["entry-points"][group].items()]
+    (info / "entry_points.txt").write_text("\n".join([f"[{group}]", *points, ""]))
+    return {"PYTHONPATH": str(folder)}
 
 
 @dataclass(frozen=True, slots=True)

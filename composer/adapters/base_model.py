@@ -49,7 +49,7 @@ def read_base_model(folder: Path, names: Iterable[str] = ()) -> BaseModelInfo:
 
     Raises CatalogError, naming the file and the remedy.
     """
-    config = _read_config(folder)
+    config = read_config(folder)
     try:
         shapes = _read_all_shapes(folder)
         stamp = ";".join(
@@ -103,7 +103,8 @@ def describe_base_model(
     )
 
 
-def _read_config(folder: Path) -> dict[str, Any]:
+def read_config(folder: Path) -> dict[str, Any]:
+    """config.json. Raises CatalogError, naming the folder and the remedy."""
     file = folder / "config.json"
     if not os.path.isdir(folder):  # False, too, for a name that no file system takes
         reason, remedy = "there is no such folder", "Name the base model's folder."

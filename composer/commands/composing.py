@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -41,10 +42,25 @@ def compose(
     max_rank: Annotated[
         int | None, typer.Option(min=1, help="The server's max_lora_rank; more is truncated.")
     ] = None,
+    gate: Annotated[
+        Path | None,
+        typer.Option(help="A gate's folder instead of adapters: --out becomes a model for vLLM."),
+    ] = None,
+    model: Annotated[
+        Path | None, typer.Option(help="With --gate, the folder of the gate's base model.")
+    ] = None,
+    model_name: Annotated[
+        str | None, typer.Option(help="With --gate, what else that model is called.")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> None:
-    """Compose LoRA adapters into one that any engine serves, with the recipe beside it."""
+    """Compose LoRA adapters into one that any engine serves, with the recipe beside it; or a gate
+    and its base model into a model that vLLM with composer's plugin serves."""
     read_settings()
+    if gate is not None or model is not None or model_name is not None:
+        others = adapters or recipe or weight or subtract or setting or max_rank or method != "cat"
+        _compose_gate(gate, model, model_name, into, as_json, alone=not others)
+        return
     from composer.adapters.compose import compose as build
 
     try:
@@ -73,6 +89,32 @@ def compose(
     cut = f", truncated from {made.needed} keeping {made.energy:.1%}" if made.energy < 1 else ""
     done = f"made in {made.seconds:.2f} s" if made.built else "was there already"
     print(f"{made.folder}: rank {made.rank}{cut}; {done}")
+
+
+def _compose_gate(
+    gate: Path | None,
+    model: Path | None,
+    model_name: str | None,
+    into: Path,
+    as_json: bool,
+    *,
+    alone: bool,
+) -> None:
+    from composer.adapters.gates.vllm_folder import write_vllm_folder
+
+    try:
+        if gate is None or model is None or not alone:
+            raise SettingsError("--gate, --model and --out go together, and with nothing else")
+        made = write_vllm_folder(gate, model, into, base_name=model_name)
+    except ComposerError as error:
+        fail(error)
+    if as_json:
+        print(json.dumps(asdict(made) | {"folder": str(made.folder)}))
+        return
+    done = "made" if made.built else "was there already"
+    if made.copied > 2**20:
+        done += f", {made.copied / 2**30:.2f} GiB copied, since they could not be linked"
+    print(f"{made.folder}: {made.architecture} of {len(made.members)} members; {done}")
 
 
 def _members(adapters: list[Path], weights: list[float] | None) -> tuple[Member, ...]:
