@@ -12,8 +12,9 @@ from composer.commands.batching import batch
 from composer.commands.composing import compose
 from composer.commands.embedder import embedder
 from composer.commands.gates import gates
+from composer.commands.promoting import promote
 from composer.commands.registry import check, list_experts, schema
-from composer.commands.routing import promote, route
+from composer.commands.routing import route
 from composer.commands.serving import serve
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)

@@ -224,19 +224,22 @@ class Promotions:
             "artefact": router.artefact,
             "shadow": shadow,
             "better": found is not None and found.better,
+            "always_better": found is not None and found.always_better,
             "comparison": None if found is None else asdict(found),
             "promotion": None if promotion is None else asdict(promotion),
             "left_out": self.left_out,
         }
 
-    async def promotion_of(self, policy: str) -> Promotion:
-        """The promotion of what runs in shadow. Raises Conflict where it did not prove better."""
+    async def promotion_of(self, policy: str, *, any_look: bool = False) -> Promotion:
+        """The promotion of what runs in shadow. Raises Conflict where it did not prove better, with
+        `any_look` by the bound that holds however often one has asked."""
         status = await self.status(policy)
         if status["promotion"] is not None:
             raise Conflict(f"policy {policy!r} has been promoted already; undo that first")
-        if not status["better"]:
+        if not status["always_better" if any_look else "better"]:
+            often = ", however often one looks" if any_look else ""
             raise Conflict(
-                "the artefact in shadow is not better with 95 % confidence; collect more "
+                f"the artefact in shadow is not better with 95 % confidence{often}; collect more "
                 "feedback, or name it as `artefact` if you want it anyway"
             )
         return Promotion(policy, status["shadow"], datetime.now(UTC), status["comparison"])

@@ -13,12 +13,14 @@ import numpy.typing as npt
 
 from composer.routing.artefact import Manifest
 from composer.routing.families import FAMILIES
+from composer.routing.families.skills import Skills
 from composer.routing.outcomes import IntArray, Outcomes
 from composer.routing.views import Encode, Views
 from composer.strategies.extract import Extractor, make_extractor
 from composer.strategies.voting.head import DOUBTS, STATE, Groups, Head, log_odds_of, state_of
 from composer.strategies.voting.learnt import HeadFile, Stop
 from composer.types import FloatArray
+from router_training.cells import listed
 from router_training.crossfit import by_stem, calibrated_apart, folds_by_stem, out_of_fold
 from router_training.data import Answers, Dataset
 from router_training.errors import TrainingError
@@ -246,6 +248,7 @@ def votes(
             "was trained on"
         )
     data = data.of(names)
+    _check_skills(data.outcomes, manifest)
     if data.answers is None:
         raise TrainingError(
             "the data has no answers, only scores; votes need columns `answer|EXPERT`"
@@ -274,6 +277,24 @@ def votes(
         },
         seed=seed,
     )
+
+
+def _check_skills(outcomes: Outcomes, manifest: Manifest) -> None:
+    """Raises TrainingError where these questions do not ask for the skills of an artefact of the
+    family `skills`: the head would be fitted on another router's scores."""
+    own = manifest.values.get("family", {}).get("names", ()) if manifest.family == "skills" else ()
+    if not Skills.named(own):
+        return
+    every = outcomes.skills or zip(outcomes.category, outcomes.benchmark, strict=True)
+    there = {skill for asked in every for skill in asked}
+    if lacking := [name for name in own if name not in there]:
+        given = "give the profile that it was trained with (--skills)"
+        if outcomes.skills:
+            given += ", or leave --skills out if that was none"
+        raise TrainingError(
+            f"the artefact reads skills that no question of these data asks for "
+            f"({listed(lacking)}); {given}"
+        )
 
 
 def crossfitted_quality(

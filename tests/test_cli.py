@@ -285,22 +285,49 @@ def test_the_schema_that_editors_use_is_in_step() -> None:
     assert json.loads(out) == json.loads(committed), "run `make schema`"
 
 
+STATUS: dict[str, Any] = {
+    "artefact": "0123456789abcdef",
+    "shadow": "ba9876543210fedc",
+    "better": True,
+    "always_better": False,
+    "comparison": {
+        "requests": 40, "new": 0.8, "old": 0.6, "new_ips": 0.79, "new_snips": None,
+        "difference": 0.2, "low": 0.01, "high": 0.39, "effective": 12.3, "unsupported": 0.0,
+        "always_low": -0.3,
+    },
+    "promotion": None,
+    "left_out": 0,
+}  # fmt: skip
+
+
 def test_promote_shows_does_and_undoes(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[tuple[str, str, Any]] = []
 
     def answer(method: str, url: str, json: Any, status: int = 200) -> httpx.Response:
         seen.append((method, url, json))
-        body = {"policy": "a b"} if status == 200 else {"error": {"message": "not better; wait"}}
+        refused = {"error": {"message": "not better; wait"}}
+        body = {"policy": "a b", **STATUS} if status == 200 else refused
         return httpx.Response(status, json=body, request=httpx.Request(method, url))
 
     monkeypatch.setattr(httpx, "get", lambda url, **_: answer("GET", url, None))
     monkeypatch.setattr(httpx, "post", lambda url, json, **_: answer("POST", url, json))
     for options in ([], ["--do"], ["--undo"]):
-        code, out, _ = run("promote", "a b", "--url", "http://there:1/", *options)
-        assert (code, json.loads(out)) == (0, {"policy": "a b"})
+        code, out, _ = run("promote", "a b", "--url", "http://there:1/", "--json", *options)
+        assert (code, json.loads(out)) == (0, {"policy": "a b", **STATUS})
     where = "http://there:1/v1/policies/a%20b/promotion"
     actions = [("POST", where, {"action": action}) for action in ("promote", "undo")]
     assert seen == [("GET", where, None), *actions]
+    monkeypatch.setenv("COMPOSER_PORT", "8123")
+    assert run("promote", "a b", "--do", "--any-look")[0] == 0
+    own = "http://127.0.0.1:8123/v1/policies/a%20b/promotion"
+    assert seen[-1] == ("POST", own, {"action": "promote", "any_look": True})
+    code, out, _ = run("promote", "a b")
+    assert code == 0
+    assert "0123456789ab serves, ba9876543210 in shadow" in out
+    assert "+0.200 (+0.010 to +0.390)" in out
+    assert "40 judged requests, worth 12 equally weighted ones" in out
+    assert "yes by this look alone, no however often one looks (at least -0.300)" in out
+    assert run("promote", "a b", "--any-look")[0] == 2
     monkeypatch.setattr(httpx, "post", lambda url, json, **_: answer("POST", url, json, 409))
     code, _, err = run("promote", "auto", "--do")
     assert (code, err.strip()) == (1, "not better; wait")

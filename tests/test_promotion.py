@@ -117,6 +117,8 @@ async def test_a_shadow_that_proved_better_is_promoted_kept_and_undone(
         assert (found["unsupported"], shown["better"]) == (0.0, True)
         assert 0 < found["low"] < found["difference"] < found["high"]
         assert 0 < found["effective"] < 40
+        assert found["always_low"] < found["difference"]
+        assert shown["always_better"] is (found["always_low"] > 0)
         done = await post(client, "promote")
         assert done.status_code == 200, done.text
         assert done.json()["artefact"] == shown["shadow"]
@@ -139,7 +141,11 @@ async def test_one_that_proved_nothing_stays_in_shadow(tmp_path: Path, artefacts
         await judge(service, answers, "plural")
         refused = await post(client, "promote")
         assert refused.status_code == 409
-        assert "not better with 95 % confidence" in refused.json()["error"]["message"]
+        assert "not better with 95 % confidence;" in refused.json()["error"]["message"]
+        strict = {"action": "promote", "any_look": True}
+        refused = await client.post("/v1/policies/auto/promotion", json=strict)
+        assert refused.status_code == 409
+        assert "95 % confidence, however often one looks;" in refused.json()["error"]["message"]
         assert await greedy(client) == "plural"
 
 

@@ -1,4 +1,4 @@
-"""`composer route · promote`: what a policy's router decides, and which one serves."""
+"""`composer route`: what a policy's router decides, and why."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import asyncio
 import json
 from time import perf_counter
 from typing import Annotated, Any
-from urllib.parse import quote
 
 import typer
 from rich.markup import escape
@@ -66,36 +65,6 @@ def route(
         highlight=False,
         soft_wrap=True,
     )
-
-
-def promote(
-    policy: Annotated[str, typer.Argument(help="A policy whose router has a shadow.")],
-    do: Annotated[bool, typer.Option("--do", help="Promote, if it proved better.")] = False,
-    undo: Annotated[bool, typer.Option("--undo", help="Serve what experts.yaml names.")] = False,
-    url: Annotated[str, typer.Option(help="The running service.")] = "http://127.0.0.1:8000",
-    key: Annotated[str | None, typer.Option(envvar="COMPOSER_API_KEY", help="Its key.")] = None,
-) -> None:
-    """Show how the artefact in a policy's shadow compares with the one that serves; promote it."""
-    import httpx
-
-    if do and undo:
-        raise typer.BadParameter("--do and --undo exclude each other; give one of them")
-    action = "promote" if do else "undo" if undo else None
-    headers = {} if key is None else {"authorization": f"Bearer {key}"}
-    path = f"{url.rstrip('/')}/v1/policies/{quote(policy, safe='')}/promotion"
-    try:
-        if action is None:
-            answer = httpx.get(path, headers=headers, timeout=60)
-        else:
-            answer = httpx.post(path, headers=headers, json={"action": action}, timeout=600)
-        body = answer.json()
-    except (httpx.HTTPError, ValueError) as error:
-        say(f"no service answers at {url}: {error}; start it, or give its --url", "red")
-        raise typer.Exit(1) from None
-    if answer.is_error:
-        say(body["error"]["message"], "red")
-        raise typer.Exit(1)
-    print(json.dumps(body, indent=2))
 
 
 async def _decide(

@@ -22,13 +22,15 @@ _THOUGHT = re.compile(r".*</think>|<think>.*", re.DOTALL)
 class Asking:
     """The questions of one decision. `failed` says why the last one was not answered: `not_asked`
     (no engine runs here, or the request excludes the expert), `timeout`, `empty`, the code of a
-    ComposerError, `nonsense` where the router could not use the answer, None where all went well.
+    ComposerError, `nonsense` where the router could not use the answer, None where all went well;
+    `failures` has these of all questions.
     """
 
     def __init__(self, ask: Ask | None, expert: str, timeout_s: float | None) -> None:
         """`timeout_s` bounds all questions together, the wait for a lease included; None: no
         bound."""
         self.failed: str | None = None
+        self.failures: list[str] = []
         self._ask = ask
         self._expert = expert
         self._timeout_s = timeout_s
@@ -41,7 +43,7 @@ class Asking:
         """What the expert answers, without what it thought before; None, and `failed`, where
         nothing came. May be called while others are under way."""
         if self._ask is None:
-            self.failed = "not_asked"
+            self._failed("not_asked")
             return None
         self._calls += 1
         messages: tuple[Message, ...] = ({"role": "user", "content": text},)
@@ -59,7 +61,7 @@ class Asking:
             return None
         except Exception:  # a fault of ours: the request is to be answered all the same
             log.exception("router: asking %r failed", self._expert)
-            self.failed = "internal_error"
+            self._failed("internal_error")
             return None
         said = _THOUGHT.sub("", said).strip()
         if not said:
@@ -87,5 +89,9 @@ class Asking:
         return max(0.0, self._timeout_s - (perf_counter() - self._began))
 
     def _fail(self, code: str, why: str) -> None:
-        self.failed = code
+        self._failed(code)
         log.warning("router: asking %r: %s; it decides without", self._expert, why)
+
+    def _failed(self, code: str) -> None:
+        self.failed = code
+        self.failures.append(code)

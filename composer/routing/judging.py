@@ -31,15 +31,15 @@ class Judged(Protocol):
 
 
 def judged(rows: Sequence[Judged], min_quality: float = 0.0, seed: int = 0) -> Comparison:
-    """The shadow's choices against the best ones of the router that serves, both without
-    exploring, on the requests that have feedback. Decisions whose propensity was not logged, or
-    that another expert than the planned one answered, are left out; so are those where an expert
-    gave way to one that was loaded or of the session, whatever was drawn then: the shadow's choice
-    knows of neither, and the two would not be compared by their scores alone. An expert
-    counts as tried where the request was explored on and no rule kept it out. Raises ValueError
-    where nothing is left."""
+    """The shadow's choices against the best ones of the router that serves, both without exploring,
+    on the requests that have feedback: `rows`, the newest first. Decisions whose propensity was not
+    logged, or that another expert than the planned one answered, are left out; so are those where
+    an expert gave way to one that was loaded or of the session, whatever was drawn then: the
+    shadow's choice knows of neither, and the two would not be compared by their scores alone. An
+    expert counts as tried where the request was explored on and no rule kept it out. Raises
+    ValueError where nothing is left."""
     kept: list[tuple[Judged, Mapping[str, Any]]] = []
-    for row in rows:
+    for row in reversed(rows):
         told = row.plan.reasons.get("exploration")
         if told is None or "instead_of" in row.plan.reasons:
             continue

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
@@ -13,6 +14,7 @@ from router_training.console import (
     Data,
     Json,
     Seed,
+    Skills,
     Split,
     bars,
     err,
@@ -43,6 +45,7 @@ def votes(
     ] = ExtractorName.exact,
     pattern: Annotated[str | None, typer.Option(help="Of the regex extractor.")] = None,
     most: Annotated[int, typer.Option(min=2, max=12, help="Experts asked at most.")] = 5,
+    skills: Skills = None,
     split: Split = None,
     seed: Seed = 0,
     as_json: Json = None,
@@ -55,6 +58,7 @@ def votes(
         from composer.strategies.extract import make_extractor
         from router_training.data import load
         from router_training.embedding import open_embedding
+        from router_training.profiles import annotated, read_profile
         from router_training.votes import votes as fit
 
         try:
@@ -65,6 +69,9 @@ def votes(
         loaded = load(data, split=split)
         for note in loaded.notes:
             err.print(f"{data}: {note}", style="dim", markup=False, highlight=False, soft_wrap=True)
+        if skills is not None:
+            annotations = read_profile(skills).annotations
+            loaded = replace(loaded, outcomes=annotated(loaded.outcomes, annotations))
         with bars(as_json) as progress:
             embedding = open_embedding(progress)
             check_embedder(manifest, embedding.stamp, artefact)

@@ -26,6 +26,7 @@ from router_training.cli import app
 from router_training.data import Answers, Dataset, load
 from router_training.embedding import Embedding
 from router_training.errors import TrainingError
+from router_training.profiles import annotated, profile_table, write_profile
 from router_training.progress import Progress
 from router_training.train import train
 from router_training.vectors import KeptVectors
@@ -275,6 +276,41 @@ def test_what_cannot_be_fitted_is_told(tmp_path: Path, recorded: Recorded, embed
         fit(replace(data, answers=None))
     with pytest.raises(TrainingError, match="5 experts of 4 cannot be asked"):
         fit(data)
+
+
+def test_a_router_of_annotated_skills_needs_its_annotations(
+    tmp_path: Path, recorded: Recorded, embedder: Any
+) -> None:
+    """Without them the head would be fitted on the scores of a router by categories."""
+    data = dataset(recorded)
+    skills = {text: (f"{topic(text)} by heart",) for text in recorded.query}
+    own = replace(data, outcomes=annotated(data.outcomes, skills))
+    stamp = EmbedderStamp(id=embedder.id, digest=embedder.digest, dim=embedder.dim)
+    artefact = train(own.outcomes, "skills", embedder.encode, stamp).artefact()
+    manifest = artefact.save(tmp_path / "router")
+
+    def fit(some: Dataset) -> HeadFile:
+        return votes(some, manifest, embedder.encode, extractor="choice", most=4)
+
+    with pytest.raises(TrainingError, match=r"algebra by heart.*that it was trained with"):
+        fit(data)
+    others = annotated(data.outcomes, {text: ("another",) for text in recorded.query})
+    with pytest.raises(TrainingError, match="or leave --skills out if that was none"):
+        fit(replace(data, outcomes=others))
+    assert fit(own).source["family"] == "skills"
+    plain = train(data.outcomes, "skills", embedder.encode, stamp).artefact().save(tmp_path / "q")
+    assert votes(data, plain, embedder.encode, extractor="choice", most=4).experts == EXPERTS
+    table = table_with_scores(recorded, tmp_path)
+    to = ("--artefact", tmp_path / "router", "--data", table, "--out", tmp_path / "head.json")
+    status, _, err = run("votes", *to, "--extractor", "choice", "--most", "4")
+    assert (status, "--skills" in err) == (2, True)
+    write_profile(
+        tmp_path / "p.json", skills, profile_table(own.outcomes, 1), source="x", by={"method": "x"}
+    )
+    status, _, err = run(
+        "votes", *to, "--extractor", "choice", "--most", "4", "--skills", tmp_path / "p.json"
+    )
+    assert status == 0, err
 
 
 def test_the_command_tells_what_is_wrong(tmp_path: Path, recorded: Recorded) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+from collections.abc import AsyncGenerator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +17,7 @@ from composer.routing.base import Query
 from composer.routing.family import BySkills
 from composer.routing.learned import LearnedRouter, LearnedSettings
 from composer.routing.online import OnlineRouter, OnlineSettings
-from composer.types import Expert
+from composer.types import Chunk, Expert
 from router_training.train import train
 from tests.router_training.synthetic import KINDS, stamp, table
 from tests.routing.helpers import WordEmbedder
@@ -62,6 +64,41 @@ async def test_samples_that_failed_agree_on_nothing() -> None:
     answers = iter(["algebra", "", "", "", ""])
     skills, _ = await asked().infer(Query("?"), Llm(lambda _: next(answers)))
     assert skills == ()
+
+
+class Hanging(Llm):
+    """One of its answers never comes."""
+
+    async def __call__(self, expert: str, **asked: Any) -> AsyncGenerator[Chunk, None]:
+        if asked["sampling"].seed == 1:
+            try:
+                await asyncio.Event().wait()
+            finally:
+                self.closed += 1
+        async for chunk in super().__call__(expert, **asked):
+            yield chunk
+
+
+async def test_one_sample_that_hangs_holds_up_nothing() -> None:
+    llm = Hanging(lambda _: "algebra")
+    async with asyncio.timeout(20):
+        skills, told = await asked(timeout_s=600).infer(Query("?"), llm)
+    assert skills == (0,)
+    assert told["asked"]["unanswered"] == {"late": 1}
+    assert "failed" not in told["asked"]
+    assert llm.closed == 5  # no call is left behind
+    batch = asyncio.ensure_future(asked().infer(Query("?", patient=True), Hanging(lambda _: "x")))
+    done, _ = await asyncio.wait([batch], timeout=0.5)
+    assert not done
+    batch.cancel()
+
+
+async def test_samples_that_failed_beside_skills_that_are_used_are_no_failure() -> None:
+    answers = iter(["algebra", "", "algebra", "algebra", "algebra"])
+    skills, told = await asked().infer(Query("?"), Llm(lambda _: next(answers)))
+    assert skills == (0,)
+    assert told["asked"]["unanswered"] == {"empty": 1}
+    assert "failed" not in told["asked"]
 
 
 @pytest.fixture(scope="module")
