@@ -24,10 +24,17 @@ def promise_row(promise: Mapping[str, Any]) -> list[str]:
         asked if alone is None else f"{asked} ({alone} alone)",
         _share(promise["promised"], promise["interval"]),
         _share(promise["achieved"], promise["achieved_ci95"]),
-        "yes" if promise["within_interval"] else "no",
+        _place(promise),
         f"{100 * promise['promised_quality']:.1f}, {100 * promise['achieved_quality']:.1f}",
         f"{promise['promised_cost']:.3g}, {promise['achieved_cost']:.3g}",
     ]
+
+
+def _place(promise: Mapping[str, Any]) -> str:
+    """Whoever gets more than was promised is told so, since that breaks nothing."""
+    if promise["within_interval"]:
+        return "yes"
+    return "above" if promise["achieved"] > promise["interval"][1] else "below"
 
 
 def _share(share: float, around: Sequence[float]) -> str:

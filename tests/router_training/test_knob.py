@@ -16,6 +16,7 @@ from composer.routing.choose import choose, most_experts
 from composer.routing.curve import Curve, Point
 from composer.types import Component, Policy, Unsure
 from router_training.knob import ASKED, curve_of, enveloped, kept_promises
+from router_training.promises import promise_row
 from router_training.train import train
 from tests.router_training.helpers import outcomes
 from tests.router_training.synthetic import stamp, table
@@ -181,6 +182,28 @@ def test_a_spend_holds_for_all_calls_of_a_plan_together(
         plan = choose(scores, aim, policy)
         total += aim.told(both.experts, plan.calls, 1)["aim"]["expected_cost"][1]
     assert total / 300 <= spent * 1.02  # between two points the mean is nearly linear, not quite
+
+
+@pytest.mark.parametrize(("achieved", "place"), [(0.9, "yes"), (0.95, "above"), (0.85, "below")])
+def test_more_than_was_promised_is_told_apart_from_less(achieved: float, place: str) -> None:
+    row = promise_row(
+        {
+            "asked": 0.9,
+            "expert": "solo",
+            "promised": 0.9,
+            "interval": [0.88, 0.92],
+            "achieved": achieved,
+            "achieved_ci95": [0.8, 1.0],
+            "within_interval": 0.88 <= achieved <= 0.92,
+            "promised_quality": 0.72,
+            "achieved_quality": 0.7,
+            "promised_cost": 0.001,
+            "achieved_cost": 0.0011,
+        }
+    )
+    assert row[0] == "0.9 (solo alone)"
+    assert row[1] == "0.900 (0.880 to 0.920)"
+    assert row[3:] == [place, "72.0, 70.0", "0.001, 0.0011"]
 
 
 def test_without_costs_there_is_none() -> None:
