@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from composer.errors import EngineError
-from composer.pipeline import Outcome
+from composer.outcome import Outcome
 from composer.types import Chunk, FinishReason, GateTrace, TokenGates, TokenLogprob, Usage
 
 LEAST_LOGPROB = -9999.0

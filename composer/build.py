@@ -12,10 +12,12 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, replace
 from functools import cache, partial
 from itertools import count
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from composer.adapters.shelf import Shelf
 from composer.eligibility import Eligibility
 from composer.embedder import TextEmbedder, load_embedder
 from composer.encoders import ModelFiles, find_model
@@ -27,6 +29,7 @@ from composer.engines.replay import ReplayEngine
 from composer.engines.vllm import VllmEngine
 from composer.errors import EngineUnavailable, Problem
 from composer.generations import Generation, Way, adapters_on, let_go
+from composer.mixing import Mixer
 from composer.registry import (
     ComponentFamily,
     EngineFamily,
@@ -52,6 +55,7 @@ from composer.service import Service
 from composer.settings import Settings
 from composer.store import Recorder, Store
 from composer.strategies.base import Strategy
+from composer.strategies.compose import Compose
 from composer.strategies.single import Single
 from composer.strategies.vote import Vote
 from composer.types import Catalog, Component, Expert, Policy, Server
@@ -64,7 +68,7 @@ LOOK_S = 5.0
 ROUTERS: Mapping[str, type[Router]] = {
     c.name: c for c in (NeighboursRouter, LearnedRouter, OnlineRouter, LlmRouter)
 }
-STRATEGIES: Mapping[str, type[Strategy]] = {c.name: c for c in (Single, Vote)}
+STRATEGIES: Mapping[str, type[Strategy]] = {c.name: c for c in (Single, Vote, Compose)}
 ENGINES: Mapping[str, type[Engine]] = {
     c.name: c for c in (EmbeddedEngine, OpenAIEngine, ReplayEngine, VllmEngine)
 }
@@ -204,6 +208,18 @@ def make_service(settings: Settings, embedder: TextEmbedder | None = None) -> Se
         scheduler=make_scheduler(settings),
         load=partial(load, settings, embedder=lambda: embedder),
         build=build,
+        mixer=make_mixer(settings),
+    )
+
+
+def make_mixer(settings: Settings) -> Mixer:
+    """Beside the registry's own compositions, which are none of its to take away."""
+    inside = Path("compositions", "queries")
+    seen = settings.server_cache_dir
+    return Mixer(
+        Shelf(settings.cache_dir / inside, settings.compositions_mb * 2**20),
+        most=settings.compositions,
+        seen_at=None if seen is None else str(seen / inside),
     )
 
 

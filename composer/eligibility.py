@@ -148,19 +148,37 @@ def check_gates(request: Request, policy: Policy, catalog: Catalog) -> None:
         )
 
 
+def composed_of(excluded: frozenset[str], catalog: Catalog) -> frozenset[str]:
+    """Those excluded, and the experts whose adapters are composed of theirs, or mix them by a gate:
+    who wants no answer from an adapter wants none from a part of it. Adapters are told by their
+    digests."""
+    if not excluded:
+        return excluded
+    experts = catalog.experts
+    mixed = {e.id: e.adapter.parts for e in experts.values() if e.adapter and e.adapter.parts}
+    out = {id_ for id_ in excluded if id_ in experts}
+    while True:
+        digests = {adapter.digest for id_ in out if (adapter := experts[id_].adapter)}
+        more = {id_ for id_, parts in mixed.items() if not digests.isdisjoint(parts)}
+        if more <= out:
+            return excluded | out
+        out |= more
+
+
 def restricted(request: Request, catalog: Catalog) -> Request:
-    """The request, which excludes whom its key excludes, too. Raises UnknownModel where the very
+    """The request, which excludes whom its key excludes, too, and what is composed of these.
+    Raises UnknownModel where the very
     model that it names is one of these; as `key_of`."""
     key = key_of(request.key, catalog)
     if key is None:
-        return request
+        return replace(request, exclude=composed_of(request.exclude, catalog))
     if request.model in key.exclude:
         raise UnknownModel(
             f"there is no model {request.model!r} for the key {key.id!r}; GET /v1/models lists "
             "those that there are",
             param="model",
         )
-    return replace(request, exclude=request.exclude | key.exclude)
+    return replace(request, exclude=composed_of(request.exclude | key.exclude, catalog))
 
 
 _FIELD: Mapping[Ability, str] = {

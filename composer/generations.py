@@ -40,13 +40,15 @@ class Way:
 class Generation:
     """One catalog with all that serves it. `ways` is keyed by policy id, `engines` and `places`
     by server id. A server whose settings changed has a new engine and a new place, named apart,
-    while calls of the generation before still run on the old ones."""
+    while calls of the generation before still run on the old ones. `mixed` are the adapters that
+    were composed for requests of this generation: server → digest → adapter."""
 
     catalog: Catalog
     ways: Mapping[str, Way]
     named: Callable[[str], Way]
     engines: Mapping[str, Engine]
     places: Mapping[str, Place] = field(default_factory=dict)
+    mixed: dict[str, dict[str, Adapter]] = field(default_factory=dict)
 
     def place(self, server: str) -> str:
         """The name under which the scheduler knows a server of this generation."""
@@ -141,14 +143,15 @@ class Generations:
 
 
 def adapters_on(server: str, generations: Collection[Generation]) -> tuple[Adapter, ...]:
-    """The adapters that these generations' experts use on a server, each once."""
+    """The adapters that these generations use on a server, each once."""
+    mixed = [generation.mixed.get(server, {}) for generation in generations]
     found = {
         expert.adapter.digest: expert.adapter
         for generation in generations
         for expert in generation.catalog.experts.values()
         if expert.server == server and expert.adapter is not None
     }
-    return tuple(found.values())
+    return tuple({**found, **{d: a for own in mixed for d, a in own.items()}}.values())
 
 
 async def let_go(engines: Mapping[str, Engine], live: Collection[Generation]) -> None:

@@ -22,7 +22,7 @@ from prometheus_client.core import (
 from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4
 from prometheus_client.registry import Collector
 
-from composer.pipeline import Outcome
+from composer.outcome import Outcome
 from composer.scheduling.base import Scheduler
 
 CONTENT_TYPE = CONTENT_TYPE_PLAIN_0_0_4

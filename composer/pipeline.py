@@ -11,22 +11,24 @@ import dataclasses
 import logging
 from collections.abc import AsyncGenerator, Awaitable, Callable, Collection, Sequence
 from contextlib import aclosing
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from time import perf_counter
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
 from composer.calling import CallRun, call_of
 from composer.eligibility import check_exclude, check_gates, check_parameters, restricted
-from composer.errors import ComposerError, UnknownModel, Unsupported
+from composer.errors import UnknownModel, Unsupported
 from composer.generations import Generation, Generations, Hold, Way
+from composer.mixing import Mixing, alone
+from composer.outcome import Outcome, ms_since
 from composer.routing import conversation
 from composer.routing.aims import aim_of
 from composer.routing.base import Query
 from composer.routing.choose import choose, most_experts
 from composer.routing.explore import draw_of, explored
-from composer.routing.sessions import Session, Sessions
+from composer.routing.sessions import Sessions
 from composer.scheduling.base import Scheduler
 from composer.types import (
     Ask,
@@ -36,14 +38,12 @@ from composer.types import (
     Expert,
     FloatArray,
     Forward,
-    GateTrace,
     Message,
+    Mix,
     Plan,
     Policy,
     Request,
     Sampling,
-    Timings,
-    Usage,
     last_user_text,
 )
 
@@ -65,16 +65,19 @@ class Pipeline:
         max_wait_s: float = 300.0,
         reads_text: bool = False,
         embed: Callable[[str], Awaitable[FloatArray]] | None = None,
+        mixing: Mixing = alone,
     ) -> None:
         """`max_wait_s` bounds the wait for a lease where a policy says nothing; `reads_text`
         (records hold answers) keeps streams from being handed on unread; `embed` makes the unit
-        vectors of texts for experts whose gate reads the request."""
+        vectors of texts for experts whose gate reads the request; `mixing` makes one expert of
+        several."""
         self._generations = generations
         self._scheduler = scheduler
         self._ended = ended
         self._max_wait_s = max_wait_s
         self._reads_text = reads_text
         self._embed = embed
+        self._mixing = mixing
         self._sessions = Sessions()
 
     def behind(self, scheduler: Scheduler) -> Pipeline:
@@ -94,7 +97,7 @@ class Pipeline:
             if way.router is not None and way.router.asked is not None:
                 return None
             plan = await decide(request, generation, way)
-            return Planned(generation.catalog.digest, plan, _ms_since(started))
+            return Planned(generation.catalog.digest, plan, ms_since(started))
 
     async def answer(self, request: Request, planned: Planned | None = None) -> Answer:
         """Decides, and returns the answer not yet begun: the caller iterates it and closes it.
@@ -115,7 +118,7 @@ class Pipeline:
                 outcome.plan = await decide(
                     request, hold.generation, way, self._scheduler.resident, last, ask
                 )
-                outcome.timings.decision_ms = _ms_since(outcome.started)
+                outcome.timings.decision_ms = ms_since(outcome.started)
             ask = self._ask(request, hold.generation, way.policy, outcome)
             chunks = way.strategy.run(request, outcome.plan, ask)
         except BaseException as error:
@@ -148,16 +151,33 @@ class Pipeline:
         catalog = generation.catalog
 
         async def ask(
-            expert: str,
+            expert: str | Mix,
             *,
             messages: Sequence[Message] | None = None,
             sampling: Sampling | None = None,
             later: Sequence[str] = (),
             verbatim: bool = False,
         ) -> AsyncGenerator[Chunk, None]:
+            async with (
+                self._mixing(expert, generation) as (who, details),
+                aclosing(chunks_of(who, messages, sampling, later, verbatim)) as chunks,
+            ):
+                async for chunk in chunks:
+                    if details:  # with the first chunk: the headers want them too
+                        chunk = dataclasses.replace(chunk, details={**details, **chunk.details})
+                        details = {}
+                    yield chunk
+
+        async def chunks_of(
+            expert: Expert,
+            messages: Sequence[Message] | None,
+            sampling: Sampling | None,
+            later: Sequence[str],
+            verbatim: bool,
+        ) -> AsyncGenerator[Chunk, None]:
             call = call_of(
                 request,
-                catalog.experts[expert],
+                expert,
                 number=len(timings.calls),
                 messages=messages,
                 sampling=sampling or request.sampling,
@@ -170,12 +190,12 @@ class Pipeline:
                 later=tuple(generation.place(catalog.experts[one].server) for one in later),
                 forward=self._forward(request, call, policy) if verbatim else None,
                 embedding=await self._embedding(
-                    catalog.experts[expert],
+                    expert,
                     request.text if messages is None else last_user_text(messages),
                 ),
             )
-            engine = generation.engines[catalog.experts[expert].server]
-            entry: dict[str, Any] = {"id": call.id, "expert": expert}
+            engine = generation.engines[expert.server]
+            entry: dict[str, Any] = {"id": call.id, "expert": expert.id}
             if routing:
                 entry["routing"] = True
             timings.calls.append(entry)
@@ -184,12 +204,14 @@ class Pipeline:
                 async with aclosing(run.chunks(engine)) as chunks:
                     async for chunk in chunks:
                         if chunk.usage is not None:
-                            outcome.spend(catalog.experts[expert], chunk.usage)
+                            outcome.spend(expert, chunk.usage)
                             if routing:  # no part of the answer, whose usage is its chunks'
                                 outcome.usage = outcome.usage + chunk.usage
                         if chunk.gates is not None:
-                            outcome.gates[expert] = chunk.gates
-                        yield chunk if chunk.expert else dataclasses.replace(chunk, expert=expert)
+                            outcome.gates[expert.id] = chunk.gates
+                        if not chunk.expert:
+                            chunk = dataclasses.replace(chunk, expert=expert.id)
+                        yield chunk
             finally:
                 timings.queue_ms += run.queue_ms
                 timings.run_ms += run.run_ms
@@ -290,48 +312,6 @@ class Planned:
     decision_ms: float
 
 
-Status = Literal["running", "ok", "error", "cancelled"]
-
-
-@dataclass(slots=True)
-class Outcome:
-    """What became of a request. `started` is on the `perf_counter` clock, in seconds."""
-
-    request: Request
-    started: float
-    plan: Plan | None = None
-    session: Session | None = None
-    catalog_version: int = 0
-    catalog_digest: str = ""
-    timings: Timings = field(default_factory=Timings)
-    usage: Usage = field(default_factory=Usage)
-    experts: list[str] = field(default_factory=list)
-    text: list[str] = field(default_factory=list)
-    details: dict[str, Any] = field(default_factory=dict)
-    gates: dict[str, GateTrace] = field(default_factory=dict)
-    cost_usd: float | None = 0.0
-    status: Status = "running"
-    error: str | None = None
-
-    def spend(self, expert: Expert, usage: Usage) -> None:
-        """Adds a call's price. One unknown price makes the sum unknown: it is never guessed."""
-        if self.cost_usd is not None:
-            self.cost_usd = self.cost_usd + expert.cost.of(usage) if expert.cost else None
-
-    def end(self, error: BaseException | None) -> None:
-        """Settles the status. Only the first end counts."""
-        if self.status != "running":
-            return
-        self.timings.total_ms = _ms_since(self.started)
-        if error is None:
-            self.status = "ok"
-        elif isinstance(error, asyncio.CancelledError | GeneratorExit):
-            self.status = "cancelled"
-        else:
-            self.status = "error"
-            self.error = error.code if isinstance(error, ComposerError) else "internal_error"
-
-
 class Answer:
     """One answer on its way: iterate it once, and close it from every exit."""
 
@@ -353,7 +333,7 @@ class Answer:
         try:
             async for chunk in self._chunks:
                 if outcome.timings.first_token_ms is None:
-                    outcome.timings.first_token_ms = _ms_since(outcome.started)
+                    outcome.timings.first_token_ms = ms_since(outcome.started)
                 if chunk.usage is not None:
                     outcome.usage = outcome.usage + chunk.usage
                 if chunk.expert and chunk.expert not in outcome.experts:
@@ -402,7 +382,3 @@ def way_of(request: Request, generation: Generation) -> Way:
             param="composer.exclude",
         )
     return generation.named(model)
-
-
-def _ms_since(started: float) -> float:
-    return (perf_counter() - started) * 1000

@@ -16,7 +16,7 @@ from typing import Any, Protocol, runtime_checkable
 from composer.eligibility import restricted
 from composer.errors import ComposerError, Conflict, UnknownModel
 from composer.generations import Generations, Way
-from composer.pipeline import Outcome
+from composer.outcome import Outcome
 from composer.registry import Loaded
 from composer.routing import conversation
 from composer.routing.aims import aim_of

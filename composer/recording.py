@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from composer.pipeline import Outcome
+from composer.outcome import Outcome
 from composer.store import Record
 from composer.types import FloatArray, Message
 

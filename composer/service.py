@@ -30,7 +30,9 @@ from composer.generations import Generation, Generations, let_go
 from composer.health import ReloadState, health_of
 from composer.learning import Learning
 from composer.metrics import Metrics
-from composer.pipeline import Outcome, Pipeline
+from composer.mixing import Mixer
+from composer.outcome import Outcome
+from composer.pipeline import Pipeline
 from composer.promotion import Promotions
 from composer.recording import record_of
 from composer.registry import Loaded, RegistryError
@@ -63,6 +65,7 @@ class Service:
         scheduler: Scheduler,
         load: Load,
         build: Build,
+        mixer: Mixer,
     ) -> None:
         self.settings = settings
         self.store = store
@@ -70,6 +73,8 @@ class Service:
         self.embedder = embedder
         self.scheduler = scheduler
         self.generations = Generations(self._retired)
+        self.mixer = mixer
+        mixer.crowded = self._crowded
         self.learning = Learning(Lessons(store), self.generations)
         self.promotions = Promotions(Shadows(store), self.generations)
         self.metrics = Metrics(
@@ -84,6 +89,7 @@ class Service:
                     "Requests whose choice in shadow could not be made or written.",
                     lambda: self.promotions.left_out,
                 ),
+                **mixer.totals(),
             },
         )
         self.pipeline = Pipeline(
@@ -93,6 +99,7 @@ class Service:
             max_wait_s=settings.max_wait_s,
             reads_text=settings.log_content,
             embed=embedder.embed,
+            mixing=mixer.expert,
         )
         self.reload_state = ReloadState()
         self._load = load
@@ -103,6 +110,7 @@ class Service:
         self._rows: Sequence[Mapping[str, Any]] = ()
         self._watcher = Watcher()
         self._changing = asyncio.Lock()
+        self._trimming = False
         self._stop = asyncio.Event()
         self._tasks: set[asyncio.Task[None]] = set()
         self._started = perf_counter()
@@ -145,6 +153,7 @@ class Service:
             parts.push_async_callback(self.store.close)
             parts.push_async_callback(self.recorder.close)
             parts.push_async_callback(self.embedder.close)
+            parts.callback(self.mixer.close)
             parts.push_async_callback(self._finish_tasks)
             parts.push_async_callback(self._close_engines, self._engines())
             parts.callback(self.generations.swap, None)
@@ -349,6 +358,18 @@ class Service:
         # Under the lock: a generation being built has loaded adapters that no live one names yet.
         async with self._changing:
             await self._release(generation)
+            await self.mixer.trim(self.generations.live)
+
+    def _crowded(self) -> None:
+        if not self._trimming and not self._stop.is_set():
+            self._trimming = True
+            self._spawn(self._trim())
+
+    async def _trim(self) -> None:
+        # Under the lock for the same reason.
+        async with self._changing:
+            self._trimming = False
+            await self.mixer.trim(self.generations.live)
 
     async def _release(self, generation: Generation) -> None:
         """Frees what only this generation used: engines closed, adapters forgotten."""

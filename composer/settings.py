@@ -35,6 +35,15 @@ class Settings(BaseSettings):
     cache_dir: Path = Field(
         Path(".cache/composer"), description="Files made once, such as the ONNX embedder."
     )
+    server_cache_dir: Path | None = Field(
+        None, description="cache_dir as model servers in containers of their own see it."
+    )
+    compositions: int = Field(
+        32, ge=1, description="Adapters composed for requests that are kept ready at once."
+    )
+    compositions_mb: int = Field(
+        4096, ge=0, description="Size of those and of earlier ones, in cache_dir, in MiB."
+    )
     embedder: str = Field(
         "all-MiniLM-L6-v2",
         description="A sentence-transformers name or path; the default is bundled.",

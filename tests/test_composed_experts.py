@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import json
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +30,12 @@ def with_composition(**server: Any) -> str:
         "examples": ["uppercase winter", "uppercase summer", "uppercase spring"],
         "sampling": {"temperature": 0, "max_tokens": 24},
     }
+    file["policies"]["mixed"] = {
+        "router": {"name": "neighbours"},
+        "strategy": {"name": "compose", "steps": 4},
+        "experts": ["uppercase", "reverse", "plural"],
+        "k": 2,
+    }
     return yaml.safe_dump(file)
 
 
@@ -42,9 +50,44 @@ async def check(client: httpx.AsyncClient) -> None:
         question, right = ASKED[skill]
         assert await asked(client, question) == (skill, right)
     assert await asked(client, SHOUT) == ("shout", "WINTER")
+    body = chat(SHOUT) | {"composer": {"exclude": ["reverse"]}}
+    answer = (await client.post("/v1/chat/completions", json=body)).json()
+    assert "shout" not in answer["composer"]["scores"]  # with a member it is excluded itself
     # By itself it is neither of its members.
     assert await asked(client, "reverse winter", "reverse") == ("reverse", "retniw")
     assert (await asked(client, "reverse winter", "shout"))[1] != "retniw"
+
+
+async def mix(client: httpx.AsyncClient, text: str, **more: Any) -> dict[str, Any]:
+    """The `composer` field, with the answer."""
+    body = chat(text, "mixed") | ({"composer": more} if more else {})
+    answer = (await client.post("/v1/chat/completions", json=body)).json()
+    return answer["composer"] | {"said": answer["choices"][0]["message"]["content"]}
+
+
+QUESTION = "write fox in capital letters and backwards"
+"""Of two skills, so that no expert has all of the weight."""
+
+
+async def check_mixes(client: httpx.AsyncClient, folder: Path) -> str:
+    """An adapter for one query: built, reused, left out where a member is excluded."""
+    first = await mix(client, QUESTION)
+    told = first["details"]["composition"]
+    assert (told["built"], "failed" in told) == (True, False), told
+    assert set(told["members"]) == {"uppercase", "reverse"}
+    assert sum(told["members"].values()) == 1
+    assert first["expert"] == "+".join(f"{w:g}*{e}" for e, w in told["members"].items())
+    again = await mix(client, f"please {QUESTION}")
+    assert again["details"]["composition"]["built"] is False
+    assert again["expert"] == first["expert"]
+    assert first["said"]
+    without = await mix(client, QUESTION, exclude=["reverse"])
+    assert "reverse" not in without["details"]["composition"]["members"]
+    alone = await mix(client, ASKED["plural"][0], exclude=["reverse", "uppercase"])
+    assert (alone["expert"], alone["said"]) == ("plural", ASKED["plural"][1])
+    made = [f for f in (folder / "compositions" / "queries").iterdir() if f.is_dir()]
+    assert 1 <= len(made) <= 2
+    return str(first["said"])
 
 
 async def test_the_router_chooses_a_composed_expert_on_the_embedded_engine(tmp_path: Path) -> None:
@@ -52,8 +95,45 @@ async def test_the_router_chooses_a_composed_expert_on_the_embedded_engine(tmp_p
     text = with_composition()
     async with serving(tmp_path, text, cache_dir=tmp_path) as (client, _):
         await check(client)
-    (folder,) = cache.iterdir()
-    assert (folder / "composition.json").is_file()
+        await check_mixes(client, tmp_path)
+        metrics = (await client.get("/metrics")).text
+        assert "composer_compositions_reused_total 1.0" in metrics
+    folders = [folder for folder in cache.iterdir() if folder.name != "queries"]
+    assert [(folder / "composition.json").is_file() for folder in folders] == [True]
+
+
+async def test_a_stream_and_a_reload_of_a_composition_for_a_query(tmp_path: Path) -> None:
+    text = with_composition()
+    async with serving(tmp_path, text, cache_dir=tmp_path) as (client, service):
+        whole = await mix(client, QUESTION)
+        body = chat(QUESTION, "mixed") | {"stream": True}
+        streamed = (await client.post("/v1/chat/completions", json=body)).text
+        events = [json.loads(e[6:]) for e in streamed.split("\n\n") if e.startswith("data: {")]
+        assert (
+            "".join(
+                choice["delta"].get("content") or ""
+                for event in events
+                for choice in event["choices"]
+            )
+            == whole["said"]
+        )
+        assert events[-1]["composer"]["details"]["composition"]["built"] is False
+
+        queries = tmp_path / "compositions" / "queries"
+        assert len(list(queries.iterdir())) == 1
+        file = yaml.safe_load(text)
+        del file["experts"]["reverse"], file["experts"]["shout"]
+        file["policies"]["mixed"]["experts"] = ["uppercase", "plural"]
+        (tmp_path / "experts.yaml").write_text(yaml.safe_dump(file))
+        await service.reload()
+        assert service.reload_state.ok, service.reload_state
+        for _ in range(100):
+            if not list(queries.iterdir()):
+                break
+            await asyncio.sleep(0.02)
+        assert list(queries.iterdir()) == []
+        rest = await mix(client, QUESTION)
+        assert "reverse" not in rest["details"]["composition"]["members"]
 
 
 async def test_a_member_that_changes_or_goes_reaches_the_composition(tmp_path: Path) -> None:
@@ -90,10 +170,15 @@ async def test_the_router_chooses_a_composed_expert_on_vllm(tmp_path: Path) -> N
             "args": {"dtype": "float32", "enforce_eager": True},
             "env": ENVIRONMENT,
             "log": str(tmp_path / "vllm.log"),
-            "start_timeout_s": 300,
+            "start_timeout_s": 600,
         },
     )
     file = yaml.safe_load(text)
     file["servers"]["tiny"].pop("queue")
     async with serving(tmp_path, yaml.safe_dump(file), cache_dir=tmp_path) as (client, _):
         await check(client)
+        said = await check_mixes(client, tmp_path)
+    (tmp_path / "other").mkdir()
+    text = with_composition()
+    async with serving(tmp_path / "other", text, cache_dir=tmp_path / "other") as (client, _):
+        assert (await mix(client, QUESTION))["said"] == said

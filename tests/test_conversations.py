@@ -11,7 +11,7 @@ import pytest
 from benchmarks.conversations import System as Shown
 from benchmarks.conversations import conversations, described, shown
 from composer.errors import EngineError
-from composer.pipeline import Outcome
+from composer.outcome import Outcome
 from composer.prompting import PromptSpec
 from composer.routing.sessions import Sessions
 from composer.types import Expert, Message, Plan, Request

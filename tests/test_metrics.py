@@ -10,7 +10,7 @@ import pytest
 
 from composer.errors import Overloaded
 from composer.metrics import EXPERT, NONE, Metrics
-from composer.pipeline import Outcome
+from composer.outcome import Outcome
 from composer.scheduling.scheduler import DeviceScheduler
 from composer.types import Choice, Plan, Usage
 from tests.fakes import request

@@ -11,7 +11,8 @@ import pytest
 
 from composer.errors import EngineError, UnknownModel, Unsupported
 from composer.generations import Generations
-from composer.pipeline import Outcome, Pipeline
+from composer.outcome import Outcome
+from composer.pipeline import Pipeline
 from composer.prompting import PromptSpec
 from composer.types import Adapter, Expert, FloatArray, Gated
 from tests.fakes import FakeScheduler, Stage, request, stage

@@ -83,8 +83,10 @@ def test_the_composition_shown_is_made(checkout: Path) -> None:
 
 
 def test_the_policies_shown_are_right(checkout: Path) -> None:
-    catalog = load(with_added(checkout, yaml_with("policies"))).catalog
+    catalog = load(with_added(checkout, yaml_with("policies", "auto"))).catalog
     assert catalog.policies["auto"].default_expert == "base"
+    catalog = load(with_added(checkout, yaml_with("policies", "mixed"))).catalog
+    assert catalog.policies["mixed"].strategy.name == "compose"
 
 
 def test_the_trained_router_shown_is_right(checkout: Path) -> None:

@@ -18,7 +18,8 @@ from api.wire import composer_body
 from composer.build import load, make_embedder
 from composer.errors import CatalogError
 from composer.generations import Generations
-from composer.pipeline import Outcome, Pipeline
+from composer.outcome import Outcome
+from composer.pipeline import Pipeline
 from composer.recording import record_of
 from composer.routing.artefact import EmbedderStamp
 from composer.routing.asking import Asking

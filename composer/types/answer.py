@@ -153,12 +153,22 @@ class Chunk:
     gates: GateTrace | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class Mix:
+    """Several experts as one: their adapters' weighted sum. `shares` are experts and weights, none
+    negative and one positive; they are rounded to whole numbers of 1 / `steps`, so that requests
+    that are alike share what is made."""
+
+    shares: tuple[tuple[str, float], ...]
+    steps: int = 8
+
+
 class Ask(Protocol):
     """A strategy's only way to call an expert. Closing the generator cancels the call."""
 
     def __call__(
         self,
-        expert: str,
+        expert: str | Mix,
         *,
         messages: Sequence[Message] | None = None,
         sampling: Sampling | None = None,
@@ -168,7 +178,9 @@ class Ask(Protocol):
         """`later` are the experts that this request is likely to ask when this one has answered;
         those asked at once need not be named, since the scheduler decides on them together.
         `verbatim`: every chunk is passed on unread, so they may come as the server's own events.
-        Without `messages` the expert reads the request's own; without `sampling`, its own."""
+        Without `messages` the expert reads the request's own; without `sampling`, its own.
+        A `Mix` is made of adapters on one server, that of its heaviest expert; `Chunk.details` of
+        its first chunk say what it was."""
         ...
 
 

@@ -88,6 +88,13 @@ class Adapter:
     composed: Composed | None = None
     gate: Gated | None = None
 
+    @property
+    def parts(self) -> frozenset[str]:
+        """Digests of the adapters that speak through this one; none where it was trained."""
+        of_gate = self.gate.digests if self.gate is not None else ()
+        composed = self.composed.members if self.composed is not None else ()
+        return frozenset(of_gate) | {member.digest for member in composed}
+
 
 @dataclass(frozen=True, slots=True)
 class Cost:

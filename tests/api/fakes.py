@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from composer.build import make_scheduler
+from composer.build import make_mixer, make_scheduler
 from composer.eligibility import Eligibility
 from composer.engines.base import Capacity
 from composer.errors import CatalogError, Conflict, Problem, UnknownResponse
@@ -303,6 +303,7 @@ class World:
             scheduler=self.scheduler,
             load=self._load,
             build=self._build,
+            mixer=make_mixer(settings),
         )
 
     def limit(self, *, in_flight: int, queue: int) -> None:

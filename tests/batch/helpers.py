@@ -12,7 +12,8 @@ from composer.batch.answers import Answers
 from composer.batch.lines import Lines
 from composer.batch.runner import Runner, Unwatched
 from composer.generations import Generations
-from composer.pipeline import Outcome, Pipeline
+from composer.outcome import Outcome
+from composer.pipeline import Pipeline
 from composer.scheduling.base import Scheduler
 from tests.fakes import FakeScheduler, Stage
 

@@ -14,7 +14,8 @@ import pytest
 
 from composer.eligibility import Eligibility
 from composer.generations import Generation, Generations, Way
-from composer.pipeline import Outcome, Pipeline
+from composer.outcome import Outcome
+from composer.pipeline import Pipeline
 from composer.scheduling.base import Lease, Place
 from composer.scheduling.events import (
     Action,

@@ -1,0 +1,125 @@
+"""A folder of composed adapters within a budget of bytes. Knows no engine and no request.
+
+Several processes may share it: who serves from a composition holds a shared lock on its provenance,
+and nobody takes away what is held. Locks end with their process, however it ends. Blocks.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import shutil
+from collections.abc import Collection
+from contextlib import suppress
+from pathlib import Path
+from threading import Lock
+from typing import IO, Any
+
+from composer.adapters.recipe import Recipe
+
+PROVENANCE = "composition.json"
+
+
+class Shelf:
+    def __init__(self, folder: Path, budget: int) -> None:
+        """`budget` is in bytes."""
+        self.folder = folder.resolve()
+        self.budget = budget
+        self._held: dict[Path, IO[bytes]] = {}
+        self._lock = Lock()
+
+    def make(self, recipe: Recipe) -> Any:
+        """The Composition, built where it is not there, and held from now on. Raises as
+        `compose`."""
+        # Seconds of imports (torch, peft), for whoever composes alone.
+        from composer.adapters.compose import compose
+
+        while True:
+            made = compose(recipe, self.folder)
+            if self._hold(made.folder):
+                return made
+
+    def let_go(self, folder: Path) -> None:
+        with self._lock:
+            file = self._held.pop(folder, None)
+        if file is not None:
+            file.close()
+
+    def close(self) -> None:
+        for folder in list(self._held):
+            self.let_go(folder)
+
+    def trim(self, known: Collection[str]) -> int:
+        """Takes away what nobody holds: all with a member whose digest is not among the `known`,
+        and then the longest unused, until the rest is within the budget. Says how many."""
+        kept: list[tuple[float, int, Path]] = []
+        gone = 0
+        for folder in self._folders():
+            told = _provenance(folder)
+            members = {member["digest"] for member in told.get("members", ())}
+            if members <= set(known):
+                stat = folder.stat()
+                kept.append((stat.st_mtime, _size(folder), folder))
+            else:
+                gone += self._remove(folder)
+        total = sum(size for _, size, _ in kept)
+        for _, size, folder in sorted(kept):
+            if total <= self.budget:
+                break
+            if self._remove(folder):
+                gone += 1
+                total -= size
+        return gone
+
+    def _folders(self) -> list[Path]:
+        if not self.folder.is_dir():
+            return []
+        return [f for f in self.folder.iterdir() if f.is_dir() and not f.name.startswith(".")]
+
+    def _hold(self, folder: Path) -> bool:
+        """False where another process has taken it away meanwhile."""
+        with self._lock:
+            if folder in self._held:
+                os.utime(folder)
+                return True
+            try:
+                file = (folder / PROVENANCE).open("rb")
+                fcntl.flock(file, fcntl.LOCK_SH)
+                os.utime(folder)
+                same = os.fstat(file.fileno()).st_ino == (folder / PROVENANCE).stat().st_ino
+            except FileNotFoundError:
+                return False
+            if same:
+                self._held[folder] = file
+            else:
+                file.close()
+            return same
+
+    def _remove(self, folder: Path) -> bool:
+        """Under an exclusive lock, so that nobody begins to hold it: it is moved out of its name
+        first, and whoever waits for the lock finds it gone."""
+        with suppress(FileNotFoundError), (folder / PROVENANCE).open("rb") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                return False
+            leaving = folder.with_name(f".{folder.name}.leaving")
+            os.rename(folder, leaving)
+            shutil.rmtree(leaving, ignore_errors=True)
+            return True
+        shutil.rmtree(folder, ignore_errors=True)  # nothing says what it was
+        return True
+
+
+def _provenance(folder: Path) -> dict[str, Any]:
+    """{} where it cannot be read: that is a leftover, which no known member made."""
+    try:
+        told: dict[str, Any] = json.loads((folder / PROVENANCE).read_text(encoding="utf-8"))
+        return told
+    except (OSError, ValueError):
+        return {"members": [{"digest": ""}]}
+
+
+def _size(folder: Path) -> int:
+    return sum(file.stat().st_size for file in folder.iterdir())

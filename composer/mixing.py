@@ -1,0 +1,301 @@
+"""Several experts' adapters as one expert, made when a request asks for it. Knows no router, no
+strategy and no concrete engine.
+
+What stock vLLM cannot do (several adapters on one token) it can be given: their exact weighted sum
+as one adapter. Weights are rounded, so that queries that are alike share one.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator, Callable, Collection, Mapping, Sequence
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from dataclasses import dataclass, replace
+from time import perf_counter
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from composer.adapters.recipe import Member, Recipe
+from composer.adapters.shelf import Shelf
+from composer.errors import CatalogError, ComposerError, EngineError
+from composer.generations import Generation, adapters_on
+from composer.types import Adapter, Catalog, Expert, Mix, empty
+
+log = logging.getLogger(__name__)
+
+Key = tuple[str, tuple[tuple[str, int], ...], int, int | None]
+"""Server; (digest, share) of each member in digest order; steps; the server's most rank."""
+
+
+class Mixed(NamedTuple):
+    """Who is called, and what is told of how it came about."""
+
+    expert: Expert
+    details: Mapping[str, Any]
+
+
+Mixing = Callable[[str | Mix, Generation], AbstractAsyncContextManager[Mixed]]
+"""Whom to call for an expert's id or a mix, kept ready until the context ends."""
+
+
+@asynccontextmanager
+async def alone(asked: str | Mix, generation: Generation) -> AsyncIterator[Mixed]:
+    """Where nothing can be composed: of a mix, the one with most weight."""
+    id_ = asked if isinstance(asked, str) else max(asked.shares, key=lambda share: share[1])[0]
+    yield Mixed(generation.catalog.experts[id_], empty())
+
+
+@dataclass(slots=True)
+class _Made:
+    adapter: Adapter
+    bytes: int
+    users: int = 0
+
+
+def quantised(weights: Sequence[float], steps: int) -> list[int]:
+    """Whole numbers of 1 / `steps` that add up to `steps`, each less than one step from its share:
+    the largest remainders are rounded up. Weights are not negative, and one is positive."""
+    share = np.asarray(weights, np.float64)
+    share = share / share.sum() * steps
+    whole = np.floor(share + 1e-9)
+    for i in np.argsort(-(share - whole), kind="stable")[: steps - int(whole.sum())]:
+        whole[i] += 1
+    return [int(one) for one in whole]
+
+
+class Mixer:
+    """Compositions by server, members and rounded weights; built once, loaded by the engine's own
+    way for adapters, kept within a budget. Used from one event loop."""
+
+    def __init__(
+        self,
+        shelf: Shelf,
+        *,
+        most: int,
+        seen_at: str | None = None,
+        crowded: Callable[[], None] = lambda: None,
+    ) -> None:
+        """`most` are kept ready at once; `seen_at` is the shelf's folder as servers in other
+        containers see it. `crowded` is told when `trim` has something to do."""
+        self._shelf = shelf
+        self._most = most
+        self._seen_at = seen_at
+        self.crowded = crowded
+        self._made: dict[Key, _Made] = {}  # the longest unused first
+        self._changing = asyncio.Lock()
+        self.built = 0
+        self.reused = 0
+        self.failed = 0
+
+    @asynccontextmanager
+    async def expert(self, asked: str | Mix, generation: Generation) -> AsyncIterator[Mixed]:
+        """Whom to call for it, ready on its server; kept there until the context ends. Where no
+        composition can be made, the one with most weight is called alone, and `details` say why.
+        An expert's id stands for itself."""
+        catalog = generation.catalog
+        if isinstance(asked, str):
+            yield Mixed(catalog.experts[asked], empty())
+            return
+        began = perf_counter()
+        shares, left_out = _on_one_server(asked, catalog)
+        told: dict[str, Any] = {
+            "members": {expert.id: share / asked.steps for expert, share in shares}
+        }
+        if left_out:
+            told["left_out"] = left_out
+        heaviest = max(shares, key=lambda one: one[1])[0]
+        members = [(e, e.adapter, share) for e, share in shares if e.adapter is not None]
+        if len(shares) == 1 or not members:
+            yield Mixed(heaviest, {"composition": told})
+            return
+        server = catalog.servers[heaviest.server]
+        limit = getattr(server.settings, "max_lora_rank", None)
+        parts = sorted((adapter.digest, share) for _, adapter, share in members)
+        key = (heaviest.server, tuple(parts), asked.steps, limit)
+        try:
+            made, built = await self._ready(key, members, asked.steps, generation)
+        except (CatalogError, EngineError, OSError) as error:
+            self.failed += 1
+            log.warning("%r answers alone, composing failed: %s", heaviest.id, error)
+            yield Mixed(heaviest, {"composition": {**told, "failed": str(error)}})
+            return
+        told |= {"built": built, "rank": made.adapter.rank}
+        if made.adapter.composed is not None and made.adapter.composed.energy < 1:
+            told["energy"] = round(made.adapter.composed.energy, 4)
+        told["ms"] = round((perf_counter() - began) * 1000, 3)
+        try:
+            yield Mixed(_expert(shares, heaviest, made.adapter, asked.steps), {"composition": told})
+        finally:
+            made.users -= 1
+            if self._unwanted(()):
+                self.crowded()
+
+    async def _ready(
+        self,
+        key: Key,
+        members: Sequence[tuple[Expert, Adapter, int]],
+        steps: int,
+        generation: Generation,
+    ) -> tuple[_Made, bool]:
+        """The composition, with one more user, loaded on its server; and whether it was built."""
+        here = generation.mixed.setdefault(key[0], {})
+        built = False
+        while (made := self._made.get(key)) is None or made.adapter.digest not in here:
+            # A task of its own: who else waits for it must not lose it to a caller that goes.
+            making = asyncio.create_task(self._make(key, members, steps, generation))
+            built |= await asyncio.shield(making)
+        made.users += 1
+        self._made[key] = self._made.pop(key)  # used last
+        self.reused += not built
+        return made, built
+
+    async def _make(
+        self,
+        key: Key,
+        members: Sequence[tuple[Expert, Adapter, int]],
+        steps: int,
+        generation: Generation,
+    ) -> bool:
+        """Whether it was built."""
+        async with self._changing:
+            known, built = self._made.get(key), False
+            if known is None:
+                made, built = await asyncio.to_thread(self._build, key, members, steps)
+            else:
+                made = known
+            # Named before it is loaded: a reload that forgets what nobody names then keeps it.
+            generation.mixed.setdefault(key[0], {})[made.adapter.digest] = made.adapter
+            try:
+                await generation.engines[key[0]].prepare([made.adapter])
+            except BaseException:
+                del generation.mixed[key[0]][made.adapter.digest]
+                if key not in self._made:
+                    self._shelf.let_go(made.adapter.path)
+                raise
+            self._made[key] = made
+        self.built += built
+        if built or self._unwanted(()):
+            self.crowded()
+        return built
+
+    def _build(
+        self, key: Key, members: Sequence[tuple[Expert, Adapter, int]], steps: int
+    ) -> tuple[_Made, bool]:
+        """Blocks."""
+        parts = sorted(members, key=lambda member: member[1].digest)
+        recipe = Recipe(
+            tuple(
+                Member(expert.id, adapter.path, share / steps, adapter.digest)
+                for expert, adapter, share in parts
+            ),
+            max_rank=key[3],
+        )
+        made = self._shelf.make(recipe)
+        adapter = Adapter(
+            path=made.folder,
+            digest=made.adapter,
+            rank=made.rank,
+            alpha=float(made.rank),
+            target_modules=tuple(sorted({t for _, a, _ in members for t in a.target_modules})),
+            server_path=f"{self._seen_at}/{made.folder.name}" if self._seen_at else None,
+            composed=made.composed,
+        )
+        return _Made(
+            adapter, sum(file.stat().st_size for file in made.folder.iterdir())
+        ), made.built
+
+    def _unwanted(self, known: Collection[str]) -> list[Key]:
+        """Those that nobody uses now and that have a member beside the `known` digests (none:
+        whatever there is), or are the longest unused of too many."""
+        unused = [key for key, made in self._made.items() if made.users == 0]
+        gone = [key for key in unused if known and not {d for d, _ in key[1]} <= set(known)]
+        count = len(self._made) - len(gone)
+        size = sum(made.bytes for key, made in self._made.items() if key not in gone)
+        for key in unused:
+            if count <= self._most and size <= self._shelf.budget:
+                break
+            if key not in gone:
+                gone.append(key)
+                count, size = count - 1, size - self._made[key].bytes
+        return gone
+
+    async def trim(self, live: Sequence[Generation]) -> None:
+        """Lets go of what is too much, and of what was composed of an adapter that is served no
+        more. To be called while no generation is being built: what it loads, nobody names yet."""
+        known = {
+            expert.adapter.digest
+            for generation in live
+            for expert in generation.catalog.experts.values()
+            if expert.adapter is not None
+        }
+        async with self._changing:
+            gone = {key: self._made.pop(key) for key in self._unwanted(known)}
+            for (server, *_), made in gone.items():
+                for generation in live:
+                    generation.mixed.get(server, {}).pop(made.adapter.digest, None)
+            for server in {key[0] for key in gone}:
+                await _retained(server, live)
+            for made in gone.values():
+                self._shelf.let_go(made.adapter.path)
+            await asyncio.to_thread(self._shelf.trim, known)
+
+    def totals(self) -> Mapping[str, tuple[str, Callable[[], int]]]:
+        """What is counted, by name: in words, and how it is read."""
+        return {
+            "compositions_built": ("Adapters composed for requests.", lambda: self.built),
+            "compositions_reused": (
+                "Requests answered by an adapter that was composed before.",
+                lambda: self.reused,
+            ),
+            "compositions_failed": (
+                "Requests answered by one expert, because no adapter could be composed.",
+                lambda: self.failed,
+            ),
+        }
+
+    def close(self) -> None:
+        self._shelf.close()
+
+
+def _on_one_server(mix: Mix, catalog: Catalog) -> tuple[list[tuple[Expert, int]], list[str]]:
+    """Experts of the server of the one with most weight, each with its share of steps, none of 0;
+    and those whom it cannot be mixed with: of other servers, or of gates, whose weights are each
+    token's own. One without an adapter is a share of the base model, which adds nothing."""
+    weight = {catalog.experts[id_]: w for id_, w in mix.shares}
+    heaviest = max(weight, key=lambda expert: weight[expert])
+    here = [expert for expert in weight if expert.server == heaviest.server and not _gated(expert)]
+    if _gated(heaviest):
+        here = [heaviest]
+    steps = quantised([weight[expert] for expert in here], mix.steps)
+    shares = [(expert, share) for expert, share in zip(here, steps, strict=True) if share > 0]
+    return shares, [expert.id for expert in weight if expert not in here]
+
+
+def _gated(expert: Expert) -> bool:
+    return expert.adapter is not None and expert.adapter.gate is not None
+
+
+def _expert(
+    shares: Sequence[tuple[Expert, int]], heaviest: Expert, adapter: Adapter, steps: int
+) -> Expert:
+    """Reads and draws as its heaviest member; can what all of them can."""
+    members = [expert for expert, _ in shares]
+    return replace(
+        heaviest,
+        id="+".join(f"{share / steps:g}*{expert.id}" for expert, share in shares),
+        adapter=adapter,
+        context_window=min(expert.context_window for expert in members),
+        abilities=frozenset.intersection(*(expert.abilities for expert in members)),
+    )
+
+
+async def _retained(server: str, live: Sequence[Generation]) -> None:
+    engines = {id(g.engines[server]): g.engines[server] for g in live if server in g.engines}
+    for engine in engines.values():
+        users = [g for g in live if g.engines.get(server) is engine]
+        try:
+            await engine.retain(adapters_on(server, users))
+        except ComposerError:  # what it keeps too long is its own loss
+            log.exception("server %r could not forget compositions", server)

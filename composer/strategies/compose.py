@@ -1,0 +1,77 @@
+"""One adapter is composed of the chosen experts' adapters for this query, and answers."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import aclosing
+from typing import ClassVar
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from composer.types import Ask, Chunk, Mix, Plan, Request, Tier
+
+
+class ComposeSettings(BaseModel):
+    """The policy's `k` is how many adapters are composed at most."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    steps: int = Field(
+        8,
+        ge=1,
+        le=64,
+        description="Weights are rounded to whole numbers of 1 / `steps`: with fewer, more queries "
+        "share an adapter. An expert whose weight is rounded to 1 answers alone.",
+    )
+    sharpness: float = Field(
+        1.0,
+        gt=0,
+        le=64,
+        allow_inf_nan=False,
+        description="Power that the plan's weights (the router's qualities, as shares) are raised "
+        "to: above 1, the best expert has more of the adapter.",
+    )
+
+
+class Compose:
+    """Weights of the query, not of the token: the adapters' exact sum (cat), which any engine
+    serves, stock vLLM too. The plan's weights are one source of them; whatever gives others (gates
+    averaged over the prompt, where a forward pass of the base is at hand) fills `Mix.shares`.
+    """
+
+    name: ClassVar[str] = "compose"
+    tier: ClassVar[Tier] = "supported"
+    paper: ClassVar[str] = (
+        "LoraRetriever, arXiv 2402.09997, section 3.3 (mixture of retrieved adapters); weights by "
+        "query as in Twin-Merging, arXiv 2406.15479, section 3.3"
+    )
+    settings: ClassVar[type[BaseModel]] = ComposeSettings
+    path_fields: ClassVar[tuple[str, ...]] = ()
+
+    @classmethod
+    def check_experts(cls, settings: ComposeSettings, experts: Sequence[str], k: int) -> None:
+        if k < 2:
+            raise ValueError(
+                "it composes the chosen experts' adapters, and `k` is 1; set the policy's `k` to "
+                "2 or more"
+            )
+
+    def __init__(self, settings: ComposeSettings) -> None:
+        self._settings = settings
+
+    def check(self, request: Request) -> None:
+        """Refuses nothing: what an expert cannot do is the filter's and the engine's to say."""
+
+    def calls(self, experts: int) -> tuple[int, int]:
+        return 1, 1
+
+    async def run(self, request: Request, plan: Plan, ask: Ask) -> AsyncGenerator[Chunk, None]:
+        power = self._settings.sharpness
+        most = max(choice.weight for choice in plan.choices)
+        shares = tuple(
+            (choice.expert, (choice.weight / most) ** power if most > 0 else 1.0)
+            for choice in plan.choices
+        )
+        async with aclosing(ask(Mix(shares, self._settings.steps), verbatim=True)) as chunks:
+            async for chunk in chunks:
+                yield chunk
