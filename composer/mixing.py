@@ -263,14 +263,15 @@ def _on_one_server(mix: Mix, catalog: Catalog) -> tuple[list[tuple[Expert, int]]
     """Experts of the server of the one with most weight, each with its share of steps, none of 0;
     and those whom it cannot be mixed with: of other servers, or of gates, whose weights are each
     token's own. One without an adapter is a share of the base model, which adds nothing."""
-    weight = {catalog.experts[id_]: w for id_, w in mix.shares}
-    heaviest = max(weight, key=lambda expert: weight[expert])
-    here = [expert for expert in weight if expert.server == heaviest.server and not _gated(expert)]
+    asked = [(catalog.experts[id_], weight) for id_, weight in mix.shares]
+    heaviest = max(asked, key=lambda one: one[1])[0]
+    here = [one for one in asked if one[0].server == heaviest.server and not _gated(one[0])]
     if _gated(heaviest):
-        here = [heaviest]
-    steps = quantised([weight[expert] for expert in here], mix.steps)
-    shares = [(expert, share) for expert, share in zip(here, steps, strict=True) if share > 0]
-    return shares, [expert.id for expert in weight if expert not in here]
+        here = [(heaviest, 1.0)]
+    whole = quantised([weight for _, weight in here], mix.steps)
+    shares = [(expert, share) for (expert, _), share in zip(here, whole, strict=True) if share > 0]
+    stay = {expert.id for expert, _ in here}
+    return shares, [expert.id for expert, _ in asked if expert.id not in stay]
 
 
 def _gated(expert: Expert) -> bool:
