@@ -14,7 +14,7 @@ import yaml
 from transformers import AutoTokenizer
 
 from composer.prompting import PromptSpec, extract, render
-from examples.tiny import cards, evaluate, experts, inputs, pretraining
+from examples.tiny import cards, evaluate, experts, inputs, mixing, pretraining
 from examples.tiny.tasks import (
     INSTRUCTIONS,
     SEPARATOR,
@@ -289,3 +289,47 @@ def test_an_adapter_retrained_on_a_small_budget_learns() -> None:
     after = experts.canonical_accuracy(trained, tok, skill, 30)
     assert before <= 0.1
     assert after >= 0.7
+
+
+# --- experts that keep to their segments ------------------------------------------------------
+
+
+def test_a_segment_begins_with_the_separator_and_the_answer_with_the_first() -> None:
+    ids = tokenizer()("uppercase fox ; sort 31<|answer|>FOX ; 13</s>")["input_ids"]
+    vocabulary = tokenizer().get_vocab()
+    found = mixing.segments(torch.tensor([ids]), vocabulary[SEPARATOR], vocabulary["<|answer|>"])
+    told = "".join(
+        str(int(segment)) * len(tokenizer().decode([token]).removeprefix("<s>"))
+        for token, segment in zip(ids, found[0], strict=True)
+        if token not in (vocabulary["<|answer|>"], *tokenizer().all_special_ids)
+    )
+    assert told == "0" * len("uppercase fox") + "1" * len(" ; sort 31") + "000" + "1" * len(" ; 13")
+
+
+def test_second_training_draws_no_unseen_pair_and_no_held_out_input() -> None:
+    rng = random.Random(1)
+    held_out = {i.prompt.partition(" ")[2] for s in HELD_OUT for i in s.sample("test", 300, 0)}
+    pairs: Counter[tuple[str, str]] = Counter()
+    for _ in range(2000):
+        prompt, _answer, pair = mixing.draw(rng)
+        pairs[pair] += 1
+        for segment in prompt.split(SEPARATOR):
+            assert segment.partition(" ")[2] not in held_out
+    assert not set(pairs) & set(composite_pairs("unseen"))
+    assert {pair for pair in pairs if pair[0] != pair[1]} == set(composite_pairs("seen"))
+
+
+@pytest.mark.slow
+def test_switched_at_the_boundary_they_answer_both_segments() -> None:
+    from benchmarks.gating import subjects
+    from benchmarks.gating.decoding import answered
+    from benchmarks.gating.ways import PerSegment
+    from composer.adapters.gates.untrained import fixed
+
+    loaded = subjects.load()
+    asked = subjects.composites(subjects.Size(0, 6, 0, 0, 0, 0, 0, 0), seed=7)
+    who = torch.tensor([a.skills for a in asked])
+    way = PerSegment(fixed(loaded.members).layers, who, len(loaded.members))
+    found = answered(loaded.base.model, loaded.base.tokenizer, way, asked)
+    assert found.right.mean() > 0.8
+    assert found.routed == 1.0

@@ -133,6 +133,7 @@ def _bench(
         None if general is None else read_lora(general),
         None if embedding is None else embedding.kept.encode,
         "" if embedding is None else embedding.kept.id,
+        "" if embedding is None else embedding.kept.digest,
         seed,
         progress,
     )

@@ -55,6 +55,7 @@ class Bench:
     general: Lora | None = None
     encode: Encode | None = None
     embedder: str = ""
+    embedder_digest: str = ""
     seed: int = 0
     progress: Progress = silent
 

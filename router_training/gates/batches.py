@@ -23,11 +23,13 @@ POOL = 256
 @dataclass(frozen=True, slots=True, eq=False)
 class Batch:
     """All (rows, columns): padded on the right, where a causal model needs no mask. `labels` are
-    the answers' tokens alone; `real` is False on padding."""
+    the answers' tokens alone; `real` is False on padding. `places` (rows,): which questions they
+    are."""
 
     ids: Tensor
     labels: Tensor
     real: Tensor
+    places: Tensor
 
 
 Row = tuple[list[int], int]
@@ -66,17 +68,18 @@ def batches(rows: Sequence[Row], tokens: int, seed: int, pad: int) -> Iterator[B
         order = rng.sample(range(len(rows)), k=len(rows))
         for start in range(0, len(order), POOL):
             pool = sorted(order[start : start + POOL], key=lambda i: len(rows[i][0]))
-            groups: list[list[Row]] = [[]]
+            groups: list[list[int]] = [[]]
             for i in pool:
                 if groups[-1] and (len(groups[-1]) + 1) * len(rows[i][0]) > tokens:
                     groups.append([])
-                groups[-1].append(rows[i])
+                groups[-1].append(i)
             rng.shuffle(groups)
             for group in groups:
-                yield padded(group, pad)
+                yield padded(rows, group, pad)
 
 
-def padded(rows: Sequence[Row], pad: int) -> Batch:
+def padded(all_rows: Sequence[Row], places: Sequence[int], pad: int) -> Batch:
+    rows = [all_rows[i] for i in places]
     width = max(len(ids) for ids, _ in rows)
     ids = torch.full((len(rows), width), pad)
     labels = torch.full_like(ids, IGNORED)
@@ -85,4 +88,4 @@ def padded(rows: Sequence[Row], pad: int) -> Batch:
         ids[i, : len(row)] = torch.tensor(row)
         labels[i, start : len(row)] = ids[i, start : len(row)]
         real[i, : len(row)] = True
-    return Batch(ids, labels, real)
+    return Batch(ids, labels, real, torch.tensor(places))

@@ -120,22 +120,15 @@ def with_instructions(
 ) -> Gate:
     """A PHATGOOSE gate made GLIDER's: of `settings.gammas` the one of least loss on `judged`, which
     no vector of it was trained on. Raises TrainingError without an embedder."""
-    if bench.questions is None:
-        raise TrainingError("GLIDER needs the members' questions; name them with --data")
-    rows = torch.stack(
-        [
-            _instruction(bench, name, bench.questions.of(name), settings.instructions)
-            for name in gate.members
-        ]
-    )
-    near = torch.from_numpy(_encoded(bench, [q.prompt for q in judged])) @ rows.T  # (n, E)
+    rows = instructed(bench, gate.members, settings.instructions)
+    near = nearness(bench, judged, rows)
     losses = {g: _loss_at(base, gate, judged, near * g) for g in settings.gammas}
     gamma = min(losses, key=lambda g: (losses[g], g))
     told = {
         "kind": "glider",
         "paper": Glider.paper,
         "per_request": True,
-        "settings": {**gate.manifest.settings, "gamma": gamma, "embedder": bench.embedder},
+        "settings": {**gate.manifest.settings, **prior_settings(bench, gamma)},
         "report": {**gate.manifest.report, "gammas": {str(g): loss for g, loss in losses.items()}},
     }
     return Gate(gate.manifest.model_copy(update=told), gate.layers, {ROWS: rows})
@@ -185,6 +178,30 @@ def _projections(
     return out
 
 
+def instructed(bench: Bench, members: Sequence[str], told: Mapping[str, str]) -> Tensor:
+    """(E, dim) unit rows: the embedding of a member's instruction, else the mean of its questions'.
+    Raises TrainingError without questions or embedder."""
+    if bench.questions is None:
+        raise TrainingError("the members' questions are needed; name them with --data")
+    return torch.stack(
+        [_instruction(bench, name, bench.questions.of(name), told) for name in members]
+    )
+
+
+def prior_settings(bench: Bench, gamma: float) -> dict[str, Any]:
+    """What an engine must know to compute the prior of a request."""
+    return {
+        "gamma": gamma,
+        "embedder": bench.embedder,
+        "embedder_digest": bench.embedder_digest,
+    }
+
+
+def nearness(bench: Bench, asked: Sequence[Question], rows: Tensor) -> Tensor:
+    """(n, E) cosines of the questions' prompts to the members' instructions."""
+    return torch.from_numpy(_encoded(bench, [q.prompt for q in asked])) @ rows.T
+
+
 def _instruction(
     bench: Bench, name: str, own: Sequence[Question], told: Mapping[str, str]
 ) -> Tensor:
@@ -205,8 +222,8 @@ def _loss_at(base: Base, gate: Gate, judged: Sequence[Question], prior: Tensor) 
     pad = base.tokenizer.pad_token_id or 0
     total, count = 0.0, 0
     for start in range(0, len(rows), 32):
-        batch = padded(rows[start : start + 32], pad)
-        here = prior[start : start + 32, None]
+        batch = padded(rows, range(start, min(start + 32, len(rows))), pad)
+        here = prior[batch.places][:, None]
 
         def weigh(module: str, layer: GatedLayer, x: Tensor, here: Tensor = here) -> Tensor:
             return layer.weights(x, here)

@@ -21,6 +21,7 @@ from router_training.errors import TrainingError
 from router_training.gates.base import Bench, TrainedSettings, chosen, selection_of
 from router_training.gates.batches import Batch
 from router_training.gates.loop import answer_loss, fit
+from router_training.gates.phatgoose import ROWS, instructed, nearness, prior_settings
 
 
 class SoftmaxSettings(TrainedSettings):
@@ -32,6 +33,9 @@ class SoftmaxSettings(TrainedSettings):
     modules: tuple[str, ...] = Field((".",), min_length=1)
     selections: Mapping[str, Selection] = Field(default_factory=dict)
     bias: bool = True
+    gamma: float = Field(
+        0.0, ge=0, description="Of GLIDER's prior, with which the gate is then trained; 0: none."
+    )
 
 
 class Softmax:
@@ -65,7 +69,13 @@ class Softmax:
                 absent,
                 selections.get(module, common),
             )
-        routed = Routed(rows, biases, layers)
+        tensors: dict[str, Tensor] = {}
+        prior = None
+        if settings.gamma:
+            tensors[ROWS] = instructed(bench, list(bench.members), {})
+            near = settings.gamma * nearness(bench, questions.rows, tensors[ROWS])
+            prior = torch.nn.functional.pad(near, (0, int(common.null)))
+        routed = Routed(rows, biases, layers, prior)
         parameters = [p for p in (*rows.values(), *biases.values()) if p.requires_grad]
 
         def loss_of(batch: Batch) -> Tensor:
@@ -89,14 +99,18 @@ class Softmax:
             common,
             paper=Softmax.paper,
             selections=selections,
-            settings={"training": settings.model_dump(mode="json")},
+            per_request=prior is not None,
+            settings={
+                "training": settings.model_dump(mode="json"),
+                **(prior_settings(bench, settings.gamma) if settings.gamma else {}),
+            },
             report=bench.report(**told, questions=len(questions.rows)),
         )
         projections = {
             m: Projection.of(rows[m].detach(), bias=biases[m].detach() if settings.bias else None)
             for m in modules
         }
-        return assembled(bench.members, projections, kind)
+        return assembled(bench.members, projections, kind, tensors)
 
     @staticmethod
     def join(gate: Gate, name: str, bench: Bench) -> Gate:
@@ -114,8 +128,11 @@ class Routed:
         rows: Mapping[str, nn.Parameter],
         biases: Mapping[str, nn.Parameter],
         layers: Mapping[str, tuple[Any, Tensor, Selection]],
+        prior: Tensor | None = None,
     ) -> None:
+        """`prior` (n, E) is added to the logits of each of the n questions."""
         self._rows, self._biases, self._layers = rows, biases, layers
+        self._prior, self._here = prior, torch.zeros(())
         self._real = torch.zeros(0, dtype=torch.bool)
         self._balance: list[Tensor] = []
 
@@ -125,11 +142,13 @@ class Routed:
 
     def begin(self, batch: Batch) -> None:
         self._real, self._balance = batch.real, []
+        if self._prior is not None:
+            self._here = self._prior[batch.places][:, None]
 
     def __call__(self, module: str, layer: GatedLayer, x: Tensor) -> Tensor:
         _, absent, selection = self._layers[module]
         logits = x.float() @ self._rows[module].T + self._biases[module]
-        logits = logits.masked_fill(absent, -torch.inf)
+        logits = (logits + self._here).masked_fill(absent, -torch.inf)
         weights = selection.weights(logits)
         self._balance.append(imbalance(logits, weights, selection, self._real))
         return weights

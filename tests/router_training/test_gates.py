@@ -169,6 +169,18 @@ def test_a_gate_may_null_select_and_leave_modules_alone() -> None:
         assert layer.selection.top_k == (3 if "layers.2" in module else 2)
 
 
+def test_a_softmax_gate_may_be_trained_with_what_is_known_of_the_request() -> None:
+    gate = make("softmax", bench(), {**QUICK, "gamma": 5, "null": True})
+    assert gate.manifest.per_request
+    assert gate.manifest.settings["gamma"] == 5
+    rows = gate.tensors["prior.rows"]
+    assert torch.allclose(rows.norm(dim=1), torch.ones(3))
+    assert rows.argmax(1).tolist() == [ord(c) - 97 for c in "ups"]  # the prompts' first letters
+    plain = make("softmax", bench(), {**QUICK, "null": True})
+    assert not plain.manifest.per_request
+    assert plain.manifest.report["first_loss"] != gate.manifest.report["first_loss"]
+
+
 @pytest.mark.parametrize(
     ("settings", "told"),
     [
@@ -215,7 +227,7 @@ def test_only_the_answer_and_its_end_are_learnt() -> None:
     tokenizer = base().tokenizer
     rows = encoded(tokenizer, [Question("uppercase fox", "FOX")])
     assert rows[0][0] == tokenizer(f"uppercase fox{ANSWER}FOX</s>")["input_ids"]
-    batch = padded([*rows, *encoded(tokenizer, [Question("uppercase a", "A")])], 0)
+    batch = padded([*rows, *encoded(tokenizer, [Question("uppercase a", "A")])], [0, 1], 0)
     learnt = batch.labels[0][batch.labels[0] != IGNORED]
     assert tokenizer.decode(learnt) == "FOX</s>"
     assert batch.real.sum(1).tolist() == [len(rows[0][0]), len(rows[0][0]) - 4]

@@ -1,0 +1,1 @@
+"""What `benchmarks/gates.py` is made of."""
