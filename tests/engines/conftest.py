@@ -23,8 +23,15 @@ from composer.adapters.tensors import read_tensors
 from composer.adapters.verify import adapter_digest
 from composer.engines.local import EmbeddedEngine, EmbeddedSettings
 from composer.types import Adapter, Call, Chunk, Message, Sampling
+from tests.gated import save_gate
 
 CONTEXT = 96
+HIDDEN, FEATURES, DIM = 32, 10, 6
+"""Widths: of the base, of what X-LoRA's classifier gives, and of embeddings."""
+
+QUERY = tuple((torch.arange(DIM) / torch.arange(DIM).float().norm()).tolist())
+"""A request's embedding, of unit length."""
+
 TEMPLATE = (
     "{% for m in messages %}{% if m.role == 'system' and not loop.first %}"
     "{{ raise_exception('system must come first') }}{% endif %}"
@@ -56,7 +63,7 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
 def tiny_config(**changes: object) -> LlamaConfig:
     values: dict[str, object] = {
         "vocab_size": len(tiny_tokenizer()),
-        "hidden_size": 32,
+        "hidden_size": HIDDEN,
         "intermediate_size": 48,
         "num_hidden_layers": 2,
         "num_attention_heads": 4,
@@ -116,6 +123,34 @@ def adapters(base: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Adap
         save_adapter(base, folder / "c", 3, r=2, target_modules=["o_proj", "gate_proj"]),
         save_adapter(base, folder / "d", 4),
     )
+
+
+@pytest.fixture(scope="session")
+def members(adapters: tuple[Adapter, ...]) -> dict[str, Path]:
+    """Three of two ranks, the third on other modules."""
+    return dict(zip("abc", (adapter.path for adapter in adapters), strict=False))
+
+
+@pytest.fixture(scope="session")
+def gates(members: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Adapter]:
+    folder = tmp_path_factory.mktemp("gates")
+    torch.manual_seed(9)
+    inner = {"features.0.weight": torch.randn(FEATURES, HIDDEN), "features.0.bias": torch.randn(10)}
+    prior = {"prior.rows": torch.nn.functional.normalize(torch.randn(3, DIM))}
+    return {
+        "arrow": save_gate(folder / "arrow", members),
+        "phatgoose": save_gate(
+            folder / "phatgoose", members, kind="phatgoose", seed=1, normalise="standardised"
+        ),
+        "xlora": save_gate(
+            folder / "xlora", members, kind="xlora", seed=2, normalise="none", width=FEATURES,
+            tensors=inner, passes=2,
+        ),
+        "glider": save_gate(
+            folder / "glider", members, kind="glider", seed=3, normalise="standardised",
+            tensors=prior, per_request=True, settings={"gamma": 5.0},
+        ),
+    }  # fmt: skip
 
 
 @pytest_asyncio.fixture

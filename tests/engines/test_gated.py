@@ -21,17 +21,8 @@ from composer.adapters.gates.selection import Selection, Tsallis
 from composer.engines.local import EmbeddedEngine, EmbeddedSettings
 from composer.errors import EngineError
 from composer.types import Adapter, Call
-from tests.engines.conftest import PROMPTS, gather, make_call, text
+from tests.engines.conftest import HIDDEN, PROMPTS, QUERY, gather, make_call, text
 from tests.gated import by_loop, save_gate
-
-HIDDEN, FEATURES, DIM = 32, 10, 6
-QUERY = tuple((torch.arange(DIM) / torch.arange(DIM).float().norm()).tolist())
-
-
-@pytest.fixture(scope="module")
-def members(adapters: tuple[Adapter, ...]) -> dict[str, Path]:
-    """Three of two ranks, the third on other modules."""
-    return dict(zip("abc", (adapter.path for adapter in adapters), strict=False))
 
 
 def soft(gate: Any, module: str, read: Tensor, extra: Tensor | None = None) -> Tensor:
@@ -48,28 +39,6 @@ def soft(gate: Any, module: str, read: Tensor, extra: Tensor | None = None) -> T
     logits = logits.masked_fill(absent, -torch.inf)
     kept = logits.topk(2).values[..., -1:]
     return torch.softmax(logits.masked_fill(logits < kept, -torch.inf), -1)
-
-
-@pytest.fixture(scope="module")
-def gates(members: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Adapter]:
-    folder = tmp_path_factory.mktemp("gates")
-    torch.manual_seed(9)
-    inner = {"features.0.weight": torch.randn(FEATURES, HIDDEN), "features.0.bias": torch.randn(10)}
-    prior = {"prior.rows": torch.nn.functional.normalize(torch.randn(3, DIM))}
-    return {
-        "arrow": save_gate(folder / "arrow", members),
-        "phatgoose": save_gate(
-            folder / "phatgoose", members, kind="phatgoose", seed=1, normalise="standardised"
-        ),
-        "xlora": save_gate(
-            folder / "xlora", members, kind="xlora", seed=2, normalise="none", width=FEATURES,
-            tensors=inner, passes=2,
-        ),
-        "glider": save_gate(
-            folder / "glider", members, kind="glider", seed=3, normalise="standardised",
-            tensors=prior, per_request=True, settings={"gamma": 5.0},
-        ),
-    }  # fmt: skip
 
 
 @pytest_asyncio.fixture
