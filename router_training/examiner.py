@@ -3,11 +3,12 @@ alone can tell the verdict. Run as text by a bare interpreter: knows the standar
 
 The examiner runs the tests. Names that these do not define themselves are the answer's: functions,
 classes and objects are stand-ins (`Remote`), through which the candidate process is asked, and
-plain values come over as copies, to be compared here. So the answer's code never meets the values
-that it is held against, nor the descriptor that the verdict goes out by. Built-in names stay the
-built-in ones, whatever the answer defines; what it prints is not seen; a list that it is given is
-brought up to date when its call returns. Of objects of its own classes the tests can only ask what
-it says of them: where a test compares two of these, their own `__eq__` decides.
+plain values come over as copies, to be compared here. So the answer's code cannot say what a
+verdict is, and a plain value is equal to none of its objects but by that object's plain base.
+Built-in names stay the built-in ones, whatever the answer defines; what it prints is not seen; a
+list that it is given is brought up to date when its call returns. Of objects of its own classes the
+tests can only ask what it says of them: where a test compares two of these, orders one
+(`abs(f(1) - 2) < 1e-6`) or asks whether it is true, their own methods decide.
 
 Tests for which that does not do (`together` in what is asked) are run by the candidate itself,
 which can then say of them what it likes.
@@ -132,6 +133,7 @@ def main() -> None:
     theirs.close()
     _prctl(DUMPABLE, 0)  # nobody of this user reads its memory or opens its descriptors
     asked = json.loads(sys.stdin.buffer.read())
+    os.ftruncate(0, 0)  # bubblewrap's own process has it open as well, and may be read
     result = os.fdopen(os.dup(1), "w")
     os.set_inheritable(result.fileno(), False)
     _nowhere()
