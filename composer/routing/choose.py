@@ -48,7 +48,8 @@ def choose(
     an aim at a spend (`Aim.room`) experts behind the first are dropped from where they cost more
     together than there is room for (`reasons.over_budget`), if `calls` says that the strategy asks
     them at all; and neither the null expert nor a stronger one takes the place of the first where
-    it costs more than that by as much. The default expert does whatever it costs.
+    it costs more than that by as much. What whoever took its place costs more is room no longer.
+    The default expert does whatever it costs.
 
     Weights are the chosen experts' qualities, normalised.
 
@@ -74,8 +75,9 @@ def choose(
         order = np.concatenate([[named], order[order != named]])
     shown = order[:SHOWN_SCORES]
 
-    def costs_too_much(column: int) -> bool:
-        return float(aim.cost[column] - aim.cost[order[0]]) > aim.room
+    def room_left(first: int) -> float:
+        """For calls behind it, where it is not the one that the aim puts first."""
+        return aim.room - max(0.0, float(aim.cost[first] - aim.cost[order[0]]))
 
     if best < policy.threshold and (default := _column(policy.default_expert, scores)) is not None:
         told = {
@@ -87,7 +89,7 @@ def choose(
         return _plan(policy, scores, np.array([default]), shown, told, explained=False)
     null = _column(policy.null_expert, scores)
     near = null is not None and quality[null] >= best - policy.null_margin
-    if null is not None and near and not costs_too_much(null):
+    if null is not None and near and room_left(null) >= 0:
         told = {"rule": "null_expert", "best": best, **aim.reasons}
         return _plan(policy, scores, np.array([null]), shown, told)
 
@@ -117,9 +119,9 @@ def choose(
             chosen = order[: max(unsure.k, len(chosen))]
         elif unsure.do == "ask_stronger":
             stronger = order[np.argsort(-quality[order], kind="stable")][: len(chosen)]
-            chosen = chosen if costs_too_much(int(stronger[0])) else stronger
+            chosen = stronger if room_left(int(stronger[0])) >= 0 else chosen
     if calls(len(chosen))[1] > 1:
-        within = chosen[: 1 + _affordable(aim.cost[chosen[1:]], aim.room)]
+        within = chosen[: 1 + _affordable(aim.cost[chosen[1:]], room_left(int(chosen[0])))]
         if len(within) < len(chosen):
             reasons["over_budget"] = [scores.experts[i] for i in chosen[len(within) :]]
         chosen = within

@@ -193,6 +193,17 @@ def test_nobody_dearer_takes_the_place_of_the_first_but_where_there_is_room(
     assert choose(found, aim, policy(null_expert="e0")).best == best
 
 
+@pytest.mark.parametrize(("room", "calls"), [(2.0, ("e0",)), (3.0, ("e0", "e1"))])
+def test_what_a_stronger_one_costs_more_is_taken_from_the_room(
+    room: float, calls: tuple[str, ...]
+) -> None:
+    """e1 alone costs 1, so that the whole plan may cost 1 and the room: e0 and e1 cost 4."""
+    found = scores(0.5, 0.4)
+    aim = replace(spend(3, 1, room=room), weight=1.0)
+    plan = choose(found, aim, policy(k=2, unsure=Unsure(0.6, "ask_stronger")))
+    assert plan.calls == calls
+
+
 def test_an_aims_expert_goes_first_where_it_may_answer() -> None:
     found = scores(0.9, 0.3, 0.7)
     aim = spend(1, 1, 1, room=9, expert="e1")
