@@ -116,7 +116,7 @@ async def test_gates_are_told_when_asked_for(client: httpx.AsyncClient) -> None:
     )
     trace = streamed_told["gates"]["both"]
     assert "".join(one["token"] for one in trace["answers"][0]) == text
-    assert {"layers 0, attention", "layers 0, mlp"} <= trace["prompt"][0]["weights"].keys()
+    assert {"layer 0, attention", "layer 0, mlp"} <= trace["prompt"][0]["weights"].keys()
 
     # Whom the router chooses may have none; a name that has none is a mistake.
     plain = ask(ASKED["sort-digits"][0], composer={"gates": True})

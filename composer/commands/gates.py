@@ -91,8 +91,14 @@ async def _asked_here(
                 gates=groups,
             )
             call = call_of(request, expert, number=0, messages=None, sampling=request.sampling)
-            vector = tuple((await embedder.embed(text)).tolist())
-            call = replace(call, embedding=vector, max_tokens_asked=False)
+            call = replace(call, max_tokens_asked=False)
+            if (
+                expert.adapter is not None
+                and expert.adapter.gate
+                and expert.adapter.gate.per_request
+            ):
+                vector = await embedder.embed(text)
+                call = replace(call, embedding=tuple(vector.tolist()))
             async with aclosing(engine.run(call)) as chunks:
                 traces = [chunk.gates async for chunk in chunks]
         finally:

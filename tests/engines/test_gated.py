@@ -256,9 +256,9 @@ async def test_traces_are_the_weights_of_each_token(
     read_at = [*range(start), *range(start - 1, start - 1 + len(trace.answers[0]))]
     for token, position in zip((*trace.prompt, *trace.answers[0]), read_at, strict=True):
         assert set(token.weights) == {
-            f"layers {layer}, {kind}" for layer in (0, 1) for kind in ("attention", "mlp")
+            f"layer {layer}, {kind}" for layer in (0, 1) for kind in ("attention", "mlp")
         }
-        told = token.weights["layers 1, attention"]
+        told = token.weights["layer 1, attention"]
         expected = dict(zip("abc", attention[position].tolist(), strict=True))
         assert told == {k: pytest.approx(v, abs=2e-4) for k, v in expected.items() if v >= 1e-4}
         assert sum(told.values()) == pytest.approx(1, abs=1e-3)

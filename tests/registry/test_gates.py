@@ -19,6 +19,7 @@ from rich.console import Console
 from composer.adapters.cache import FileCache
 from composer.adapters.gates.files import MANIFEST, TENSORS
 from composer.adapters.lora_config import AdapterFeature
+from composer.build import ENGINES
 from composer.errors import CatalogError
 from composer.registry import Families, load_catalog
 from composer.registry.table import catalog_table
@@ -195,3 +196,9 @@ def test_an_engine_is_asked_for_what_the_gate_needs(
     with pytest.raises(CatalogError, match=told):
         load(world, able, gate="./gates/both")
     assert load(world, gate="./gates/both").experts["mixed"].adapter is not None
+
+
+def test_the_engines_that_can_say_so() -> None:
+    able = {name: set(e.adapter_features) & set(EVERYTHING) for name, e in ENGINES.items()}
+    assert {name for name, features in able.items() if features} == {"embedded"}
+    assert able["embedded"] == set(EVERYTHING)

@@ -36,7 +36,7 @@ def grouped(modules: frozenset[str], by: GroupBy) -> Groups:
     else:
         ranges = _ranges(layers.values())
         labels = {
-            module: f"layers {ranges[layer]}, {'attention' if 'attn' in module else 'mlp'}"
+            module: f"{ranges[layer]}, {'attention' if 'attn' in module else 'mlp'}"
             for module, layer in layers.items()
         }
     ordered = sorted(labels, key=lambda module: (layers[module], "attn" not in module, module))
@@ -55,6 +55,8 @@ def _ranges(layers: Iterable[int]) -> dict[int, str]:
     for start, end in pairwise(cuts):
         part = ordered[start:end]
         words.update(
-            dict.fromkeys(part, f"{part[0]}-{part[-1]}" if len(part) > 1 else f"{part[0]}")
+            dict.fromkeys(
+                part, f"layers {part[0]}-{part[-1]}" if len(part) > 1 else f"layer {part[0]}"
+            )
         )
     return words

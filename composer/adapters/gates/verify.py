@@ -17,7 +17,10 @@ from composer.types import Adapter, Gated
 _SHOWN = 3
 """Modules that do not fit which are told; the rest are counted."""
 
-_ELSEWHERE = "Serve it on an engine that can, such as `embedded`."
+_ELSEWHERE = (
+    "Serve it on an engine that can, such as `embedded`; for vLLM, `composer compose --gate` makes "
+    "a model of a gate that reads its layers' input alone."
+)
 _RETRAIN = "Make the gate again, with this server's base model."
 
 
