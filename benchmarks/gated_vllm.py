@@ -6,7 +6,7 @@ Needs `make vllm` (or COMPOSER_VLLM_PYTHON). A Llama of random weights (0.33 bil
 it stands), adapters of rank 16 on all its linear layers, a gate that picks two members for each
 token and layer (PHATGOOSE's: standardised, in float32). Each model is served by a process of its
 own; all of them are started first and then asked in turn, round after round, so that what else runs
-on the machine slows all alike. An answer is 48 tokens of any kind, after prompts of 16. Given are
+on the machine slows all alike. An answer is --answer tokens of any kind, after a prompt of 16. Given are
 medians over rounds of tokens/s at 1 and 16 requests at once and of the milliseconds of one forward
 pass, and the medians of each round's ratios. With `--enable-lora` vLLM's CPU build runs eager,
 whatever it is told: "one LoRA" is eager in both modes. adapters_mb: what the adapters take as they
@@ -49,7 +49,6 @@ from tests.vllm import ENVIRONMENT, plugin_environment, python
 
 RANK = 16
 AT_ONCE = (1, 16)
-ANSWER = 48
 WORKER = Path(__file__).with_name("gated_vllm_worker.py")
 
 
@@ -147,6 +146,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
     parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--answer", type=int, default=48, help="tokens")
     parser.add_argument("--threads", type=int, default=1)
     args = parser.parse_args()
     if args.quick:
@@ -197,12 +197,13 @@ def _measured(args: argparse.Namespace, folder: Path) -> list[Row]:
                     told["lora"] = str(folder / "lora")
                 served = Served(name, told, env, folder / f"{path.name}-{len(running)}.log")
                 running.append(served)
+            for served in running:
                 served.wait()
                 done()
         with progress("rounds", args.rounds) as done:
             for _ in range(args.rounds):
                 for served in running:
-                    answers = {n: served.ask(n, ANSWER) for n in AT_ONCE}
+                    answers = {n: served.ask(n, args.answer) for n in AT_ONCE}
                     served.rounds.append(
                         {
                             f"{what}@{n}": answer[what]
