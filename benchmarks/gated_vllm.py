@@ -6,11 +6,11 @@ Needs `make vllm` (or COMPOSER_VLLM_PYTHON). A Llama of random weights (0.33 bil
 it stands), adapters of rank 16 on all its linear layers, a gate that picks two members for each
 token and layer (PHATGOOSE's: standardised, in float32). Each model is served by a process of its
 own; all of them are started first and then asked in turn, round after round, so that what else runs
-on the machine slows all alike. An answer is --answer tokens of any kind, after a prompt of 16. Given are
-medians over rounds of tokens/s at 1 and 16 requests at once and of the milliseconds of one forward
-pass, and the medians of each round's ratios. With `--enable-lora` vLLM's CPU build runs eager,
-whatever it is told: "one LoRA" is eager in both modes. adapters_mb: what the adapters take as they
-are served (stacked, with their gate); members_mb: the same adapters as files of their own, summed.
+on the machine slows all alike. An answer is --answer tokens of any kind, after a prompt of 16.
+Given are medians over rounds of tokens/s at 1 and 16 requests at once and of the milliseconds of
+one forward pass, and the medians of each round's ratios. With `--enable-lora` vLLM's CPU build runs
+eager, whatever it is told: "one LoRA" is eager in both modes. adapters_mb: what the adapters take
+as they are served (stacked, with their gate); members_mb: the same as files of their own, summed.
 """
 
 from __future__ import annotations

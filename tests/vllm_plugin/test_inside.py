@@ -33,6 +33,10 @@ def test_two_processes_that_share_a_model_compute_what_one_does(tmp_path: Path) 
     run("two_ranks.py", tmp_path, str(tmp_path / "work"))
 
 
+def test_what_would_serve_the_base_alone_is_refused(tmp_path: Path) -> None:
+    run("refusals.py", tmp_path, str(tmp_path / "work"))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "architecture",
