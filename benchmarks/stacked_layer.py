@@ -14,6 +14,7 @@ left out, and said so.
 from __future__ import annotations
 
 import argparse
+import json
 import statistics
 import sys
 from collections.abc import Callable
@@ -31,6 +32,9 @@ from composer.adapters.gates.selection import Selection
 from composer.vllm_plugin.layer import GatedLinear, Part
 
 Layer = Callable[[Tensor], Tensor]
+
+COLUMNS = ("d", "members", "tokens", "base_ms", "lora_ms", "gated_ms", "gated/lora", "gated/base",
+           "rounds")  # fmt: skip
 
 
 def main() -> None:
@@ -50,13 +54,16 @@ def main() -> None:
     args = parser.parse_args()
     if args.quick:
         args.width, args.tokens = args.width[:1], args.tokens[:2]
+    print(f"| {' | '.join(COLUMNS)} |\n|{'---:|' * len(COLUMNS)}", flush=True)
     rows = []
     for width in args.width:
         for members in args.members:
             for tokens in args.tokens:
                 with torch.inference_mode():
                     rows.append(_measured(args, width, members, tokens))
-    _print(args, rows)
+                print(_line(rows[-1]), flush=True)
+    if args.json is not None:
+        args.json.write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")
 
 
 def _measured(args: argparse.Namespace, width: int, members: int, tokens: int) -> Row:
@@ -91,6 +98,8 @@ def _measured(args: argparse.Namespace, width: int, members: int, tokens: int) -
     for layer in layers:
         layer(x)  # compiles, and picks its kernels
         first += clock(layer, x)
+        if 3 * first > args.limit_s:
+            break
     rounds = min(args.rounds, int(args.limit_s / first))
     if rounds < 3:
         CONSOLE.print(f"left out: {row}, {first:.1f} s a round")
@@ -139,19 +148,10 @@ def _cuda_clock() -> Callable[[Layer, Tensor], float]:
     return seconds
 
 
-def _print(args: argparse.Namespace, rows: list[Row]) -> None:
-    columns = ("d", "members", "tokens", "base_ms", "lora_ms", "gated_ms", "gated/lora",
-               "gated/base", "rounds")  # fmt: skip
-    print(f"| {' | '.join(columns)} |")
-    print("|" + "---:|" * len(columns))
-    for row in rows:
-        cells = (row.get(name) for name in columns)
-        told = ("–" if c is None else f"{c:.3g}" if isinstance(c, float) else str(c) for c in cells)
-        print(f"| {' | '.join(told)} |")
-    if args.json is not None:
-        import json
-
-        args.json.write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")
+def _line(row: Row) -> str:
+    cells = (row.get(name) for name in COLUMNS)
+    told = ("–" if c is None else f"{c:.3g}" if isinstance(c, float) else str(c) for c in cells)
+    return f"| {' | '.join(told)} |"
 
 
 if __name__ == "__main__":
