@@ -42,7 +42,7 @@ WHOLE = """\
 python benchmarks/routing.py --only mmlu_pro --json one.json &
 python benchmarks/routing.py --only routellm zeroeval mix10 --json two.json &
 wait; python benchmarks/routing.py --merge one.json two.json"""
-"""How results/routing.md is made: ten core-minutes each, at 1.5 GB."""
+"""How results/routing.md is made: some 20 core-minutes each, at 1.5 GB."""
 
 TABLES = ("mix10", "zeroeval", "mmlu_pro", "routellm")
 
