@@ -1,6 +1,7 @@
 """Mixing the miniature experts: one for a query, one adapter made of several, or a gate per token.
 
     .venv/bin/python benchmarks/gates.py [--seeds 5] [--json FILE] [--quick] [--rows NAME …]
+    .venv/bin/python benchmarks/gates.py --merge FILE …      # the table of runs of rows apart
 
 Held in: questions of one skill. Composites: two skills in one prompt and one answer, of pairs that
 nothing was trained on; no single adapter can answer them. The oracle adapter is that of the
@@ -18,6 +19,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -282,7 +284,11 @@ def main() -> None:
     parser.add_argument("--composite", type=int, default=WHOLE.composite, help="and of a pair")
     parser.add_argument("--steps", type=int, default=WHOLE.steps, help="of a trained gate")
     parser.add_argument("--rows", nargs="+", choices=[row.name for row in ROWS])
+    parser.add_argument("--merge", nargs="+", type=Path, metavar="FILE", help="of --json")
     args = parser.parse_args()
+    if args.merge is not None:
+        print(merged_table(args.merge))
+        return
     torch.set_num_threads(1)
     asked_for = {"held_in": args.held_in, "composite": args.composite, "steps": args.steps}
     size = QUICK if args.quick else replace(WHOLE, **asked_for)
@@ -295,21 +301,30 @@ def main() -> None:
             began = time.process_time()
             found[row.name].append(measured(row, round_))
             if args.json is not None:  # also of a run that is stopped
-                args.json.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
+                kept = {"asked": [len(a) for a in round_.asked], "found": found}
+                args.json.write_text(json.dumps(kept, indent=2) + "\n", encoding="utf-8")
             told = found[row.name][-1]
             print(
                 f"seed {seed}, {row.name}: held in {told['held_in']:.3f}, composites "
                 f"{told['composite']:.3f}, {time.process_time() - began:.0f} s",
                 file=sys.stderr,
             )
-    asked = (len(NAMES) * size.held_in, len(round_.asked[1]))
-    print(markdown(rows, found, asked))
+    print(markdown(rows, found, [len(asked) for asked in round_.asked]))
+
+
+def merged_table(files: Sequence[Path]) -> str:
+    """Raises SystemExit where the runs were asked different questions."""
+    runs = [json.loads(file.read_text(encoding="utf-8")) for file in files]
+    found = {name: values for run in runs for name, values in run["found"].items() if values}
+    if len({tuple(run["asked"]) for run in runs}) > 1 or len({len(v) for v in found.values()}) > 1:
+        raise SystemExit("these runs have other questions or seeds; merge runs of the same options")
+    return markdown([row for row in ROWS if row.name in found], found, runs[0]["asked"])
 
 
 def markdown(
     rows: Sequence[Row],
     found: Mapping[str, Sequence[Mapping[str, float | None]]],
-    asked: tuple[int, int],
+    asked: Sequence[int],
 ) -> str:
     seeds = len(next(iter(found.values())))
     lines = [
