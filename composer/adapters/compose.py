@@ -19,16 +19,13 @@ import torch
 from pydantic import ValidationError
 
 from composer.adapters.base_model import last_part
-from composer.adapters.factors import Lora, read_lora, write_lora
+from composer.adapters.factors import Lora, read_lora, write_lora, written_digest
 from composer.adapters.files import WEIGHTS
-from composer.adapters.lora_config import read_lora_config
 from composer.adapters.merging import METHODS
 from composer.adapters.merging.base import MergeSettings, Method, Weights
 from composer.adapters.merging.subtraction import less
 from composer.adapters.merging.truncation import fitted
 from composer.adapters.recipe import Member, Recipe
-from composer.adapters.tensors import read_tensors
-from composer.adapters.verify import adapter_digest
 from composer.durable import sync_folder
 from composer.errors import AdapterError, Problem
 from composer.types import Composed, MemberShare
@@ -217,10 +214,7 @@ def _published(
     part = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
     try:
         write_lora(part, made, rank=rank, dtype=dtype)
-        config, _ = read_lora_config(part, ())
-        assert config is not None
-        found = adapter_digest(config, read_tensors(part / WEIGHTS))
-        told = {**told, "adapter": found, "bytes": (part / WEIGHTS).stat().st_size}
+        told = {**told, "adapter": written_digest(part), "bytes": (part / WEIGHTS).stat().st_size}
         text = json.dumps(told, indent=2, ensure_ascii=False) + "\n"
         (part / PROVENANCE).write_text(text, encoding="utf-8")
         part.chmod(0o755)

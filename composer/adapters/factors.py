@@ -11,16 +11,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from composer.adapters.cache import FileCache
 from composer.adapters.files import CONFIG, WEIGHTS
-from composer.adapters.lora_config import read_lora_config
-from composer.adapters.tensors import TensorFileError, read_tensors
+from composer.adapters.lora_config import LoraConfig, read_lora_config
+from composer.adapters.tensors import RawTensor
 from composer.adapters.verify import adapter_digest
 from composer.errors import AdapterError, Problem
 
-_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+_DTYPES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
+_DIGESTS = FileCache(4096)
 _PREFIX = "base_model.model."
 _FACTOR = re.compile(r"base_model\.model\.(?P<module>.+)\.lora_(?P<side>[AB])\.weight")
 
@@ -79,27 +82,32 @@ class Lora:
 
 
 def read_lora(folder: Path) -> Lora:
-    """The adapter in `folder`, each module with the scaling that peft would apply. Raises
-    AdapterError for what is not plain LoRA on linear layers."""
+    """The adapter in `folder`, each module with the scaling that peft would apply. Its tensors are
+    mapped: memory takes what is used of them, and a file that is cut short meanwhile kills the
+    process, so adapters are replaced by new files (as peft and safetensors do) and never rewritten
+    in place. Its digest is read from the file once, until that changes. Raises AdapterError for
+    what is not plain LoRA on linear layers."""
     config, problems = read_lora_config(folder, ("rank_pattern", "alpha_pattern"))
     if problems or config is None:
         raise AdapterError(problems)
+    weights = folder / WEIGHTS
+
     try:
-        tensors = read_tensors(folder / WEIGHTS)
-    except (TensorFileError, OSError) as error:
+        tensors = _mapped(weights)
+        found = _DIGESTS.get([folder / CONFIG, weights], "digest", lambda: _digest(config, tensors))
+    except (SafetensorError, OSError) as error:
         raise _refused(folder, "", f"it cannot be read: {error}", "Copy it again.") from error
     sides: dict[str, dict[str, Tensor]] = {}
-    for name, raw in tensors.items():
+    for name, tensor in tensors.items():
         match = _FACTOR.fullmatch(name)
-        if match is None or raw.dtype not in _DTYPES or len(raw.shape) != 2:
+        if match is None or tensor.dtype not in _DTYPES or tensor.ndim != 2:
             raise _refused(
                 folder,
                 name,
                 "only LoRA factors of linear layers can be composed",
                 "Leave this adapter out, or train it on linear layers alone.",
             )
-        flat = torch.frombuffer(bytearray(raw.data), dtype=_DTYPES[raw.dtype])
-        sides.setdefault(match["module"], {})[match["side"]] = flat.reshape(raw.shape)
+        sides.setdefault(match["module"], {})[match["side"]] = tensor
     modules = {}
     for module, pair in sorted(sides.items()):
         if len(pair) != 2 or pair["A"].shape[0] != pair["B"].shape[1]:
@@ -109,7 +117,31 @@ def read_lora(folder: Path) -> Lora:
         modules[module] = Factors(pair["A"], pair["B"], config.scaling_of(module))
     if not modules:
         raise _refused(folder, "", "it holds no LoRA factor", "Save the adapter again.")
-    return Lora(modules, config.base, adapter_digest(config, tensors))
+    return Lora(modules, config.base, found)
+
+
+def written_digest(folder: Path) -> str:
+    """That of the adapter that `write_lora` wrote there."""
+    config, _ = read_lora_config(folder, ())
+    assert config is not None
+    return _digest(config, _mapped(folder / WEIGHTS))
+
+
+def _digest(config: LoraConfig, tensors: Mapping[str, Tensor]) -> str:
+    raw = {
+        name: RawTensor(
+            _DTYPES.get(tensor.dtype, str(tensor.dtype)),
+            tuple(tensor.shape),
+            tensor.contiguous().view(torch.uint8).numpy().data,
+        )
+        for name, tensor in tensors.items()
+    }
+    return adapter_digest(config, raw)
+
+
+def _mapped(file: Path) -> dict[str, Tensor]:
+    with safe_open(file, framework="pt") as opened:
+        return {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
 
 
 def write_lora(
@@ -127,7 +159,9 @@ def write_lora(
     dtype = lora.dtype if dtype is None else dtype
     tensors = {}
     for module, factors in lora.modules.items():
-        b = (factors.b.float() * factors.scale).to(dtype)
+        b = factors.b.to(dtype)
+        if factors.scale != 1:
+            b = (factors.b.float() * factors.scale).to(dtype)
         grow = rank - factors.rank
         name = f"{_PREFIX}{module}.lora"
         tensors[f"{name}_A.weight"] = _padded(factors.a.to(dtype), (0, 0, 0, grow))

@@ -32,7 +32,7 @@ class RawTensor:
 
     dtype: str
     shape: tuple[int, ...]
-    data: bytes | bytearray
+    data: bytes | bytearray | memoryview
 
     def is_finite(self) -> bool:
         """False when any number in it is NaN or infinite. Only for `DTYPES`."""
