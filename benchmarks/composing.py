@@ -36,7 +36,7 @@ def main() -> None:
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--width", type=int, default=4096)
     parser.add_argument("--layers", type=int, default=32)
-    parser.add_argument("--runs", type=int, default=5)
+    parser.add_argument("--runs", type=int, default=3)
     parser.add_argument("--quick", action="store_true", help="A small model, to see that it runs.")
     parser.add_argument("--json", type=Path, help="Also write the figures here.")
     parser.add_argument("--one", nargs=2, metavar=("MEMBERS", "OUT"), help=argparse.SUPPRESS)
@@ -122,7 +122,8 @@ def table(given: argparse.Namespace, runs: list[dict[str, Any]]) -> None:
         f"{given.members} members of rank {given.rank} ({runs[0]['member_mb']:.0f} MB each) on "
         f"{', '.join(TARGETS)} of a model {given.width} wide with {given.layers} layers; random "
         f"weights, bfloat16; {torch.get_num_threads()} thread(s); median of {given.runs} runs "
-        "(least to most), each in a process of its own, files in the page cache.\n"
+        "(least to most), each in a process of its own, files in the page cache. Seconds are those of "
+        "the clock on a machine that may do other work.\n"
     )
     print("| | seconds |\n|---|---:|")
     rows = {

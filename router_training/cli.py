@@ -17,6 +17,7 @@ from router_training.commands import (
     select,
     train,
     votes,
+    weights,
 )
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
@@ -37,6 +38,7 @@ app.command()(votes.votes)
 app.command()(report.report)
 app.command()(select.select)
 app.add_typer(gates.app, name="gates")
+app.command()(weights.weights)
 
 
 def main() -> None:
