@@ -122,8 +122,8 @@ def table(given: argparse.Namespace, runs: list[dict[str, Any]]) -> None:
         f"{given.members} members of rank {given.rank} ({runs[0]['member_mb']:.0f} MB each) on "
         f"{', '.join(TARGETS)} of a model {given.width} wide with {given.layers} layers; random "
         f"weights, bfloat16; {torch.get_num_threads()} thread(s); median of {given.runs} runs "
-        "(least to most), each in a process of its own, files in the page cache. Seconds are those of "
-        "the clock on a machine that may do other work.\n"
+        "(least to most), each in a process of its own, files in the page cache. Seconds are "
+        "those of the clock on a machine that may do other work.\n"
     )
     print("| | seconds |\n|---|---:|")
     rows = {

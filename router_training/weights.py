@@ -157,7 +157,7 @@ def _batches(base: Base, questions: Sequence[Question], tokens: int) -> list[Bat
             cuts.append(i)
     pad = base.tokenizer.pad_token_id
     bounds = pairwise([*cuts, len(rows)])
-    return [padded(rows[a:b], 0 if pad is None else pad) for a, b in bounds]
+    return [padded(rows, range(a, b), 0 if pad is None else pad) for a, b in bounds]
 
 
 def _mean_loss(model: nn.Module, batches: Sequence[Batch]) -> float:
