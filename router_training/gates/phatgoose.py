@@ -58,6 +58,10 @@ class Phatgoose:
     @staticmethod
     def make(bench: Bench, settings: PhatgooseSettings) -> Gate:
         base, questions = bench.needed("phatgoose")
+        if settings.null:
+            raise TrainingError(
+                "members learn each alone, so nobody learns a null expert's row; use kind softmax"
+            )
         questions.check_experts(list(bench.members))
         own = {name: questions.of(name) for name in bench.members}
         vectors: dict[str, Mapping[str, Tensor]] = {}

@@ -204,6 +204,8 @@ def test_what_is_missing_is_named() -> None:
     ]:
         with pytest.raises(TrainingError, match=told):
             make("phatgoose", bench(**changed), QUICK)
+    with pytest.raises(TrainingError, match="use kind softmax"):
+        make("phatgoose", bench(), {**QUICK, "null": True})
     with pytest.raises(TrainingError, match="COMPOSER_EMBEDDER"):
         make("glider", bench(encode=None), QUICK)
     with pytest.raises(TrainingError, match="one of arrow, fixed"):
