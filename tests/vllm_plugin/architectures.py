@@ -41,7 +41,6 @@ SIZES = {
     "num_hidden_layers": 2,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
-    "head_dim": 32,  # not hidden / heads
     "vocab_size": 200,
     "max_position_embeddings": 128,
     "tie_word_embeddings": False,
@@ -90,7 +89,10 @@ def added(delta: Callable[[torch.Tensor], torch.Tensor]) -> Any:
 def main(architecture: str, folder: Path, with_lora: bool) -> None:
     torch.manual_seed(0)
     model_class = getattr(transformers, architecture)
-    model = model_class(model_class.config_class(**SIZES)).float().eval()
+    own = {"head_dim": 32}  # not hidden / heads, which vLLM's Qwen2 alone takes for granted
+    if architecture == "Qwen2ForCausalLM":
+        own = {"num_attention_heads": 2, "num_key_value_heads": 1}
+    model = model_class(model_class.config_class(**(SIZES | own))).float().eval()
     model.save_pretrained(folder / "base")
     linears = {n: m for n, m in model.named_modules() if n.endswith(TARGETS)}
     generator = torch.Generator().manual_seed(1)
