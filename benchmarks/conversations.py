@@ -35,9 +35,9 @@ import yaml
 
 from benchmarks.common import ROOT, add_arguments, bootstrap, progress, show
 from composer.build import build_ways, load, make_embedder
+from composer.deciding import decide
 from composer.embedder import TextEmbedder
 from composer.generations import Generation, Way
-from composer.pipeline import decide
 from composer.routing.artefact import EmbedderStamp
 from composer.routing.conversation import joined
 from composer.routing.families import FAMILIES

@@ -27,8 +27,8 @@ import yaml
 
 from benchmarks.common import add_arguments, bootstrap, progress, show
 from composer.build import build_ways, make_service
+from composer.deciding import decide, way_of
 from composer.generations import Generation
-from composer.pipeline import decide, way_of
 from composer.service import Service
 from composer.settings import Settings
 from composer.types import Component, Request, Sampling

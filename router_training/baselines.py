@@ -86,6 +86,16 @@ def oracle(outcomes: Outcomes) -> Chosen:
     return np.asarray(chosen, np.intp)
 
 
+def oracle_shares(outcomes: Outcomes) -> Float64:
+    """(E,) how often each is whom the oracle takes. Of equally good ones the cheapest; those that
+    costs do not tell apart share the question, so that no column's place counts."""
+    quality = np.where(outcomes.known, outcomes.quality, -np.inf)
+    best = quality == quality.max(axis=1, keepdims=True)
+    cost = np.where(best & ~np.isnan(outcomes.cost), outcomes.cost, np.inf)
+    cheapest = best & (cost == cost.min(axis=1, keepdims=True))
+    return np.asarray((cheapest / cheapest.sum(axis=1, keepdims=True)).mean(axis=0), np.float64)
+
+
 def mean_costs(outcomes: Outcomes) -> Float64:
     """(E,) US dollars a question; NaN where one that was answered has no cost."""
     known = outcomes.known

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from router_training.cells import counted
 from router_training.compared import (
     Comparison,
     Method,
@@ -206,16 +207,17 @@ def verdicts(comparisons: Sequence[Comparison]) -> str:
     against = [_verdict_row(n, over_pools(comparisons, None, n)) for n in common]
     rows = [_verdict_row(name, over_pools(comparisons, name)) for name in families]
     parts = [
-        f"## Over {len(comparisons)} pools",
+        f"## Over {counted(len(comparisons), 'pool')}",
         "Better: the interval of the mean over pools of the paired differences excludes zero, "
         "and no pool is significantly below (bootstrap over questions, pools of one table "
         "drawn together). Where there are two experts without prices, what is compared is the "
         "mean over all shares of calls to the stronger one.",
         _table(["what cross-validation chose, against", *heads], against),
         _table([f"against the {BAR}", *heads], rows),
-        "The same on the questions fitted on, of which there are four times as many: each fold is "
-        "predicted from the others, where the family is chosen, too. (Settings are chosen on all "
-        "folds, so every method's figures are a little too good, those of large grids most.)",
+        f"The same on the {sum(len(c.trained) for c in comparisons)} questions fitted on (judged "
+        f"above: {sum(len(c.group) for c in comparisons)}): each fold is predicted from the "
+        "others, where the family is chosen, too. (Settings are chosen on all folds, so every "
+        "method's figures are a little too good, those of large grids most.)",
         _table(
             ["what cross-validation chose, against", *heads],
             [_verdict_row(n, over_training(comparisons, n)) for n in common],

@@ -119,7 +119,7 @@ def backdrop_of(outcomes: Outcomes, yardstick: Yardstick, *, seed: int = 0) -> B
         name = yardstick.experts[yardstick.best]
         single = _spot(name, best[0][rows], best[1][rows], of_it, seed)
         parts = {"best single": _by_part(best[0][rows], of_it, kind, seed), **parts}
-    counts = np.bincount(oracle_choice, minlength=len(outcomes.experts)) / len(outcomes)
+    counts = base.oracle_shares(outcomes)
     return Backdrop(
         questions=len(outcomes),
         experts=tuple(experts),

@@ -255,7 +255,7 @@ def choices(drawn: Sequence[Drawn], backdrop: Backdrop) -> Section:
         "choices",
         "Experts chosen",
         "Who answers when quality alone counts. The oracle takes the best answer, of equals the "
-        "cheapest.",
+        "cheapest; equals at one cost, or without costs, share the question.",
         BarChart(words, shown, bars).svg(),
         f"{counted(left, 'expert')} chosen least or never: only in the table." if left else "",
         (PageTable("share of questions by expert", ("", *every), rows),),

@@ -59,6 +59,14 @@ async def test_a_model_that_is_an_expert_is_asked_without_routing() -> None:
     assert bench.assert_settled("ok").plan.reasons == {"rule": "named"}  # type: ignore[union-attr]
 
 
+@pytest.mark.parametrize("wish", [{"quality": 0.9}, {"max_cost": 0.001}])
+async def test_one_expert_cannot_be_held_to_an_aim(wish: dict[str, float]) -> None:
+    bench = Bench(stage())
+    with pytest.raises(Unsupported, match="name a policy") as caught:
+        await bench.pipeline.answer(request("please beta", model="alpha", **wish))
+    assert caught.value.param == f"composer.{next(iter(wish))}"
+
+
 async def test_opting_out_gives_the_excluded_expert_nothing() -> None:
     bench = Bench(stage(("alpha", "beta", "gamma")))
     asked = request("please beta", exclude=frozenset({"beta"}))

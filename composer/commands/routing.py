@@ -71,8 +71,8 @@ async def _decide(
     text: str, policy: str | None, catalog: Any, embedder: Any, file: str
 ) -> dict[str, Any]:
     from composer.build import build_ways, named_ways
+    from composer.deciding import decide, way_of
     from composer.generations import Generation
-    from composer.pipeline import decide, way_of
     from composer.types import Message, Request
 
     messages: tuple[Message, ...] = ({"role": "user", "content": text},)

@@ -29,6 +29,10 @@ BY_SCORE = frozenset({BEST_SCORE, AIM_QUALITY, AIM_MAX_COST})
 """Rules of a plan by which nobody was chosen but for quality and cost."""
 
 
+CHEAPEST = 1e12
+"""In quality per US dollar: above what any quality is worth, so that the cheapest answers."""
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Aim:
     """Experts are ordered by `quality − weight · cost`; cost (E,) is in whatever unit `weight` is
@@ -94,6 +98,10 @@ def aim_of(
         point = curve.at_cost(max_cost / calls)
         asked, rule, room = {"max_cost": max_cost}, AIM_MAX_COST, max(0.0, max_cost - point.cost)
         reached = point.cost <= max_cost * (1 + 1e-9)
+        if max_cost / calls <= curve.points[-1].cost * (1 + 1e-9) and point.expert is None:
+            # The curve's last weight is finite, and a surer prediction than it was made of outbids
+            # it; a spend that leaves no choice gets none.
+            point = point.model_copy(update={"weight": max(point.weight, CHEAPEST)})
     share, low, high = curve.share(point)
     told: dict[str, Any] = {
         **asked,

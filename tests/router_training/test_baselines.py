@@ -76,3 +76,10 @@ def test_in_their_order(quality: Array) -> None:
         base.chosen_by(data, base.oracle(data))[0].mean(),
     ]
     assert all(a <= b + 1e-9 for a, b in pairwise(means))
+
+
+def test_equals_that_costs_do_not_tell_apart_share_a_question() -> None:
+    unpriced = outcomes([[1, 1, 0], [1, 0, 0]])
+    assert base.oracle_shares(unpriced).tolist() == [0.75, 0.25, 0]
+    priced = outcomes([[1, 1, 0], [1, 1, 1]], [[9, 2, 1], [5, 5, 7]])
+    assert base.oracle_shares(priced).tolist() == [0.25, 0.75, 0]

@@ -45,7 +45,7 @@ def test_a_policys_share_of_quality() -> None:
 
 def test_the_requests_word_goes_first() -> None:
     asked = policy(quality=1.0)
-    assert aim_of(asked, PRICE, scores(), FALLING, max_cost=1.0).weight == 100
+    assert aim_of(asked, PRICE, scores(), FALLING, max_cost=1.5).weight < 100
     assert aim_of(asked, PRICE, scores(), FALLING, quality=0.1).weight == 100
     assert aim_of(policy(max_cost=1.0), PRICE, scores(), FALLING, quality=1.0).weight == 1
 
@@ -114,3 +114,14 @@ def test_no_curve_no_promise(wish: str) -> None:
         with pytest.raises(Unsupported) as told:
             aim_of(policy(**{wish: 0.5}), PRICE, found, curve)
         assert told.value.param is None
+
+
+def test_a_spend_that_leaves_no_choice_gets_the_cheapest() -> None:
+    """Though a surer prediction than those the curve was made of would outbid its last weight."""
+    cheapest = FALLING.points[-1].cost
+    for spend in (cheapest, cheapest / 100):
+        aim = aim_of(policy(), PRICE, scores(), FALLING, max_cost=spend)
+        sure = np.array([1.0, 0.0])
+        assert np.argmax(sure - aim.weight * np.array([2e-9, 1e-9])) == 1
+    more = aim_of(policy(), PRICE, scores(), FALLING, max_cost=cheapest * 1.5)
+    assert more.weight <= FALLING.points[-1].weight
