@@ -40,6 +40,7 @@ STRATEGY_CASES: list[dict[str, Any]] = [
     {"name": "vote"},
     {"name": "vote", "weights": "majority", "extractor": "exact"},
     {"name": "vote", "weights": "log_odds", "first": 1},
+    {"name": "compose", "sharpness": 8},
 ]
 
 

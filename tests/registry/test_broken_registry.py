@@ -225,7 +225,7 @@ BROKEN: dict[str, Broken] = {
             )
         ],
         says=[
-            "TMP/experts.yaml:15: experts.general.digest: it pins an adapter, but the expert has none. Remove it, or add the `adapter`.",
+            "TMP/experts.yaml:15: experts.general.digest: it pins an adapter, but the expert has none. Remove it, or add the `adapter` or `gate`.",
         ],
     ),
     "ability_engine_cannot_give": Broken(
