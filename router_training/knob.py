@@ -107,7 +107,8 @@ def enveloped(settings: Sequence[Point], singles: Sequence[Point]) -> list[Point
     for i, number in enumerate(kept):
         one = settings[number]
         while front and front[-1].cost > one.cost:
-            points.append(_at_weight(front.pop(), points, settings))
+            # A greater weight need not cost less, so some beyond this setting's may cost more.
+            points.append(_at_weight(front.pop(), points, settings[: number + 1]))
         follows = i + 1 == len(kept) or kept[i + 1] == number + 1
         points.append(one if follows else one.model_copy(update={"gap": True}))
     while front:

@@ -138,6 +138,20 @@ def test_no_aim_is_served_by_what_a_single_expert_beats(
             )
 
 
+@given(
+    settings=st.lists(st.tuples(st.integers(1, 9), st.integers(1, 9)), min_size=1, max_size=8),
+    singles=st.lists(st.tuples(st.integers(1, 9), st.integers(1, 9)), min_size=1, max_size=5),
+)
+def test_weights_rise_where_a_greater_one_costs_more(
+    settings: list[tuple[int, int]], singles: list[tuple[int, int]]
+) -> None:
+    """Expected costs are no incurred ones, so these may rise with the weight, too."""
+    points = [point(c, q, float(i)) for i, (c, q) in enumerate(settings)]
+    alone = [point(c, q, expert=f"e{i}") for i, (c, q) in enumerate(singles)]
+    found = tuple(enveloped(points, alone))
+    assert Curve(best_single=1.0, best_single_cost=1.0, points=found).points == found
+
+
 def test_a_router_that_is_worse_than_the_best_single_expert_leaves_it_the_aim() -> None:
     rng = np.random.default_rng(0)
     cost = np.tile(np.array([[1.0, 0.5, 0.1]]), (60, 1))
