@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 from collections.abc import AsyncIterator, Callable, Collection, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass, replace
@@ -26,7 +27,8 @@ from composer.types import Adapter, Catalog, Expert, Mix, empty
 log = logging.getLogger(__name__)
 
 Key = tuple[str, tuple[tuple[str, int], ...], int, int | None]
-"""Server; (digest, share) of each member in digest order; steps; the server's most rank."""
+"""Server; (digest, share) of each member in digest order, and the steps, both in lowest terms, so
+that equal sums have one key; the server's most rank."""
 
 
 class Mixed(NamedTuple):
@@ -113,7 +115,9 @@ class Mixer:
         server = catalog.servers[heaviest.server]
         limit = getattr(server.settings, "max_lora_rank", None)
         parts = sorted((adapter.digest, share) for _, adapter, share in members)
-        key = (heaviest.server, tuple(parts), asked.steps, limit)
+        lowest = math.gcd(asked.steps, *(share for _, share in parts))
+        parts = [(digest, share // lowest) for digest, share in parts]
+        key = (heaviest.server, tuple(parts), asked.steps // lowest, limit)
         try:
             made, built = await self._ready(key, members, asked.steps, generation)
         except (CatalogError, EngineError, OSError) as error:
@@ -128,9 +132,7 @@ class Mixer:
         try:
             yield Mixed(_expert(shares, heaviest, made.adapter, asked.steps), {"composition": told})
         finally:
-            made.users -= 1
-            if self._unwanted(()):
-                self.crowded()
+            self._leave(made)
 
     async def _ready(
         self,
@@ -142,14 +144,29 @@ class Mixer:
         """The composition, with one more user, loaded on its server; and whether it was built."""
         here = generation.mixed.setdefault(key[0], {})
         built = False
-        while (made := self._made.get(key)) is None or made.adapter.digest not in here:
+        if (made := self._made.get(key)) is not None and made.adapter.digest in here:
+            made.users += 1
+        else:
             # A task of its own: who else waits for it must not lose it to a caller that goes.
             making = asyncio.create_task(self._make(key, members, steps, generation))
-            built |= await asyncio.shield(making)
-        made.users += 1
+            try:
+                made, built = await asyncio.shield(making)
+            except asyncio.CancelledError:
+                making.add_done_callback(self._unasked)
+                raise
         self._made[key] = self._made.pop(key)  # used last
         self.reused += not built
         return made, built
+
+    def _unasked(self, making: asyncio.Task[tuple[_Made, bool]]) -> None:
+        """Its caller went while it was made."""
+        if not making.cancelled() and making.exception() is None:
+            self._leave(making.result()[0])
+
+    def _leave(self, made: _Made) -> None:
+        made.users -= 1
+        if self._unwanted(()):
+            self.crowded()
 
     async def _make(
         self,
@@ -157,8 +174,8 @@ class Mixer:
         members: Sequence[tuple[Expert, Adapter, int]],
         steps: int,
         generation: Generation,
-    ) -> bool:
-        """Whether it was built."""
+    ) -> tuple[_Made, bool]:
+        """The composition, with one more user, and whether it was built."""
         async with self._changing:
             known, built = self._made.get(key), False
             if known is None:
@@ -171,14 +188,21 @@ class Mixer:
                 await generation.engines[key[0]].prepare([made.adapter])
             except BaseException:
                 del generation.mixed[key[0]][made.adapter.digest]
-                if key not in self._made:
-                    self._shelf.let_go(made.adapter.path)
+                self._let_go([] if key in self._made else [made])
                 raise
             self._made[key] = made
+            made.users += 1  # before anybody may trim: what is in use stays
         self.built += built
         if built or self._unwanted(()):
             self.crowded()
-        return built
+        return made, built
+
+    def _let_go(self, gone: Collection[_Made]) -> None:
+        """Other processes may drop their folders, but for those that another server's keys name."""
+        kept = {made.adapter.path for made in self._made.values()}
+        for made in gone:
+            if made.adapter.path not in kept:
+                self._shelf.let_go(made.adapter.path)
 
     def _build(
         self, key: Key, members: Sequence[tuple[Expert, Adapter, int]], steps: int
@@ -237,8 +261,7 @@ class Mixer:
                     generation.mixed.get(server, {}).pop(made.adapter.digest, None)
             for server in {key[0] for key in gone}:
                 await _retained(server, live)
-            for made in gone.values():
-                self._shelf.let_go(made.adapter.path)
+            self._let_go(gone.values())
             await asyncio.to_thread(self._shelf.trim, known)
 
     def totals(self) -> Mapping[str, tuple[str, Callable[[], int]]]:

@@ -168,6 +168,43 @@ async def test_what_is_in_use_is_not_dropped(adapters: dict[str, Adapter], tmp_p
     assert again.details["composition"]["built"] is True
 
 
+async def test_equal_sums_are_one_composition(adapters: dict[str, Adapter], tmp_path: Path) -> None:
+    """However they are written: else the one that is dropped takes the other's adapter with it."""
+    where, made = generation(adapters), mixer(tmp_path, most=1)
+    halves = [Mix((("fox", 1.0), ("owl", 1.0)), steps) for steps in (8, 2)]
+    async with made.expert(halves[0], where) as mixed:
+        assert (await called(made, halves[1], where)).expert.adapter == mixed.expert.adapter
+        await made.trim([where])
+        assert mixed.expert.adapter is not None
+        assert mixed.expert.adapter.digest in engine_of(where).loaded
+    assert (made.built, made.reused) == (1, 1)
+
+
+@pytest.mark.parametrize("leaves", [False, True])
+async def test_a_trim_at_once_takes_nothing_that_is_waited_for(
+    adapters: dict[str, Adapter], tmp_path: Path, leaves: bool
+) -> None:
+    """And what its caller did not wait for is not kept for it."""
+    where, made = generation(adapters), mixer(tmp_path, most=0, budget=0)
+    trims: list[asyncio.Task[None]] = []
+    made.crowded = lambda: trims.append(asyncio.create_task(made.trim([where])))
+    calling = asyncio.create_task(called(made, Mix((("fox", 1.0), ("owl", 1.0))), where))
+    if leaves:
+        await asyncio.sleep(0)
+        calling.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await calling
+        async with asyncio.timeout(20):
+            while not trims:
+                await asyncio.sleep(0.01)
+    else:
+        assert (await asyncio.wait_for(calling, 20)).details["composition"]["built"] is True
+    async with asyncio.timeout(20):
+        while len(engine_of(where).loaded) > len(adapters) or not trims[-1].done():
+            await asyncio.sleep(0.01)
+    assert made.built == 1
+
+
 async def test_too_many_lose_the_longest_unused(
     adapters: dict[str, Adapter], tmp_path: Path
 ) -> None:

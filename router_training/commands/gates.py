@@ -60,13 +60,14 @@ def make(
 ) -> None:
     """Make a gate over adapters of one base; what is learnt is learnt from --data."""
     with told_plainly():
-        from router_training.gates.making import kind_of
+        from router_training.gates.making import embeds
         from router_training.gates.making import make as build
 
-        kind_of(kind)
+        assigned = _assigned(setting or [])
+        embedding = embeds(kind, assigned)
         with bars(as_json) as progress:
-            bench = _bench(adapter, base, data, general, seed, progress, kind == "glider")
-            gate = build(kind, bench, _assigned(setting or []))
+            bench = _bench(adapter, base, data, general, seed, progress, embedding)
+            gate = build(kind, bench, assigned)
     _finish(gate, out_folder, as_json)
 
 

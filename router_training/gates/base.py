@@ -28,6 +28,11 @@ class GateSettings(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
+    @property
+    def embeds(self) -> bool:
+        """Whether making the gate needs the project's embedder."""
+        return False
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Base:
@@ -79,7 +84,7 @@ class GateKind(Protocol):
     name: ClassVar[str]
     tier: ClassVar[Tier]
     paper: ClassVar[str]
-    settings: ClassVar[type[BaseModel]]
+    settings: ClassVar[type[GateSettings]]
     trained: ClassVar[bool]
 
     @staticmethod
@@ -100,10 +105,8 @@ def selection_of(settings: Selection) -> Selection:
     return Selection.model_validate(settings.model_dump(include=set(Selection.model_fields)))
 
 
-class TrainedSettings(Steps, Selection):
+class TrainedSettings(Steps, Selection, GateSettings):
     """How a gate is trained, and how it selects."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
 
 def chosen(modules: Sequence[str], patterns: Sequence[str]) -> list[str]:

@@ -9,12 +9,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ValidationError
+from pydantic import ValidationError
 
 from composer.adapters.gates.build import without
 from composer.adapters.gates.files import MANIFEST, Gate, read_gate, write_gate
 from router_training.errors import TrainingError
-from router_training.gates.base import Bench, GateKind
+from router_training.gates.base import Bench, GateKind, GateSettings
 from router_training.gates.kinds import KINDS
 
 
@@ -26,6 +26,11 @@ def make(kind: str, bench: Bench, settings: Mapping[str, Any]) -> Gate:
         return chosen.make(bench, checked)
     except ValueError as error:
         raise TrainingError(str(error)) from error
+
+
+def embeds(kind: str, settings: Mapping[str, Any]) -> bool:
+    """Whether making such a gate needs the project's embedder. Raises TrainingError."""
+    return _checked(kind, kind_of(kind).settings, settings).embeds
 
 
 def add(folder: Path, bench: Bench) -> Gate:
@@ -81,7 +86,7 @@ def kind_of(name: str) -> type[GateKind]:
     return KINDS[name]
 
 
-def _checked(kind: str, model: type[BaseModel], settings: Mapping[str, Any]) -> BaseModel:
+def _checked(kind: str, model: type[GateSettings], settings: Mapping[str, Any]) -> GateSettings:
     try:
         return model.model_validate(settings)
     except ValidationError as error:

@@ -44,6 +44,10 @@ class GliderSettings(PhatgooseSettings):
     )
     kept_apart: float = Field(0.1, gt=0, lt=1, description="Share of the questions for γ.")
 
+    @property
+    def embeds(self) -> bool:
+        return True
+
 
 class Phatgoose:
     """One sigmoid-gated vector a module, from zero, with the adapter frozen; served standardised,

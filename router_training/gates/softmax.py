@@ -37,6 +37,10 @@ class SoftmaxSettings(TrainedSettings):
         0.0, ge=0, description="Of GLIDER's prior, with which the gate is then trained; 0: none."
     )
 
+    @property
+    def embeds(self) -> bool:
+        return self.gamma > 0
+
 
 class Softmax:
     """One row a member and module, x·v + c, trained on all questions, whosever they are."""

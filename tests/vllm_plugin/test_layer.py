@@ -124,6 +124,7 @@ def test_it_compiles_whole_for_any_number_of_tokens(kind: str) -> None:
         plain((2, 2, 2, 2), 5, 200, normalise, selection),
     ]
     made = packed(layers, normalise)
+    torch.compiler.reset()  # one code object for all kinds, and a limit on how often it is compiled
     compiled = torch.compile(made, fullgraph=True, dynamic=True)
     for tokens in (1, 2, 7, 33):
         x, out = normal(1, tokens, D_IN), normal(2, tokens, 12)
