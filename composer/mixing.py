@@ -144,7 +144,9 @@ class Mixer:
         """The composition, with one more user, loaded on its server; and whether it was built."""
         here = generation.mixed.setdefault(key[0], {})
         built = False
-        if (made := self._made.get(key)) is not None and made.adapter.digest in here:
+        known = self._made.get(key)
+        if known is not None and known.adapter.digest in here:
+            made = known
             made.users += 1
         else:
             # A task of its own: who else waits for it must not lose it to a caller that goes.

@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 import torch
-from pydantic import BaseModel, Field, JsonValue
+from pydantic import Field, JsonValue
 from torch import Tensor, nn
 
 from composer.adapters.factors import Lora
@@ -21,7 +21,7 @@ from composer.adapters.gates.selection import Selection
 from composer.adapters.gates.stacked import GatedLayer, Stacked
 from composer.types import Tier
 from router_training.errors import TrainingError
-from router_training.gates.base import Base, Bench, TrainedSettings, selection_of
+from router_training.gates.base import Base, Bench, GateSettings, TrainedSettings, selection_of
 from router_training.gates.batches import encoded, padded
 from router_training.gates.loop import Steps, answer_loss, fit
 from router_training.gates.questions import Question, Questions
@@ -56,7 +56,7 @@ class Phatgoose:
     name: ClassVar[str] = "phatgoose"
     tier: ClassVar[Tier] = "supported"
     paper: ClassVar[str] = "arXiv 2402.05859"
-    settings: ClassVar[type[BaseModel]] = PhatgooseSettings
+    settings: ClassVar[type[GateSettings]] = PhatgooseSettings
     trained: ClassVar[bool] = True
 
     @staticmethod
@@ -102,7 +102,7 @@ class Glider:
     name: ClassVar[str] = "glider"
     tier: ClassVar[Tier] = "experimental"
     paper: ClassVar[str] = "arXiv 2410.07172"
-    settings: ClassVar[type[BaseModel]] = GliderSettings
+    settings: ClassVar[type[GateSettings]] = GliderSettings
     trained: ClassVar[bool] = True
 
     @staticmethod

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import torch
-from pydantic import BaseModel, Field
+from pydantic import Field
 from torch import Tensor, nn
 
 from composer.adapters.gates.build import Kind, assembled, stacks
@@ -18,7 +18,7 @@ from composer.adapters.gates.selection import Selection
 from composer.adapters.gates.stacked import GatedLayer
 from composer.types import Tier
 from router_training.errors import TrainingError
-from router_training.gates.base import Bench, TrainedSettings, chosen, selection_of
+from router_training.gates.base import Bench, GateSettings, TrainedSettings, chosen, selection_of
 from router_training.gates.batches import Batch
 from router_training.gates.loop import answer_loss, fit
 from router_training.gates.phatgoose import ROWS, instructed, nearness, prior_settings
@@ -48,7 +48,7 @@ class Softmax:
     name: ClassVar[str] = "softmax"
     tier: ClassVar[Tier] = "supported"
     paper: ClassVar[str] = "arXiv 2404.15159"
-    settings: ClassVar[type[BaseModel]] = SoftmaxSettings
+    settings: ClassVar[type[GateSettings]] = SoftmaxSettings
     trained: ClassVar[bool] = True
 
     @staticmethod

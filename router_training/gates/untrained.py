@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-from pydantic import BaseModel, Field
+from pydantic import Field
 
 from composer.adapters.gates.files import Gate
 from composer.adapters.gates.untrained import ARROW, FIXED, arrow, arrow_joined, fixed
@@ -25,7 +25,7 @@ class Arrow:
     name: ClassVar[str] = ARROW
     tier: ClassVar[Tier] = "supported"
     paper: ClassVar[str] = "arXiv 2405.11157"
-    settings: ClassVar[type[BaseModel]] = ArrowSettings
+    settings: ClassVar[type[GateSettings]] = ArrowSettings
     trained: ClassVar[bool] = False
 
     @staticmethod
@@ -48,7 +48,7 @@ class Fixed:
     name: ClassVar[str] = FIXED
     tier: ClassVar[Tier] = "supported"
     paper: ClassVar[str] = "arXiv 2410.13025"
-    settings: ClassVar[type[BaseModel]] = FixedSettings
+    settings: ClassVar[type[GateSettings]] = FixedSettings
     trained: ClassVar[bool] = False
 
     @staticmethod

@@ -9,7 +9,6 @@ from itertools import pairwise
 from typing import Any, ClassVar, Literal
 
 import torch
-from pydantic import BaseModel
 from torch import Tensor, nn
 from torch.nn.functional import linear, relu
 
@@ -20,7 +19,7 @@ from composer.adapters.gates.projection import Projection
 from composer.adapters.gates.stacked import GatedLayer
 from composer.types import Tier
 from router_training.errors import TrainingError
-from router_training.gates.base import Bench, TrainedSettings, selection_of
+from router_training.gates.base import Bench, GateSettings, TrainedSettings, selection_of
 from router_training.gates.batches import Batch
 from router_training.gates.loop import answer_loss, fit
 
@@ -39,7 +38,7 @@ class Xlora:
     name: ClassVar[str] = "xlora"
     tier: ClassVar[Tier] = "experimental"
     paper: ClassVar[str] = "arXiv 2402.07148"
-    settings: ClassVar[type[BaseModel]] = XloraSettings
+    settings: ClassVar[type[GateSettings]] = XloraSettings
     trained: ClassVar[bool] = True
 
     @staticmethod
