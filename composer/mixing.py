@@ -167,7 +167,7 @@ class Mixer:
 
     def _leave(self, made: _Made) -> None:
         made.users -= 1
-        if self._unwanted(()):
+        if self._unwanted(None):
             self.crowded()
 
     async def _make(
@@ -195,7 +195,7 @@ class Mixer:
             self._made[key] = made
             made.users += 1  # before anybody may trim: what is in use stays
         self.built += built
-        if built or self._unwanted(()):
+        if built or self._unwanted(None):
             self.crowded()
         return made, built
 
@@ -232,11 +232,13 @@ class Mixer:
             adapter, sum(file.stat().st_size for file in made.folder.iterdir())
         ), made.built
 
-    def _unwanted(self, known: Collection[str]) -> list[Key]:
-        """Those that nobody uses now and that have a member beside the `known` digests (none:
+    def _unwanted(self, known: Collection[str] | None) -> list[Key]:
+        """Those that nobody uses now and that have a member beside the `known` digests (None:
         whatever there is), or are the longest unused of too many."""
         unused = [key for key, made in self._made.items() if made.users == 0]
-        gone = [key for key in unused if known and not {d for d, _ in key[1]} <= set(known)]
+        gone = (
+            [] if known is None else [k for k in unused if not {d for d, _ in k[1]} <= set(known)]
+        )
         count = len(self._made) - len(gone)
         size = sum(made.bytes for key, made in self._made.items() if key not in gone)
         for key in unused:

@@ -248,6 +248,18 @@ async def test_a_member_that_goes_takes_its_compositions_with_it(
     assert {a.digest for a in adapters_on("server", [after])} == set(engine.loaded)
 
 
+async def test_where_no_adapter_is_left_none_is_composed(
+    adapters: dict[str, Adapter], tmp_path: Path
+) -> None:
+    """A registry of plain models knows no digest at all, which is not "whatever there is"."""
+    engine = FakeEngine("server")
+    before, made = generation(adapters, engine=engine), mixer(tmp_path)
+    mixed = await called(made, Mix((("fox", 1.0), ("owl", 1.0))), before)
+    assert mixed.expert.adapter is not None
+    await made.trim([generation({}, engine=engine)])
+    assert not mixed.expert.adapter.path.exists()
+
+
 async def test_where_nothing_can_be_composed_the_heaviest_answers_and_it_is_told(
     adapters: dict[str, Adapter], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

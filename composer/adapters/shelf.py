@@ -10,6 +10,8 @@ import fcntl
 import json
 import os
 import shutil
+import tempfile
+import time
 from collections.abc import Collection
 from contextlib import suppress
 from pathlib import Path
@@ -19,6 +21,9 @@ from typing import IO, Any
 from composer.adapters.recipe import Recipe
 
 PROVENANCE = "composition.json"
+
+LEFTOVER_S = 3600
+"""Age from which a folder with a dot before its name is a killed process's, not one being made."""
 
 
 class Shelf:
@@ -53,14 +58,13 @@ class Shelf:
     def trim(self, known: Collection[str]) -> int:
         """Takes away what nobody holds: all with a member whose digest is not among the `known`,
         and then the longest unused, until the rest is within the budget. Says how many."""
+        self._sweep()
         kept: list[tuple[float, int, Path]] = []
         gone = 0
         for folder in self._folders():
-            told = _provenance(folder)
-            members = {member["digest"] for member in told.get("members", ())}
-            if members <= set(known):
-                stat = folder.stat()
-                kept.append((stat.st_mtime, _size(folder), folder))
+            if _members(folder) <= set(known):
+                with suppress(FileNotFoundError):  # another process took it away just now
+                    kept.append((folder.stat().st_mtime, _size(folder), folder))
             else:
                 gone += self._remove(folder)
         total = sum(size for _, size, _ in kept)
@@ -76,6 +80,15 @@ class Shelf:
         if not self.folder.is_dir():
             return []
         return [f for f in self.folder.iterdir() if f.is_dir() and not f.name.startswith(".")]
+
+    def _sweep(self) -> None:
+        """What processes left that were killed while they made or took away a composition."""
+        if not self.folder.is_dir():
+            return
+        for folder in self.folder.glob(".*"):
+            with suppress(FileNotFoundError):
+                if time.time() - folder.stat().st_mtime > LEFTOVER_S:
+                    shutil.rmtree(folder, ignore_errors=True)
 
     def _hold(self, folder: Path) -> bool:
         """False where another process has taken it away meanwhile."""
@@ -98,27 +111,52 @@ class Shelf:
 
     def _remove(self, folder: Path) -> bool:
         """Under an exclusive lock, so that nobody begins to hold it: it is moved out of its name
-        first, and whoever waits for the lock finds it gone."""
+        first, and whoever waits for the lock finds it gone. False where somebody holds it, or has
+        made it anew since it was opened here."""
         with suppress(FileNotFoundError), (folder / PROVENANCE).open("rb") as file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 return False
-            leaving = folder.with_name(f".{folder.name}.leaving")
-            os.rename(folder, leaving)
-            shutil.rmtree(leaving, ignore_errors=True)
+            if os.fstat(file.fileno()).st_ino != (folder / PROVENANCE).stat().st_ino:
+                return False  # the lock is on one that is gone, and says nothing of this one
+            shutil.rmtree(self._aside(folder), ignore_errors=True)
             return True
-        shutil.rmtree(folder, ignore_errors=True)  # nothing says what it was
+        return self._remove_nameless(folder)
+
+    def _remove_nameless(self, folder: Path) -> bool:
+        """One without provenance, so that nobody can hold it."""
+        try:
+            leaving = self._aside(folder)
+        except FileNotFoundError:
+            return False
+        if (leaving / PROVENANCE).exists():  # made since, and perhaps held: back to its name
+            with suppress(OSError):  # made once more: that one stands
+                os.rename(leaving, folder)
+                return False
+        shutil.rmtree(leaving, ignore_errors=True)
         return True
 
+    def _aside(self, folder: Path) -> Path:
+        """Moved to a name of its own, and young, so that no sweep takes it for a leftover."""
+        os.utime(folder)
+        leaving = tempfile.mkdtemp(prefix=f".{folder.name}.", suffix=".leaving", dir=self.folder)
+        try:
+            os.rename(folder, leaving)
+        except OSError:
+            os.rmdir(leaving)
+            raise
+        return Path(leaving)
 
-def _provenance(folder: Path) -> dict[str, Any]:
-    """{} where it cannot be read: that is a leftover, which no known member made."""
+
+def _members(folder: Path) -> set[str]:
+    """The digests of what it was made of; where that cannot be read, it is a leftover, of a member
+    that nobody knows."""
     try:
-        told: dict[str, Any] = json.loads((folder / PROVENANCE).read_text(encoding="utf-8"))
-        return told
-    except (OSError, ValueError):
-        return {"members": [{"digest": ""}]}
+        told = json.loads((folder / PROVENANCE).read_text(encoding="utf-8"))
+        return {str(member["digest"]) for member in told["members"]}
+    except (OSError, ValueError, KeyError, TypeError):
+        return {""}
 
 
 def _size(folder: Path) -> int:
