@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import shutil
 import tempfile
@@ -32,8 +33,8 @@ from composer.types import Composed, MemberShare
 
 PROVENANCE = "composition.json"
 
-FORMAT = 1
-"""Goes up when the same recipe gives other tensors than before."""
+FORMAT = 2
+"""Goes up when the same recipe gives another adapter than before. 2: its config names layers."""
 
 VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 """What vLLM takes as `max_lora_rank` (its LoRAConfig); a composed adapter has one of these."""
@@ -63,6 +64,9 @@ def compose(recipe: Recipe, into: Path) -> Composition:
     AdapterError; nothing is left half-written."""
     began = time.monotonic()
     method, settings = _checked(recipe, into)
+    for name, weight in _weights(recipe):
+        if not math.isfinite(weight):
+            raise _refused(into, name, f"its weight is {weight}", "Give a finite number.")
     if not recipe.members:
         raise _refused(into, "members", "there is none", "Name at least one adapter.")
     sources = (*recipe.members, *filter(None, [recipe.subtract]))
@@ -92,6 +96,12 @@ def compose(recipe: Recipe, into: Path) -> Composition:
         built=built,
         seconds=time.monotonic() - began,
     )
+
+
+def _weights(recipe: Recipe) -> list[tuple[str, float]]:
+    """All of them, by member or module."""
+    own = [(module, w) for module, weights in recipe.modules.items() for w in weights]
+    return [(member.name, member.weight) for member in recipe.members] + own
 
 
 def _told(folder: Path) -> Mapping[str, Any] | None:
@@ -209,11 +219,16 @@ def _published(
     folder: Path, made: Lora, rank: int, dtype: torch.dtype, told: Mapping[str, Any]
 ) -> Mapping[str, Any]:
     """Whole or not at all: made beside its place and moved there. Two processes that build the same
-    composition write the same bytes, and whoever comes second throws its own away."""
+    composition write the same bytes, and whoever comes second throws its own away and tells what
+    stands there."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     part = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
     try:
-        write_lora(part, made, rank=rank, dtype=dtype)
+        try:
+            write_lora(part, made, rank=rank, dtype=dtype)
+        except ValueError as error:
+            message, _, remedy = str(error).partition("; ")
+            raise _refused(folder, "", message, f"{remedy.capitalize()}.") from error
         told = {**told, "adapter": written_digest(part), "bytes": (part / WEIGHTS).stat().st_size}
         text = json.dumps(told, indent=2, ensure_ascii=False) + "\n"
         (part / PROVENANCE).write_text(text, encoding="utf-8")
@@ -221,7 +236,10 @@ def _published(
         try:
             os.rename(part, folder)
         except OSError:
-            if _told(folder) is None:  # what is there is damaged, or not ours
+            standing = _told(folder)
+            if standing is not None:  # the same sum; its names and folders may be others
+                told = standing
+            else:  # what is there is damaged, or not ours
                 os.rename(folder, part / "damaged")
                 os.rename(part, folder)
                 shutil.rmtree(folder / "damaged", ignore_errors=True)

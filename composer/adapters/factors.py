@@ -27,6 +27,11 @@ _DIGESTS = FileCache(4096)
 _PREFIX = "base_model.model."
 _FACTOR = re.compile(r"base_model\.model\.(?P<module>.+)\.lora_(?P<side>[AB])\.weight")
 
+_IN_LAYER = re.compile(
+    r"(?:[^.\d][^.]*\.){2,}(?P<layer>\d+)\.(?P<inner>(?:[^.\d][^.]*\.)*)(?P<last>[^.\d][^.]*)"
+)
+"""As peft finds a layer's number, where it is the only one (those of experts are others)."""
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Factors:
@@ -151,7 +156,7 @@ def write_lora(
     folded into its b, and all are filled up with zeros to one rank (`rank`, or their largest),
     since vLLM knows one rank and one alpha. `dtype`: the widest of its tensors', unless another is
     given. `folder` must exist. Raises ValueError where `rank`
-    is smaller than a module's."""
+    is smaller than a module's, or a number is not finite in `dtype`, and OSError."""
     largest = lora.rank
     rank = largest if rank is None else rank
     if rank < largest:
@@ -166,14 +171,22 @@ def write_lora(
         name = f"{_PREFIX}{module}.lora"
         tensors[f"{name}_A.weight"] = _padded(factors.a.to(dtype), (0, 0, 0, grow))
         tensors[f"{name}_B.weight"] = _padded(b, (0, grow))
-    save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
+    for name, tensor in tensors.items():
+        if not bool(tensor.isfinite().all()):
+            raise ValueError(
+                f"{name} has numbers that {dtype} does not hold; lower the weights, or look for "
+                "an adapter whose training diverged"
+            )
+    try:
+        save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
+    except SafetensorError as error:  # its word for a full disk, too
+        raise OSError(f"{folder / WEIGHTS} cannot be written: {error}") from error
     config = lora_json(lora, rank)
     (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
 def lora_json(lora: Lora, rank: int) -> dict[str, Any]:
-    """adapter_config.json of an adapter of scaling 1. Targets are whole module names, so that a
-    layer without factors is not taken for one that lost them."""
+    """adapter_config.json of an adapter of scaling 1."""
     return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -183,18 +196,25 @@ def lora_json(lora: Lora, rank: int) -> dict[str, Any]:
         "lora_dropout": 0.0,
         "bias": "none",
         "inference_mode": True,
-        "target_modules": _targets(lora.modules),
+        **_targets(lora.modules),
     }
 
 
-def _targets(modules: Modules) -> list[str]:
-    """Last names where these say the same (vLLM checks them against its packed modules), else
-    whole ones."""
-    last = {module.rsplit(".", 1)[-1] for module in modules}
-    layers = {module.rsplit(".", 1)[-1]: 0 for module in modules}
+def _targets(modules: Modules) -> dict[str, Any]:
+    """Last names (vLLM checks them against its packed modules) of the layers named beside them,
+    where these say the same; else whole names, so that a module without factors is not taken for
+    one that lost them."""
+    places: dict[str, dict[str, set[int]]] = {}
     for module in modules:
-        layers[module.rsplit(".", 1)[-1]] += 1
-    return sorted(last) if len(set(layers.values())) == 1 else sorted(modules)
+        match = _IN_LAYER.fullmatch(module)
+        if match is None:
+            return {"target_modules": sorted(modules)}
+        layers = places.setdefault(match["last"], {}).setdefault(match["inner"] or "", set())
+        layers.add(int(match["layer"]))
+    layers = next(iter(places[next(iter(places))].values()))
+    if any(len(inner) > 1 or layers not in inner.values() for inner in places.values()):
+        return {"target_modules": sorted(modules)}
+    return {"target_modules": sorted(places), "layers_to_transform": sorted(layers)}
 
 
 def _padded(tensor: Tensor, sides: tuple[int, ...]) -> Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NoReturn
 
 import typer
 
@@ -81,6 +81,8 @@ def compose(
         made = build(asked, into)
     except ComposerError as error:
         fail(error)
+    except OSError as error:
+        _fail_unwritten(into, error)
     if as_json:
         told = {"folder": str(made.folder), "rank": made.rank, "needed": made.needed}
         more = {"energy": made.energy, "report": dict(made.report), "built": made.built}
@@ -108,6 +110,8 @@ def _compose_gate(
         made = write_vllm_folder(gate, model, into, base_name=model_name)
     except ComposerError as error:
         fail(error)
+    except OSError as error:
+        _fail_unwritten(into, error)
     if as_json:
         print(json.dumps(asdict(made) | {"folder": str(made.folder)}))
         return
@@ -115,6 +119,15 @@ def _compose_gate(
     if made.copied > 2**20:
         done += f", {made.copied / 2**30:.2f} GiB copied, since they could not be linked"
     print(f"{made.folder}: {made.architecture} of {len(made.members)} members; {done}")
+
+
+def _fail_unwritten(into: Path, error: OSError) -> NoReturn:
+    fail(
+        SettingsError(
+            f"nothing was made below {into}: {error}; give --out a folder that can be written and "
+            "has room"
+        )
+    )
 
 
 def _members(adapters: list[Path], weights: list[float] | None) -> tuple[Member, ...]:

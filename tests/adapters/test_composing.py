@@ -10,10 +10,13 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from safetensors import SafetensorError
 from typer.testing import CliRunner
 
+from composer.adapters import factors as factors_module
+from composer.adapters.base_model import read_base_model
 from composer.adapters.compose import PROVENANCE, compose
-from composer.adapters.factors import read_lora
+from composer.adapters.factors import Factors, Lora, lora_json, read_lora, write_lora
 from composer.adapters.files import CONFIG, WEIGHTS
 from composer.adapters.recipe import Member, Recipe
 from composer.adapters.ternary import compress, load_ternary, save_ternary
@@ -127,6 +130,112 @@ def test_a_member_that_changed_is_refused(tmp_path: Path) -> None:
     member = Member("add", EXPERTS_LARGE / "add", digest="sha256:other")
     with pytest.raises(AdapterError, match="has the digest"):
         compose(Recipe((member,)), tmp_path)
+
+
+def on_layers(folder: Path, name: str, layers: str) -> Member:
+    """One of the tiny experts, of which only these layers' factors are left."""
+    shutil.copytree(EXPERTS_LARGE / name, folder)
+    lora = read_lora(folder)
+    kept = {m: f for m, f in lora.modules.items() if m.split(".")[2] in layers}
+    write_lora(folder, Lora(kept, lora.base))
+    return Member(name, folder, 0.5)
+
+
+@pytest.mark.parametrize("layers", [("01", "01"), ("01", "1"), ("0", "2")])
+def test_members_on_some_layers_make_an_adapter_that_is_served(
+    tmp_path: Path, layers: tuple[str, str]
+) -> None:
+    names = ("add", "reverse")
+    members = [on_layers(tmp_path / n, n, own) for n, own in zip(names, layers, strict=True)]
+    base = read_base_model(TINY / "bases" / "large", ["composer/tiny-large"])
+    for member in members:
+        verify_adapter(member.folder, base, roots=[tmp_path])
+    made = compose(Recipe(tuple(members)), tmp_path / "out")
+    verify_adapter(made.folder, base, roots=[tmp_path])
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(TINY / "bases" / "large")
+    peft = PeftModel.from_pretrained(model, str(made.folder))
+    found = {n.removeprefix("base_model.model.") for n, _ in peft.named_modules()}
+    found = {n.removesuffix(".lora_A.default") for n in found if n.endswith(".lora_A.default")}
+    assert found == set(read_lora(made.folder).modules)
+
+
+def test_targets_are_whole_names_where_layers_do_not_say_it_all() -> None:
+    def targets(*modules: str) -> dict[str, Any]:
+        factors = Factors(torch.ones(1, 2), torch.ones(2, 1))
+        told = lora_json(Lora(dict.fromkeys(modules, factors), "base"), 1)
+        return {k: told[k] for k in ("target_modules", "layers_to_transform") if k in told}
+
+    layer = "model.layers.{}.self_attn.{}".format
+    assert targets(layer(1, "q"), layer(1, "v")) == {
+        "target_modules": ["q", "v"],
+        "layers_to_transform": [1],
+    }
+    for uneven in (
+        [layer(0, "q"), layer(1, "v")],
+        [layer(0, "q"), "lm_head"],
+        [layer(0, "q"), "model.layers.0.cross_attn.q"],
+        ["model.layers.0.experts.3.w1"],
+        ["layers.0.q"],
+    ):
+        assert targets(*uneven) == {"target_modules": sorted(uneven)}
+
+
+@pytest.mark.parametrize("weight", [float("nan"), float("inf")])
+def test_a_weight_that_is_no_number_is_refused(tmp_path: Path, weight: float) -> None:
+    member = Member("add", EXPERTS_LARGE / "add", weight)
+    with pytest.raises(AdapterError, match="its weight is"):
+        compose(Recipe((member,)), tmp_path / "out")
+    module = next(iter(read_lora(member.folder).modules))
+    plain = Member("add", EXPERTS_LARGE / "add")
+    with pytest.raises(AdapterError, match="its weight is"):
+        compose(Recipe((plain,), modules={module: (weight,)}), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_sum_beyond_its_type_is_not_published(tmp_path: Path) -> None:
+    with pytest.raises(AdapterError, match="Lower the weights"):
+        compose(Recipe((Member("add", EXPERTS_LARGE / "add", 1e39),)), tmp_path / "out")
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+def test_who_comes_second_tells_what_stands(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of members under other names, whose sum is the same folder."""
+    first = Recipe((Member("add", EXPERTS_LARGE / "add", 1.0),))
+    real = factors_module.write_lora
+
+    def overtaken(*args: Any, **more: Any) -> None:
+        monkeypatch.undo()
+        made = compose(first, tmp_path / "out")
+        provenance = made.folder / PROVENANCE
+        provenance.write_text(json.dumps(json.loads(provenance.read_text()) | {"energy": 0.5}))
+        real(*args, **more)
+
+    monkeypatch.setattr("composer.adapters.compose.write_lora", overtaken)
+    assert compose(first, tmp_path / "out").energy == 0.5
+    assert len(list((tmp_path / "out").iterdir())) == 1
+
+
+def test_a_full_disk_and_an_out_that_is_a_file_are_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").write_text("")
+    refused = run(str(EXPERTS_LARGE / "add"), "--out", str(tmp_path / "file"))
+    assert (refused.exit_code, refused.exception.__class__) == (1, SystemExit)
+    assert "nothing was made below" in refused.output
+
+    def full(*args: object, **more: object) -> None:
+        raise SafetensorError("I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr("composer.adapters.factors.save_file", full)
+    refused = run(str(EXPERTS_LARGE / "add"), "--out", str(tmp_path / "out"))
+    assert (refused.exit_code, refused.exception.__class__) == (1, SystemExit)
+    assert "No space left" in refused.output
+    assert list((tmp_path / "out").iterdir()) == []
 
 
 def test_a_failure_while_writing_leaves_nothing(
