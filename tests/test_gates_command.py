@@ -110,6 +110,27 @@ def test_a_name_without_a_gate_is_refused(registry: Path, tmp_path: Path) -> Non
     )
 
 
+@pytest.mark.parametrize(
+    "body",
+    [
+        {"models": []},
+        {"data": [{"name": "llama"}]},
+        {"data": ["llama"]},
+        {"data": [{"id": "b", "adapter": {"gate": {"kind": "x"}}}]},
+        [1],
+    ],
+)
+def test_what_answers_but_is_no_such_service_is_told(
+    body: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    transport = httpx.MockTransport(lambda request: httpx.Response(200, json=body))
+    monkeypatch.setattr(httpx, "Client", partial(httpx.Client, transport=transport))
+    status, _, err = run("x", "--url", "http://there")
+    assert status == 1
+    assert "http://there" in err
+    assert "--url" in err
+
+
 def test_a_running_service_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[dict[str, Any]] = []
 

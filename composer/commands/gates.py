@@ -138,11 +138,16 @@ def _asked_there(
             known = {one["id"] for one in listed if (one["adapter"] or {}).get("gate")}
             name = _chosen(known, model)
             answer = _json(client.post(f"{url}/v1/chat/completions", json={"model": name, **body}))
+            return name, _trace(answer["composer"]["gates"][name])
     except (httpx.HTTPError, ValueError) as error:
         raise SettingsError(
             f"no service answers at {url}: {error}; start it, or give its --url"
         ) from error
-    return name, _trace(answer["composer"]["gates"][name])
+    except (LookupError, TypeError, AttributeError) as error:  # JSON, but not what is documented
+        raise SettingsError(
+            f"what answers at {url} is no service of this kind, or of another version "
+            f"({type(error).__name__}: {error}); give the --url of one"
+        ) from error
 
 
 def _json(response: Any) -> dict[str, Any]:
