@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -38,7 +39,8 @@ Questions = Annotated[
     ),
 ]
 General = Annotated[
-    Path | None, typer.Option(help="An adapter whose knowledge is subtracted from every member.")
+    Path | None,
+    typer.Option(help="Of arrow: an adapter whose knowledge is subtracted from every member."),
 ]
 Out = Annotated[Path, typer.Option("--out", help="The gate's folder.")]
 
@@ -79,6 +81,10 @@ def add(
     base: Base = None,
     data: Questions = None,
     general: General = None,
+    instruction: Annotated[
+        list[str] | None,
+        typer.Option(help="NAME=TEXT, what a member is for, where the gate reads it (glider)."),
+    ] = None,
     seed: Seed = 0,
     as_json: Json = None,
 ) -> None:
@@ -90,6 +96,7 @@ def add(
         embeds = read_manifest(gate).per_request
         with bars(as_json) as progress:
             bench = _bench(adapter, base, data, general, seed, progress, embeds)
+            bench = replace(bench, instructions=_texts(instruction or []))
             grown = extend(gate, bench)
     _finish(grown, out_folder, as_json)
 
@@ -172,6 +179,14 @@ def _finish(gate: Gate, folder: Path, as_json: Path | None) -> None:
 def _selected(selection: Any) -> str:
     told = selection.model_dump(exclude_defaults=True)
     return ", ".join(f"{name} {value}" for name, value in told.items()) or "all of them take part"
+
+
+def _texts(written: list[str]) -> dict[str, str]:
+    """NAME=TEXT."""
+    for one in written:
+        if not one.partition("=")[2]:
+            refuse(f"--instruction {one}: no text; write NAME=TEXT")
+    return {name: text for name, _, text in (one.partition("=") for one in written)}
 
 
 def _assigned(settings: list[str]) -> dict[str, Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar, Protocol
 
 from pydantic import BaseModel, ConfigDict, JsonValue
@@ -15,7 +15,7 @@ from composer.adapters.gates.build import Members
 from composer.adapters.gates.files import Gate
 from composer.adapters.gates.selection import Selection
 from composer.routing.views import Encode
-from composer.types import Tier
+from composer.types import Tier, empty
 from router_training.errors import TrainingError
 from router_training.gates.batches import Batch, batches, encoded
 from router_training.gates.loop import Steps
@@ -26,7 +26,7 @@ from router_training.progress import Progress, silent
 class GateSettings(BaseModel):
     """Base of every kind's settings: frozen, and a name that there is not is an error."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     @property
     def embeds(self) -> bool:
@@ -52,7 +52,8 @@ class Base:
 @dataclass(frozen=True, slots=True, eq=False)
 class Bench:
     """What is at hand. `base`, `questions` and `encode` (the project's embedder) may be missing: a
-    kind asks for what it needs. `general`: the adapter that is subtracted from all."""
+    kind asks for what it needs. `general`: the adapter that is subtracted from all. `instructions`:
+    what members that join are for, in words, where a gate reads it."""
 
     members: Members
     base: Base | None = None
@@ -63,6 +64,7 @@ class Bench:
     embedder_digest: str = ""
     seed: int = 0
     progress: Progress = silent
+    instructions: Mapping[str, str] = field(default_factory=empty)
 
     def needed(self, kind: str) -> tuple[Base, Questions]:
         """Raises TrainingError where one is missing."""
@@ -103,6 +105,21 @@ class GateKind(Protocol):
 def selection_of(settings: Selection) -> Selection:
     """The part of a kind's settings that every engine reads."""
     return Selection.model_validate(settings.model_dump(include=set(Selection.model_fields)))
+
+
+def check_learns(selection: Selection, outs: int) -> None:
+    """Whether the loss of a selection from `outs` rows moves them. Raises TrainingError."""
+    switch = selection.tsallis
+    if switch is not None and switch.above >= switch.highest(outs):
+        raise TrainingError(
+            f"tsallis: no entropy of {outs} shares is above {switch.above:g}; set `above` below "
+            f"{switch.highest(outs):.3g}"
+        )
+    if selection.top_k == 1 and switch is None and outs > 1:
+        raise TrainingError(
+            "top_k 1: the one kept has the weight 1 whatever its row says, so nothing is learnt; "
+            "set top_k to 2 or more, or `tsallis`"
+        )
 
 
 class TrainedSettings(Steps, Selection, GateSettings):

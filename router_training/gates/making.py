@@ -13,6 +13,7 @@ from pydantic import ValidationError
 
 from composer.adapters.gates.build import without
 from composer.adapters.gates.files import MANIFEST, Gate, read_gate, write_gate
+from composer.adapters.gates.untrained import ARROW
 from router_training.errors import TrainingError
 from router_training.gates.base import Bench, GateKind, GateSettings
 from router_training.gates.kinds import KINDS
@@ -21,6 +22,7 @@ from router_training.gates.kinds import KINDS
 def make(kind: str, bench: Bench, settings: Mapping[str, Any]) -> Gate:
     """Raises TrainingError."""
     chosen = kind_of(kind)
+    _check_general(kind, bench)
     checked = _checked(kind, chosen.settings, settings)
     try:
         return chosen.make(bench, checked)
@@ -38,6 +40,7 @@ def add(folder: Path, bench: Bench) -> Gate:
     AdapterError."""
     gate = read_gate(folder)
     kind = kind_of(gate.manifest.kind)
+    _check_general(kind.name, bench)
     for name in bench.members:
         try:
             gate = kind.join(gate, name, bench)
@@ -58,8 +61,10 @@ def remove(folder: Path, names: list[str]) -> Gate:
 
 
 def publish(gate: Gate, folder: Path) -> str:
-    """Writes the gate, whole or not at all, and returns its digest. Raises TrainingError where
-    `folder` holds something that is no gate."""
+    """Writes the gate, whole or not at all, and returns its digest. One that stands there is moved
+    aside first (a folder cannot replace one that is not empty), and back where that fails: a kill
+    between the two leaves it beside, under a name with a dot. Raises TrainingError where `folder`
+    holds something that is no gate."""
     if folder.exists() and any(folder.iterdir()) and not (folder / MANIFEST).is_file():
         raise TrainingError(f"{folder} holds other files; name a new folder, or that of a gate")
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -70,13 +75,26 @@ def publish(gate: Gate, folder: Path) -> str:
         if folder.exists():
             old = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
             os.replace(folder, old)
-            os.replace(part, folder)
-            shutil.rmtree(old)
+            try:
+                os.replace(part, folder)
+            except BaseException:
+                os.replace(old, folder)
+                raise
+            shutil.rmtree(old, ignore_errors=True)
         else:
             os.replace(part, folder)
     finally:
         shutil.rmtree(part, ignore_errors=True)
     return digest
+
+
+def _check_general(kind: str, bench: Bench) -> None:
+    """Raises TrainingError where it would be left aside."""
+    if bench.general is not None and kind != ARROW:
+        raise TrainingError(
+            f"a gate of kind {kind!r} subtracts nothing; take the general adapter out of each "
+            "member first (`composer compose --subtract`), and name what that makes"
+        )
 
 
 def kind_of(name: str) -> type[GateKind]:

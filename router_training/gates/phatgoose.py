@@ -85,6 +85,7 @@ class Phatgoose:
     @staticmethod
     def join(gate: Gate, name: str, bench: Bench) -> Gate:
         base, questions = bench.needed("phatgoose")
+        _check_instructions(gate, bench)
         how = Steps.model_validate(gate.manifest.settings["steps"])
         own = questions.of(name)
         lora = bench.members[name]
@@ -92,7 +93,7 @@ class Phatgoose:
         rows = {m: Projection.of(v[None], "standardised").rows[0] for m, v in vectors.items()}
         tensors = {}
         if ROWS in gate.tensors:
-            tensors[ROWS] = _instruction(bench, name, own, {})
+            tensors[ROWS] = _instruction(bench, name, own, bench.instructions)
         return _told(joined(gate, name, lora, rows, tensors), name, told)
 
 
@@ -121,6 +122,29 @@ class Glider:
     @staticmethod
     def join(gate: Gate, name: str, bench: Bench) -> Gate:
         return Phatgoose.join(gate, name, bench)
+
+
+def _check_instructions(gate: Gate, bench: Bench) -> None:
+    """Before anything is trained. Raises TrainingError where the members that join would be told
+    from the others by another embedder, or by words that nobody reads."""
+    if ROWS not in gate.tensors:
+        if bench.instructions:
+            raise TrainingError(
+                f"a gate of kind {gate.manifest.kind!r} reads no instructions; leave them out"
+            )
+        return
+    settings = gate.manifest.settings
+    if settings.get("embedder_digest", "") != bench.embedder_digest:
+        raise TrainingError(
+            f"the gate's instructions were embedded by {settings.get('embedder')!r} "
+            f"({settings.get('embedder_digest')}), not by {bench.embedder!r} "
+            f"({bench.embedder_digest}); set COMPOSER_EMBEDDER to the gate's"
+        )
+    if strangers := sorted(set(bench.instructions) - set(bench.members)):
+        raise TrainingError(
+            f"an instruction is for {strangers[0]!r}, who does not join; name one of "
+            f"{', '.join(bench.members)}"
+        )
 
 
 def with_instructions(

@@ -18,7 +18,14 @@ from composer.adapters.gates.selection import Selection
 from composer.adapters.gates.stacked import GatedLayer
 from composer.types import Tier
 from router_training.errors import TrainingError
-from router_training.gates.base import Bench, GateSettings, TrainedSettings, chosen, selection_of
+from router_training.gates.base import (
+    Bench,
+    GateSettings,
+    TrainedSettings,
+    check_learns,
+    chosen,
+    selection_of,
+)
 from router_training.gates.batches import Batch
 from router_training.gates.loop import answer_loss, fit
 from router_training.gates.phatgoose import ROWS, instructed, nearness, prior_settings
@@ -60,6 +67,8 @@ class Softmax:
         selections = _selections(modules, settings.selections, common)
         generator = torch.Generator().manual_seed(bench.seed)
         outs = len(bench.members) + common.null
+        for module in modules:
+            check_learns(selections.get(module, common), outs)
         rows, biases, layers = {}, {}, {}
         for module in modules:
             stacked = whole[module]

@@ -19,7 +19,13 @@ from composer.adapters.gates.projection import Projection
 from composer.adapters.gates.stacked import GatedLayer
 from composer.types import Tier
 from router_training.errors import TrainingError
-from router_training.gates.base import Bench, GateSettings, TrainedSettings, selection_of
+from router_training.gates.base import (
+    Bench,
+    GateSettings,
+    TrainedSettings,
+    check_learns,
+    selection_of,
+)
 from router_training.gates.batches import Batch
 from router_training.gates.loop import answer_loss, fit
 
@@ -49,6 +55,7 @@ class Xlora:
         group = grouped(list(whole), settings.groups)
         width = base.model.get_input_embeddings().weight.shape[1]  # type: ignore[operator]
         outs = len(bench.members) + selection.null
+        check_learns(selection, outs)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(bench.seed)
             inner = [nn.Linear(a, b) for a, b in pairwise((width, *settings.hidden))]

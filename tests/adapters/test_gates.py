@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pydantic import BaseModel, ValidationError
 from torch import Tensor
 from torch.nn.functional import layer_norm
 
@@ -110,6 +111,32 @@ def test_an_uncertain_token_is_routed_softly_and_a_certain_one_sparsely() -> Non
     flat, sharp = torch.zeros(4), torch.tensor([9.0, 0, 0, 0])
     assert torch.allclose(chosen.weights(flat), torch.full((4,), 0.25))
     assert torch.allclose(chosen.weights(sharp), torch.tensor([1.0, 0, 0, 0]))
+
+
+@pytest.mark.parametrize(
+    ("model", "given"),
+    [
+        (Tsallis, {"q": 1}),
+        (Tsallis, {"q": 1.0001}),
+        (Tsallis, {"above": float("inf")}),
+        (Selection, {"temperature": float("inf")}),
+    ],
+)
+def test_a_selection_that_would_give_no_numbers_is_refused(
+    model: type[BaseModel], given: dict[str, float]
+) -> None:
+    with pytest.raises(ValidationError):
+        model.model_validate(given)
+
+
+@pytest.mark.parametrize("q", [0.5, 1.001, 1.1, 2.0])
+def test_no_entropy_is_above_that_of_equal_shares(q: float) -> None:
+    most = Tsallis(q=q).highest(3)
+    even = torch.zeros(3)
+    soft = Selection(top_k=1, tsallis=Tsallis(q=q, above=most - 1e-3)).weights(even)
+    assert torch.allclose(soft, torch.full((3,), 1 / 3))
+    hard = Selection(top_k=1, tsallis=Tsallis(q=q, above=most + 1e-3)).weights(even)
+    assert torch.equal(hard, torch.tensor([1.0, 0, 0]))
 
 
 def test_members_of_two_bases_are_refused() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import cache
@@ -188,11 +189,76 @@ def test_a_softmax_gate_may_be_trained_with_what_is_known_of_the_request() -> No
         ({"modules": ["nowhere"]}, "no module of the members has 'nowhere'"),
         ({"selections": {"mlp": {"null": True}}}, "disagree about `null`"),
         ({"learning_rate": -1}, "learning_rate: Input should be greater than 0"),
+        ({"top_k": 1}, "nothing is learnt"),
+        ({"top_k": 2, "selections": {"mlp": {"top_k": 1}}}, "nothing is learnt"),
+        ({"temperature": float("inf")}, "temperature: Input should be a finite number"),
+        ({"tsallis": {"q": 2, "above": 0.7}, "top_k": 1}, "set `above` below 0.667"),
     ],
 )
 def test_wrong_settings_are_refused(settings: dict[str, Any], told: str) -> None:
     with pytest.raises(TrainingError, match=told):
         make("softmax", bench(), settings)
+
+
+def test_one_kept_weight_is_learnt_where_the_switch_may_fire() -> None:
+    gate = make("softmax", bench(), {**QUICK, "top_k": 1, "tsallis": {"q": 2, "above": 0.1}})
+    assert gate.manifest.selection.top_k == 1
+    with pytest.raises(TrainingError, match="nothing is learnt"):
+        make("xlora", bench(), {**QUICK, "top_k": 1})
+
+
+@pytest.mark.parametrize("kind", sorted(set(KINDS) - {"arrow"}))
+def test_a_general_adapter_is_subtracted_or_refused(kind: str, tmp_path: Path) -> None:
+    general = members()["plural"]
+    with pytest.raises(TrainingError, match="compose --subtract"):
+        make(kind, bench(general=general), QUICK if KINDS[kind].trained else {})
+    if kind == "fixed":
+        publish(make(kind, bench(), {}), tmp_path / "gate")
+        with pytest.raises(TrainingError, match="compose --subtract"):
+            add(tmp_path / "gate", bench(general=general))
+    gate = make("arrow", bench(general=general), {})
+    assert gate.manifest.settings["general"] == general.digest
+
+
+def test_who_joins_glider_is_told_by_the_same_embedder_and_in_words_if_given(
+    tmp_path: Path,
+) -> None:
+    two, last = ("uppercase", "plural"), ("sort-digits",)
+    some = bench(members=members(two), questions=questions(20, two), embedder_digest="sha256:a")
+    publish(make("glider", some, QUICK), tmp_path / "two")
+    new = bench(members=members(last), questions=questions(20, last), embedder_digest="sha256:a")
+    with pytest.raises(TrainingError, match="sha256:b"):
+        add(tmp_path / "two", replace(new, embedder_digest="sha256:b"))
+    with pytest.raises(TrainingError, match="'plural', who does not join"):
+        add(tmp_path / "two", replace(new, instructions={"plural": "zebra"}))
+    grown = add(tmp_path / "two", replace(new, instructions={"sort-digits": "zebra"}))
+    assert grown.tensors["prior.rows"].argmax(1).tolist() == [ord(c) - 97 for c in "upz"]
+    publish(make("phatgoose", some, QUICK), tmp_path / "plain")
+    with pytest.raises(TrainingError, match="reads no instructions"):
+        add(tmp_path / "plain", replace(new, instructions={"sort-digits": "zebra"}))
+
+
+def test_a_gate_that_cannot_be_replaced_stays(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    publish(make("arrow", bench(), {}), tmp_path / "gate")
+    before = read_gate(tmp_path / "gate").manifest.digest
+    other = make("arrow", bench(), {"top_k": 1})
+    real, moves = os.replace, []
+
+    def failing(source: Path, target: Path) -> None:
+        moves.append(target)
+        if len(moves) == 2:
+            raise OSError(5, "input/output error")
+        real(source, target)
+
+    monkeypatch.setattr(os, "replace", failing)
+    with pytest.raises(OSError, match="input/output"):
+        publish(other, tmp_path / "gate")
+    monkeypatch.undo()
+    assert read_gate(tmp_path / "gate").manifest.digest == before
+    assert [entry.name for entry in tmp_path.iterdir()] == ["gate"]
+    assert publish(other, tmp_path / "gate") == read_gate(tmp_path / "gate").manifest.digest
 
 
 def test_what_is_missing_is_named() -> None:
@@ -301,6 +367,34 @@ def test_the_command_line_makes_extends_and_cuts(tmp_path: Path) -> None:
         (["make", "arrow", *adapters, "--set", "k=1", "--out", "x"], "settings of arrow: top_k"),
         (["make", "arrow", *adapters, "--set", "top_k", "--out", "x"], "write NAME=VALUE"),
         (["remove", str(tmp_path / "a"), "--member", "x", "--out", "x"], "is no member"),
+        (
+            [
+                "add",
+                str(tmp_path / "a"),
+                "--adapter",
+                folder["sort-digits"],
+                *trained,
+                str(data),
+                "--instruction",
+                "sort-digits=sort",
+                "--out",
+                "x",
+            ],
+            "reads no instructions",
+        ),
+        (
+            [
+                "add",
+                str(tmp_path / "a"),
+                "--adapter",
+                folder["sort-digits"],
+                "--instruction",
+                "sort",
+                "--out",
+                "x",
+            ],
+            "write NAME=TEXT",
+        ),
     ]:
         refused = run(*args)
         assert refused.exit_code == 2, (args, refused.output)

@@ -4,7 +4,7 @@ settings. Knows no layer and no query."""
 from __future__ import annotations
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 from torch import Tensor
 
 
@@ -12,10 +12,21 @@ class Tsallis(BaseModel):
     """DynMoLE's switch (arXiv 2504.00661, section 3): a token whose routing is this uncertain is
     routed softly over all members, any other sparsely."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     q: float = Field(1.1, gt=0, description="Of the entropy (1 − Σ p^q) / (q − 1); not 1.")
     above: float = Field(0.9, ge=0, description="Entropy above which all members take part.")
+
+    @field_validator("q")
+    @classmethod
+    def _apart_from_one(cls, q: float) -> float:
+        if abs(q - 1) < 9e-4:  # nearer, float32 loses the quotient
+            raise ValueError("the entropy is not defined at 1; set 1.001, nearly Shannon's")
+        return q
+
+    def highest(self, outs: int) -> float:
+        """The entropy of `outs` equal shares, which nothing exceeds."""
+        return float((1 - outs ** (1 - self.q)) / (self.q - 1))
 
 
 class Selection(BaseModel):
@@ -23,7 +34,7 @@ class Selection(BaseModel):
     takes to reach the mass `top_p`, and made to add up to 1. With `null`, the last logit is that of
     the base model alone (AdaMoE's null expert, arXiv 2406.13233): its share goes to no member."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     temperature: float = Field(1.0, gt=0)
     top_k: int | None = Field(None, ge=1)
