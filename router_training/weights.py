@@ -155,9 +155,8 @@ def _batches(base: Base, questions: Sequence[Question], tokens: int) -> list[Bat
     for i, (ids, _) in enumerate(rows):
         if i > cuts[-1] and (i + 1 - cuts[-1]) * len(ids) > tokens:
             cuts.append(i)
-    pad = base.tokenizer.pad_token_id
     bounds = pairwise([*cuts, len(rows)])
-    return [padded(rows, range(a, b), 0 if pad is None else pad) for a, b in bounds]
+    return [padded(rows, range(a, b), base.pad) for a, b in bounds]
 
 
 def _mean_loss(model: nn.Module, batches: Sequence[Batch]) -> float:

@@ -43,9 +43,10 @@ VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 @dataclass(frozen=True, slots=True)
 class Composition:
     """What was made. `rank` is that of the folder's adapter, `needed` what the method gave before
-    it was fitted to the server; `energy` the smallest share of a module's squared norm that the
-    fitting kept, 1 where nothing was cut. `adapter` is the adapter's digest, and `composed` what
-    it was made of. `built` False: it was there already."""
+    it was fitted to the server; `energy` the smallest share of a module's squared norm that
+    the method's own cut and the fitting kept, 1 where nothing was cut (of both, their product:
+    no module kept less). `adapter` is the adapter's digest, and `composed` what it was made of.
+    `built` False: it was there already."""
 
     folder: Path
     adapter: str
@@ -208,10 +209,10 @@ def _merged(
             into, recipe.method, message, f"{remedy[:1].upper()}{remedy[1:]}."
         ) from error
     made = Lora(merged.modules, loras[0].base)
-    needed, energy = made.rank, 1.0
+    needed, energy = made.rank, merged.energy
     if recipe.max_rank is not None and needed > recipe.max_rank:
-        modules, energy = fitted(merged.modules, recipe.max_rank)
-        made = Lora(modules, made.base)
+        modules, kept = fitted(merged.modules, recipe.max_rank)
+        made, energy = Lora(modules, made.base), energy * kept
     return made, needed, energy, merged.report
 
 

@@ -88,7 +88,8 @@ def compose(
         more = {"energy": made.energy, "report": dict(made.report), "built": made.built}
         print(json.dumps(told | more | {"seconds": round(made.seconds, 3)}))
         return
-    cut = f", truncated from {made.needed} keeping {made.energy:.1%}" if made.energy < 1 else ""
+    cut = f", truncated from {made.needed}" if made.needed > made.rank else ""
+    cut += f", keeping {made.energy:.1%}" if made.energy < 1 else ""
     done = f"made in {made.seconds:.2f} s" if made.built else "was there already"
     print(f"{made.folder}: rank {made.rank}{cut}; {done}")
 

@@ -232,9 +232,6 @@ def _member(
     if expert.adapter.gate is not None:
         message = f"{name!r} is a gate, which weighs its members anew at every token"
         return place.problem(message, "Name the gate's members.")
-    if expert.adapter.gate is not None:
-        message = f"{name!r} is a gate over adapters, which has other weights for each token"
-        return place.problem(message, "Name the gate's members.")
     if not _one_base(server, servers.get(expert.server)):
         assert server is not None
         message = (

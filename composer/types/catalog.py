@@ -48,7 +48,7 @@ class MemberShare:
 @dataclass(frozen=True, slots=True)
 class Composed:
     """What an adapter was composed of. `energy` is the smallest share of a module's squared norm
-    that fitting it to the server's rank kept, 1 where nothing was cut."""
+    that its method's cut and fitting it to the server's rank kept, 1 where nothing was cut."""
 
     method: str
     members: tuple[MemberShare, ...]

@@ -43,10 +43,15 @@ class Base:
     tokenizer: Any
     longest: int | None = None
 
-    def stream(self, questions: Sequence[Question], tokens: int, seed: int) -> Iterator[Batch]:
+    @property
+    def pad(self) -> int:
+        """The token that fills rows up; any will do where the tokenizer has none."""
         pad = self.tokenizer.pad_token_id
+        return 0 if pad is None else int(pad)
+
+    def stream(self, questions: Sequence[Question], tokens: int, seed: int) -> Iterator[Batch]:
         rows = encoded(self.tokenizer, questions, self.longest)
-        return batches(rows, tokens, seed, 0 if pad is None else pad)
+        return batches(rows, tokens, seed, self.pad)
 
 
 @dataclass(frozen=True, slots=True, eq=False)

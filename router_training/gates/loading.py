@@ -27,7 +27,7 @@ def members_in(adapters: Sequence[str]) -> Members:
     return members
 
 
-def base_in(folder: Path, device: str = "cpu") -> Base:
+def base_in(folder: Path) -> Base:
     """The model, frozen, in float32. Raises TrainingError with the remedy."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils.logging import disable_progress_bar
@@ -43,6 +43,6 @@ def base_in(folder: Path, device: str = "cpu") -> Base:
             f"the model in {folder} cannot be loaded ({error}); name one with safetensors weights "
             "and a tokenizer"
         ) from error
-    model.to(device).eval().requires_grad_(False)
+    model.eval().requires_grad_(False)
     config = model.config.get_text_config(decoder=True)
     return Base(model, tokenizer, getattr(config, "max_position_embeddings", None))

@@ -16,6 +16,7 @@ from composer.adapters.factors import Lora
 from composer.adapters.gates.build import Kind, assembled, joined, stacks
 from composer.adapters.gates.files import Gate
 from composer.adapters.gates.hooks import Installed
+from composer.adapters.gates.prior import ROWS
 from composer.adapters.gates.projection import Projection
 from composer.adapters.gates.selection import Selection
 from composer.adapters.gates.stacked import GatedLayer, Stacked
@@ -25,9 +26,6 @@ from router_training.gates.base import Base, Bench, GateSettings, TrainedSetting
 from router_training.gates.batches import encoded, padded
 from router_training.gates.loop import Steps, answer_loss, fit
 from router_training.gates.questions import Question, Questions
-
-ROWS = "prior.rows"
-"""The members' instruction vectors (E, dim), each of length 1."""
 
 
 class PhatgooseSettings(TrainedSettings):
@@ -251,10 +249,9 @@ def _encoded(bench: Bench, texts: Sequence[str]) -> Any:
 @torch.no_grad()
 def _loss_at(base: Base, gate: Gate, judged: Sequence[Question], prior: Tensor) -> float:
     rows = encoded(base.tokenizer, judged, base.longest)
-    pad = base.tokenizer.pad_token_id or 0
     total, count = 0.0, 0
     for start in range(0, len(rows), 32):
-        batch = padded(rows, range(start, min(start + 32, len(rows))), pad)
+        batch = padded(rows, range(start, min(start + 32, len(rows))), base.pad)
         here = prior[batch.places][:, None]
 
         def weigh(module: str, layer: GatedLayer, x: Tensor, here: Tensor = here) -> Tensor:

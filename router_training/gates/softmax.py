@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from composer.adapters.gates.build import Kind, assembled, stacks
 from composer.adapters.gates.files import Gate
 from composer.adapters.gates.hooks import Installed
+from composer.adapters.gates.prior import ROWS
 from composer.adapters.gates.projection import Projection
 from composer.adapters.gates.selection import Selection
 from composer.adapters.gates.stacked import GatedLayer
@@ -28,7 +29,7 @@ from router_training.gates.base import (
 )
 from router_training.gates.batches import Batch
 from router_training.gates.loop import answer_loss, fit
-from router_training.gates.phatgoose import ROWS, instructed, nearness, prior_settings
+from router_training.gates.phatgoose import instructed, nearness, prior_settings
 
 
 class SoftmaxSettings(TrainedSettings):
@@ -88,7 +89,7 @@ class Softmax:
             tensors[ROWS] = instructed(bench, list(bench.members), {})
             near = settings.gamma * nearness(bench, questions.rows, tensors[ROWS])
             prior = torch.nn.functional.pad(near, (0, int(common.null)))
-        routed = Routed(rows, biases, layers, prior)
+        routed = Routed(rows, biases, layers, prior, balanced=settings.balance > 0)
         parameters = [p for p in (*rows.values(), *biases.values()) if p.requires_grad]
 
         def loss_of(batch: Batch) -> Tensor:
@@ -142,11 +143,15 @@ class Routed:
         biases: Mapping[str, nn.Parameter],
         layers: Mapping[str, tuple[Any, Tensor, Selection]],
         prior: Tensor | None = None,
+        *,
+        balanced: bool = True,
     ) -> None:
-        """`prior` (n, E) is added to the logits of each of the n questions."""
+        """`prior` (n, E) is added to the logits of each of the n questions. `imbalance` is at hand
+        where it is `balanced`."""
         self._rows, self._biases, self._layers = rows, biases, layers
         self._prior, self._here = prior, torch.zeros(())
         self._real = torch.zeros(0, dtype=torch.bool)
+        self._balanced = balanced
         self._balance: list[Tensor] = []
 
     def layer(self, module: str) -> GatedLayer:
@@ -163,7 +168,8 @@ class Routed:
         logits = x.float() @ self._rows[module].T + self._biases[module]
         logits = (logits + self._here).masked_fill(absent, -torch.inf)
         weights = selection.weights(logits)
-        self._balance.append(imbalance(logits, weights, selection, self._real))
+        if self._balanced:
+            self._balance.append(imbalance(logits, weights, selection, self._real))
         return weights
 
     def imbalance(self) -> Tensor:

@@ -38,6 +38,8 @@ def test_weights_stay_within_their_bounds_and_the_allowed_evaluations() -> None:
     assert np.array_equal(again.weights, found.weights)
 
 
-def test_with_two_evaluations_the_better_start_is_kept() -> None:
-    found = search(lambda weights: float(np.abs(weights - 0.5).sum()), 2, evaluations=2)
+@pytest.mark.parametrize("evaluations", [0, 1, 2])
+def test_with_two_evaluations_or_fewer_the_better_start_is_kept(evaluations: int) -> None:
+    found = search(lambda w: float(np.abs(w - 0.5).sum()), 2, evaluations=evaluations)
+    assert found.evaluations == 2
     assert found.weights.tolist() == [0.5, 0.5]

@@ -11,6 +11,7 @@ from torch import Tensor
 from composer.adapters.gates.files import Gate
 
 ROWS = "prior.rows"
+"""The members' instruction vectors (E, dim), each of length 1."""
 
 
 def prior(gate: Gate, embedding: Sequence[float]) -> Tensor:

@@ -94,7 +94,8 @@ class Arithmetic:
                 else:
                     out[module], kept = _product(present, settings)
                     energy = min(energy, kept)
-        return Merged(out, {} if settings.of == "factors" else {"energy": energy})
+        report = {} if settings.of == "factors" else {"energy": energy}
+        return Merged(out, report, energy)
 
 
 def _factors(

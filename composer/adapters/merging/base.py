@@ -39,10 +39,12 @@ class Weights:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Merged:
-    """`report` says what the method gave up, by name: say, the energy that was kept."""
+    """`report` says what the method gave up, by name. `energy`: the smallest share of a module's
+    squared norm that a cut of the method's own kept."""
 
     modules: Modules
     report: Mapping[str, Any] = field(default_factory=empty)
+    energy: float = 1.0
 
 
 class Method(Protocol):

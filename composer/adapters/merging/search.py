@@ -34,17 +34,17 @@ def search(loss: Callable[[Weights], float], members: int, *, evaluations: int =
     arXiv 2307.13269, sections 2.3 and 3.2). From 0 (the base alone) or equal shares, whichever is
     better, by COBYQA (a trust region of quadratic models) in place of the paper's CMA-ES. `loss` is
     asked `evaluations` times at most, 2 at least. Deterministic."""
+    starts = [np.zeros(members), np.full(members, 1 / members)]
     tried: list[tuple[float, float, Weights]] = []
 
     def value(weights: Weights) -> float:
-        if len(tried) >= evaluations:
+        if len(tried) >= max(evaluations, len(starts)):
             raise _Enough
         plain = float(loss(weights))
         total = plain + PENALTY * float(np.abs(weights).mean())
         tried.append((total, plain, weights.copy()))
         return total
 
-    starts = [np.zeros(members), np.full(members, 1 / members)]
     best = min(starts, key=value)
     with suppress(_Enough):
         minimize(

@@ -31,4 +31,4 @@ class Svd:
     def merge(members: Sequence[Modules], weights: Weights, settings: SvdSettings) -> Merged:
         whole = Cat.merge(members, weights, CatSettings()).modules
         modules, energy = fitted(whole, settings.rank)
-        return Merged(modules, {"energy": energy})
+        return Merged(modules, {"energy": energy}, energy)
