@@ -147,6 +147,17 @@ def features(folder: Path) -> dict[str, Any]:
     return {"gate": "./gates/both"}
 
 
+def hidden(folder: Path) -> dict[str, Any]:
+    tensors = {"features.0.weight": torch.ones(5, 12)}
+    gated(folder, passes=2, kind="xlora", seed=1, normalise="none", width=5, tensors=tensors)
+    return {"gate": "./gates/both"}
+
+
+def hidden_at_once(folder: Path) -> dict[str, Any]:
+    gated(folder, passes=2, kind="xlora", seed=1, normalise="none", width=12)
+    return {"gate": "./gates/both"}
+
+
 def prior(folder: Path) -> dict[str, Any]:
     gated(folder, per_request=True, kind="glider", tensors={"prior.rows": torch.ones(3, 4)})
     return {"gate": "./gates/both"}
@@ -166,6 +177,8 @@ REFUSED = {
     two: "an expert has a `gate`, which holds its members, or adapter",
     composed_of_a_gate: "'first' is a gate, which weighs its members anew at every token",
     features: "its classifier gives 5 features, and the layers read 6",
+    hidden: "it reads a hidden state of 12 numbers, the base's has 8",
+    hidden_at_once: "it reads a hidden state of 12 numbers, the base's has 8",
     prior: "the tensor prior.rows must hold one row for each member",
     mounted: "it is an adapter's folder, but the expert has none",
 }

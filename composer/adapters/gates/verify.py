@@ -129,10 +129,25 @@ def _base_problems(folder: Path, gate: Gate, base: BaseModelInfo) -> list[Proble
         elif shape != found or module.endswith("embed_tokens"):
             message = f"it is made for a linear layer of {found}, the base's is {shape}"
             problems.append(Problem(file, module, message, _RETRAIN))
+    problems += _width_problems(file, gate, base)
     if len(problems) > _SHOWN:
         more = f"and {len(problems) - _SHOWN} more like these"
         problems = [*problems[:_SHOWN], Problem(file, "", more, _RETRAIN)]
     return problems
+
+
+def _width_problems(file: str, gate: Gate, base: BaseModelInfo) -> list[Problem]:
+    """Of a gate that reads the model's last hidden state, which is as wide as its embeddings."""
+    widths = {shape[1] for name, shape in base.shapes.items() if name.endswith("embed_tokens")}
+    if gate.manifest.passes == 1 or base.packed or len(widths) != 1:
+        return []
+    first = gate.tensors.get("features.0.weight")
+    if first is None:
+        first = next(iter(gate.layers.values())).projection.rows
+    if first.shape[-1] in widths:
+        return []
+    message = f"it reads a hidden state of {first.shape[-1]} numbers, the base's has {widths.pop()}"
+    return [Problem(file, "", message, _RETRAIN)]
 
 
 def _own_problems(folder: Path, gate: Gate) -> list[Problem]:
