@@ -112,15 +112,20 @@ def selection_of(settings: Selection) -> Selection:
     return Selection.model_validate(settings.model_dump(include=set(Selection.model_fields)))
 
 
-def check_learns(selection: Selection, outs: int) -> None:
-    """Whether the loss of a selection from `outs` rows moves them. Raises TrainingError."""
+def check_switch(selection: Selection, outs: int) -> None:
+    """Raises TrainingError where tokens of `outs` rows could never be uncertain enough."""
     switch = selection.tsallis
     if switch is not None and switch.above >= switch.highest(outs):
         raise TrainingError(
             f"tsallis: no entropy of {outs} shares is above {switch.above:g}; set `above` below "
             f"{switch.highest(outs):.3g}"
         )
-    if selection.top_k == 1 and switch is None and outs > 1:
+
+
+def check_learns(selection: Selection, outs: int) -> None:
+    """Whether the loss of a selection from `outs` rows moves them. Raises TrainingError."""
+    check_switch(selection, outs)
+    if selection.top_k == 1 and selection.tsallis is None and outs > 1:
         raise TrainingError(
             "top_k 1: the one kept has the weight 1 whatever its row says, so nothing is learnt; "
             "set top_k to 2 or more, or `tsallis`"

@@ -22,7 +22,14 @@ from composer.adapters.gates.selection import Selection
 from composer.adapters.gates.stacked import GatedLayer, Stacked
 from composer.types import Tier
 from router_training.errors import TrainingError
-from router_training.gates.base import Base, Bench, GateSettings, TrainedSettings, selection_of
+from router_training.gates.base import (
+    Base,
+    Bench,
+    GateSettings,
+    TrainedSettings,
+    check_switch,
+    selection_of,
+)
 from router_training.gates.batches import encoded, padded
 from router_training.gates.loop import Steps, answer_loss, fit
 from router_training.gates.questions import Question, Questions
@@ -64,6 +71,7 @@ class Phatgoose:
             raise TrainingError(
                 "members learn each alone, so nobody learns a null expert's row; use kind softmax"
             )
+        check_switch(selection_of(settings), len(bench.members))
         questions.check_experts(list(bench.members))
         own = {name: questions.of(name) for name in bench.members}
         vectors: dict[str, Mapping[str, Tensor]] = {}

@@ -205,6 +205,8 @@ def test_one_kept_weight_is_learnt_where_the_switch_may_fire() -> None:
     assert gate.manifest.selection.top_k == 1
     with pytest.raises(TrainingError, match="nothing is learnt"):
         make("xlora", bench(), {**QUICK, "top_k": 1})
+    with pytest.raises(TrainingError, match="no entropy of 3 shares is above 2"):
+        make("phatgoose", bench(), {**QUICK, "tsallis": {"above": 2}})
 
 
 @pytest.mark.parametrize("kind", sorted(set(KINDS) - {"arrow"}))
