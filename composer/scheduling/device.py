@@ -71,6 +71,7 @@ class DeviceOwner:
         self._configured: tuple[tuple[Model, ...], float] = ((), 0.0)
         self._waiting: dict[int, Ticket] = {}
         self._running: dict[int, Ticket] = {}
+        self._leaving: set[int] = set()  # their callers are gone, and the policy is still to hear
         self._stays: Counter[str] = Counter()
         self._queue: deque[Event] = deque()
         self._stepping = False
@@ -117,14 +118,13 @@ class DeviceOwner:
         if ticket.lease is not None:
             return ticket.lease
         ticket.settled = asyncio.get_running_loop().create_future()
-        if call.deadline is not None:
-            self._watch_until(call.deadline + GRACE_S)
+        self._watch_until(_watched(ticket))
         try:
             return await ticket.settled
         except BaseException:  # refused, cancelled, or its coroutine closed
             if self._dequeue(call.id) is not None:
                 self.calls.left += 1
-                self._feed(Left(call.id))
+                self._tell_left(call.id)
             elif call.id in self._running and ticket.lease is not None:
                 # Granted in the very step in which the caller was cancelled.
                 self.release(call.id)
@@ -159,7 +159,7 @@ class DeviceOwner:
         for ticket in list(self._waiting.values()):
             if self._dequeue(ticket.call.id) is not None:
                 ticket.refuse(EngineUnavailable("the service is closing"))
-                self._feed(Left(ticket.call.id))
+                self._tell_left(ticket.call.id)
         await self._moves.close()
 
     def loads(self) -> dict[str, dict[str, int]]:
@@ -198,7 +198,15 @@ class DeviceOwner:
         finally:
             self._stepping = False
 
+    def _tell_left(self, call: int) -> None:
+        self._leaving.add(call)
+        self._feed(Left(call))
+
     def _step(self, event: Event) -> None:
+        if isinstance(event, Left):
+            if event.call not in self._leaving:
+                return  # the policy ended it before its turn to hear came
+            self._leaving.discard(event.call)
         now = self._now = max(self._now, self._clock.now())
         actions, error = answer(self._policy, event, now)
         expert = None
@@ -227,6 +235,10 @@ class DeviceOwner:
                 self._wake_at(at, now)
 
     def _grant(self, call: int, now: float) -> None:
+        if call in self._leaving:
+            self._leaving.discard(call)
+            self._feed(Finished(call))
+            return
         ticket = self._waiting.get(call)
         if ticket is None:
             self._fault(f"it granted call {call}, which does not wait")
@@ -245,6 +257,9 @@ class DeviceOwner:
         ticket.grant(lease)
 
     def _refuse(self, action: Refuse) -> None:
+        if action.call in self._leaving:
+            self._leaving.discard(action.call)
+            return
         ticket = self._dequeue(action.call)
         if ticket is None:
             self._fault(f"it refused call {action.call}, which does not wait")
@@ -289,6 +304,8 @@ class DeviceOwner:
         self._wake = MomentsEnd(self._tick) if soon else self._clock.call_at(at, self._tick)
 
     def _tick(self) -> None:
+        if self._wake is not None:
+            self._wake.cancel()
         self._wake = None
         if not self._closed:
             self._feed(Ticked())
@@ -328,7 +345,7 @@ class DeviceOwner:
         for call in left:
             self._dequeue(call)
             self.calls.left += 1
-            self._feed(Left(call))
+            self._tell_left(call)
         return bool(left)
 
     def _refusal(self, ticket: Ticket, reason: str, retry_after_s: float) -> ComposerError:
@@ -346,21 +363,33 @@ class DeviceOwner:
             self._watch = self._clock.call_at(at, self._look)
 
     def _look(self) -> None:
-        """Refuses who waits past the bound and was forgotten."""
+        """Refuses who waits past the bound and was forgotten.
+
+        Where the event loop itself was late, the policy's own time may still be behind this one
+        (an alarm that is due, too, or the end of a moment): it has its word first.
+        """
         now = self._clock.now()
         self._watch, self._watch_at = None, float("inf")
-        bounded = [t for t in self._waiting.values() if t.call.deadline is not None]
-        until = [(t, (t.call.deadline or 0.0) + GRACE_S) for t in bounded]
-        for ticket, at in until:
-            if at <= now:
-                self._dequeue(ticket.call.id)
-                self._fault(f"it left call {ticket.call.id} waiting past its bound")
-                self.calls.refused["late"] += 1
-                ticket.refuse(self._refusal(ticket, "late", 0.0))
-                self._feed(Left(ticket.call.id))
-        if left := [at for _, at in until if at > now]:
+        if self._overdue(now):
+            self._tick()
+        for ticket in self._overdue(now):
+            self._dequeue(ticket.call.id)
+            self._fault(f"it left call {ticket.call.id} waiting past its bound")
+            self.calls.refused["late"] += 1
+            ticket.refuse(self._refusal(ticket, "late", 0.0))
+            self._tell_left(ticket.call.id)
+        if left := [_watched(ticket) for ticket in self._waiting.values()]:
             self._watch_until(min(left))
+
+    def _overdue(self, now: float) -> list[Ticket]:
+        return [ticket for ticket in self._waiting.values() if _watched(ticket) <= now]
 
     def _fault(self, what: str, error: Exception | None = None) -> None:
         self.faults += 1
         log.error("device %s, a fault of its policy: %s", self.device, what, exc_info=error)
+
+
+def _watched(ticket: Ticket) -> float:
+    """Until when the policy may leave it waiting."""
+    deadline = ticket.call.deadline
+    return float("inf") if deadline is None else deadline + GRACE_S

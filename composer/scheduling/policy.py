@@ -69,15 +69,15 @@ class SwapPolicy:
 
     def on(self, event: Event, now: float) -> list[Action]:
         fleet = self._fleet
-        fleet.actions = []
+        if isinstance(event, Left):
+            # Before those who are late are told: its caller is told nothing any more.
+            fleet.forget_later(fleet.remove(event.call))
         fleet.expire(now, strictly=True)
         match event:
             case Arrived(call):
                 self._arrived(call, now)
             case Finished(call):
                 fleet.finished(call, now)
-            case Left(call):
-                fleet.forget_later(fleet.remove(call))
             case Loaded(model):
                 fleet.loaded(model, now)
             case LoadFailed(model):
@@ -98,7 +98,9 @@ class SwapPolicy:
         elif not self._planner.outdated(now):
             self._grant_batches(now)
         self._sleep(now, decided=isinstance(event, Ticked))
-        return fleet.actions
+        # What was decided before an event that cannot be stands, and is told with the next one.
+        actions, fleet.actions = fleet.actions, []
+        return actions
 
     def _decide(self, now: float) -> None:
         """What is loaded and unloaded, after all that happened at this moment."""

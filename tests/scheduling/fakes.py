@@ -72,6 +72,14 @@ class FakeClock:
         self.time = until
         await settle()
 
+    async def stall(self, seconds: float) -> None:
+        """The loop stands still (a starved CPU): what is due meanwhile rings at its end, in one
+        turn and in order of time, before anything else gets its turn."""
+        self.time += seconds
+        while (at := self.next()) is not None and at <= self.time:
+            heapq.heappop(self._alarms)[2].ring()
+        await settle()
+
     def next(self) -> float | None:
         """When the next alarm rings."""
         while self._alarms and self._alarms[0][2].off:

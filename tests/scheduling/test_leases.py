@@ -167,6 +167,28 @@ def test_a_day_with_deaths_and_changes_leaves_nobody_waiting(
 
 
 @pytest.mark.parametrize("policy", [Fifo, SwapPolicy])
+@settings(max_examples=25, deadline=None)
+@given(seed=st.integers(0, 10**9))
+def test_a_day_on_a_starved_cpu_tells_each_caller_once_and_blames_no_policy(
+    policy: Callable[[], DevicePolicy], seed: int
+) -> None:
+    """Callers leave and bounds pass while the event loop stands still."""
+
+    async def day() -> None:
+        day = Day(seed, policy, leaving=0.4, stalling=0.3)
+        told = await day.run()
+        assert len(told) == day.calls
+        for owner in day.scheduler.owners.values():
+            assert owner.faults == 0
+            assert sum(load["running"] + load["waiting"] for load in owner.loads().values()) == 0
+        closing = asyncio.create_task(day.scheduler.close())
+        await day.clock.advance(60)
+        await closing
+
+    asyncio.run(day())
+
+
+@pytest.mark.parametrize("policy", [Fifo, SwapPolicy])
 @pytest.mark.parametrize("seed", range(3))
 async def test_a_quiet_day_serves_everybody_who_can_wait(
     policy: Callable[[], DevicePolicy], seed: int

@@ -74,6 +74,8 @@ class Day:
     dying: float = 0.05
     leaving: float = 0.1
     changing: bool = True
+    stalling: float = 0.0
+    """How often the event loop stands still, for up to five seconds, instead of going on."""
     clock: FakeClock = field(default_factory=FakeClock)
     log: list[str] = field(default_factory=list)
     held: dict[str, float] = field(default_factory=dict)
@@ -112,6 +114,10 @@ class Day:
         if self.changing:
             tasks.append(asyncio.create_task(self._changes()))
         while not all(task.done() for task in tasks):
+            if self.stalling and self.random.random() < self.stalling:
+                # In the middle of a moment: what has just happened is not over yet.
+                await asyncio.sleep(0)
+                await self.clock.stall(self.random.uniform(0.5, 5.0))
             await settle()
             if all(task.done() for task in tasks):
                 break
