@@ -71,8 +71,10 @@ format: env      ## what `check` would ask for, done
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-tiny: env        ## train the tiny experts anew (at most 30 minutes)
+tiny: env        ## train the tiny experts anew (at most 40 minutes)
 	$(BIN)/python -m examples.tiny.train
+	$(BIN)/python -m examples.tiny.instructing
+	$(BIN)/python -m examples.tiny.mixing
 
 schema: env      ## the JSON schema editors use for experts.yaml
 	$(BIN)/composer schema > examples/experts.schema.json

@@ -4,11 +4,14 @@
     .venv/bin/python benchmarks/gates.py --merge FILE …      # the table of runs of rows apart
 
 Held in: questions of one skill. Composites: two skills in one prompt and one answer, of pairs that
-nothing was trained on; no single adapter can answer them. The oracle adapter is that of the
-question's (first) skill; the oracle mix switches adapters at the true boundary of the segments, in
-the prompt and in the answer, and is the ceiling. Routing: the share of tokens and modules at which
-the member with most weight is that of the token's segment. Seeds vary the training of gates, its
-data, and the questions; experts stay. Intervals are Student's over seeds.
+nothing was trained on; no single adapter can answer them. An answer is right where greedy decoding
+would give it. The oracle adapter is that of the question's (first) skill; the oracle pair is both
+right adapters at half weight, all that one adapter a query could be told; the oracle mix switches
+adapters at the true boundary of the segments, in the prompt and in the answer, and is the ceiling.
+LoraHub alone is given examples of the judged tasks, a few of each, its search being for new tasks.
+Routing: the share of tokens and modules at which the member with most weight is that of the token's
+segment. Seeds vary the training of gates, its data, and the questions; experts stay. Intervals are
+Student's over seeds.
 """
 
 from __future__ import annotations
@@ -28,14 +31,14 @@ from scipy.stats import t as student
 from torch import Tensor
 
 from benchmarks.common import add_arguments
-from benchmarks.gating.decoding import Asked, Way, answered
+from benchmarks.gating.answering import Asked, Way, answered
 from benchmarks.gating.subjects import (
-    NAMES,
     Size,
     Subjects,
     all_questions,
     composites,
     cosines,
+    few_of,
     held_in,
     load,
     single_questions,
@@ -47,13 +50,37 @@ from composer.adapters.gates.stacked import GatedLayer
 from composer.adapters.gates.untrained import fixed
 from composer.adapters.merging import METHODS
 from composer.adapters.merging.base import Weights
+from examples.tiny.segments import NAMES
 from router_training.embedding import open_embedding
 from router_training.gates.base import Bench
 from router_training.gates.making import make
 from router_training.gates.phatgoose import GliderSettings, with_instructions
+from router_training.weights import learn
 
-WHOLE = Size(20, 10, 200, 3000, 250, 100, 1500, 300)
-QUICK = Size(4, 2, 40, 200, 20, 5, 600, 200)
+WHOLE = Size(
+    held_in=20,
+    composite=12,
+    single_rows=200,
+    composite_rows=3000,
+    steps=250,
+    member_steps=100,
+    tokens=1500,
+    member_tokens=300,
+    shots=5,
+    searched=60,
+)
+QUICK = Size(
+    held_in=4,
+    composite=2,
+    single_rows=40,
+    composite_rows=200,
+    steps=20,
+    member_steps=5,
+    tokens=600,
+    member_tokens=200,
+    shots=2,
+    searched=5,
+)
 
 LEVEL = 0.95
 SHARPNESS = 0.05
@@ -128,6 +155,10 @@ def _both(asked: Sequence[Asked]) -> Tensor:
     return torch.tensor([(a.skills * 2)[:2] for a in asked])
 
 
+def _halves(asked: Sequence[Asked]) -> Tensor:
+    return _one_hot(_both(asked)).mean(1)
+
+
 def per_query(weights: Callable[[Round, int], Tensor]) -> Make:
     def ways(round_: Round) -> tuple[Way, Way]:
         return tuple(PerQuery(round_.stacked, weights(round_, i)) for i in (0, 1))  # type: ignore[return-value]
@@ -149,6 +180,16 @@ def _router_weights(round_: Round, which: int) -> Tensor:
     p = torch.softmax(round_.cosines[which][1] / SHARPNESS, 1)
     kept = torch.where(p >= p.topk(2, 1).values[:, 1:], p, 0.0)
     return torch.round(16 * kept / kept.sum(1, keepdim=True)) / 16
+
+
+def _lorahub(round_: Round, which: int) -> Tensor:
+    """One search for each judged task, on a few questions of its own."""
+    base, members, size = round_.subjects.base, round_.subjects.members, round_.size
+    found: dict[tuple[int, ...], tuple[float, ...]] = {}
+    for skills in dict.fromkeys(a.skills for a in round_.asked[which]):
+        few = few_of(skills, size.shots, round_.seed)
+        found[skills] = learn("lorahub", base, members, few, evaluations=size.searched).weights
+    return torch.tensor([found[a.skills] for a in round_.asked[which]])
 
 
 def merged(method: str, **settings: Any) -> Make:
@@ -221,6 +262,7 @@ ROWS = (
     Row("uniform cat", "query", per_query(_uniform)),
     Row("linear", "query", merged("arithmetic", kind="linear")),
     Row("ties", "query", merged("arithmetic", kind="ties", density=0.5)),
+    Row("LoraHub", "query", per_query(_lorahub)),
     Row("retrieval, top 1", "query", per_query(lambda r, i: _one_hot(r.cosines[i][0].argmax(1)))),
     Row("centroid, top 1", "query", per_query(lambda r, i: _one_hot(r.cosines[i][1].argmax(1)))),
     Row("router-weighted cat", "query", per_query(_router_weights)),
@@ -234,6 +276,7 @@ ROWS = (
     Row("trained gate", "token", gated(_softmax)),
     Row("trained gate + prior", "token", with_prior(_informed)),
     Row("oracle adapter", "ceiling", per_query(lambda r, i: _one_hot(_first(r.asked[i])))),
+    Row("oracle pair, half each", "ceiling", per_query(lambda r, i: _halves(r.asked[i]))),
     Row("oracle mix", "ceiling", _oracle_mix),
 )
 
@@ -256,7 +299,7 @@ def extra_flops(way: Way, model: Any) -> float:
 
 def _rank(way: PerQuery | PerSegment, layer: GatedLayer) -> int:
     """Of the members with a weight alone: what a composed adapter would have."""
-    most = 1 if isinstance(way, PerSegment) else int((way.weights > 0).sum(1).max())
+    most = 1 if isinstance(way, PerSegment) else int((way.weights != 0).sum(1).max())
     return most * max(layer.stacked.ranks)
 
 

@@ -3,6 +3,7 @@ Knows no way of mixing."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,23 +11,25 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from benchmarks.gating.decoding import Asked
+from benchmarks.gating.answering import Asked
 from composer.adapters.factors import Factors, Lora, Modules, read_lora
 from composer.adapters.gates.build import Members
 from composer.routing.views import Encode
 from examples.tiny import experts
+from examples.tiny.segments import NAMES
 from examples.tiny.tasks import SKILLS, CompositeItem, Item, composite_pairs, sample_composites
 from router_training.gates.base import Base
 from router_training.gates.loading import base_in
 from router_training.gates.questions import Question, Questions
 
-NAMES = tuple(SKILLS)
 PLACE = {name: i for i, name in enumerate(NAMES)}
 
 
 @dataclass(frozen=True, slots=True)
 class Size:
-    """Questions of each skill and of each pair of skills; rows of training data; steps."""
+    """Questions of each skill and of each pair of skills; rows of training data; steps of a gate
+    and of a member, tokens of their batches; examples of a task and tries of LoraHub's search.
+    """
 
     held_in: int
     composite: int
@@ -36,6 +39,8 @@ class Size:
     member_steps: int
     tokens: int
     member_tokens: int
+    shots: int = 5
+    searched: int = 60
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -61,9 +66,9 @@ class Subjects:
 
 
 def load() -> Subjects:
-    """The base and its ten experts, trained to keep to their segments."""
-    members = {name: read_lora(experts.expert_folder("mixed", name)) for name in NAMES}
-    return Subjects(base_in(experts.base_folder("large")), members)
+    """The base that carries its instructions, and its ten experts."""
+    members = {name: read_lora(experts.expert_folder("instructed", name)) for name in NAMES}
+    return Subjects(base_in(experts.base_folder("instructed")), members)
 
 
 def held_in(size: Size, seed: int) -> list[Asked]:
@@ -92,6 +97,17 @@ def all_questions(size: Size, seed: int) -> Questions:
     mixed = sample_composites("train", size.composite_rows, seed, pairs)
     both = [Question(item.prompt, item.answer) for item in mixed]
     return Questions("all", (*single_questions(size, seed).rows, *both))
+
+
+def few_of(skills: tuple[int, ...], n: int, seed: int) -> list[Question]:
+    """`n` questions of one task, a skill or a pair of them, of training inputs."""
+    names = [NAMES[place] for place in skills]
+    items: Sequence[Item | CompositeItem]
+    if len(names) == 1:
+        items = SKILLS[names[0]].sample("train", n, seed)
+    else:
+        items = sample_composites("train", n, seed, ((names[0], names[1]),))
+    return [Question(item.prompt, item.answer) for item in items]
 
 
 def cosines(encode: Encode, asked: list[Asked], own: Questions) -> tuple[Tensor, Tensor]:

@@ -8,9 +8,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache
 
-from benchmarks.gating.decoding import Step
+from benchmarks.gating.answering import Read
 from composer.adapters.factors import Modules
 from composer.adapters.gates.files import Gate
 from composer.adapters.gates.hooks import Installed, Weigh
@@ -26,10 +25,7 @@ class Nobody:
     layers: Mapping[str, GatedLayer] = {}
     routes = False
 
-    def begin(self, model: Any, installed: Installed, step: Step) -> None:
-        pass
-
-    def weigh(self, model: Any, installed: Installed, step: Step) -> Weigh | None:
+    def weigh(self, model: Any, installed: Installed, read: Read) -> Weigh | None:
         return None
 
 
@@ -46,7 +42,7 @@ class Merged(Nobody):
             for module, factors in modules.items()
         }
 
-    def weigh(self, model: Any, installed: Installed, step: Step) -> Weigh | None:
+    def weigh(self, model: Any, installed: Installed, read: Read) -> Weigh | None:
         return lambda module, layer, x: x.new_ones(1)
 
 
@@ -59,8 +55,8 @@ class PerQuery(Nobody):
     def __init__(self, layers: Mapping[str, GatedLayer], weights: Tensor) -> None:
         self.layers, self.weights = layers, weights
 
-    def weigh(self, model: Any, installed: Installed, step: Step) -> Weigh | None:
-        here = self.weights[step.rows][:, None]  # (B, 1, E)
+    def weigh(self, model: Any, installed: Installed, read: Read) -> Weigh | None:
+        here = self.weights[read.rows][:, None]  # (B, 1, E)
         return lambda module, layer, x: here
 
 
@@ -73,8 +69,8 @@ class PerSegment(Nobody):
     def __init__(self, layers: Mapping[str, GatedLayer], members: Tensor, count: int) -> None:
         self.layers, self._members, self._one_hot = layers, members, torch.eye(count)
 
-    def weigh(self, model: Any, installed: Installed, step: Step) -> Weigh | None:
-        here = self._one_hot[self._members[step.rows].gather(1, step.segments)]
+    def weigh(self, model: Any, installed: Installed, read: Read) -> Weigh | None:
+        here = self._one_hot[self._members[read.rows].gather(1, read.segments)]
         return lambda module, layer, x: here
 
 
@@ -85,24 +81,14 @@ class PerToken(Nobody):
 
     def __init__(self, gate: Gate, prior: Tensor | None = None) -> None:
         self.layers, self.gate, self._prior = gate.layers, gate, prior
-        self._first = DynamicCache()
 
-    def begin(self, model: Any, installed: Installed, step: Step) -> None:
-        self._first = DynamicCache()
-
-    def weigh(self, model: Any, installed: Installed, step: Step) -> Weigh | None:
+    def weigh(self, model: Any, installed: Installed, read: Read) -> Weigh | None:
         if self.gate.manifest.passes == 2:
             installed.weigh = None
-            hidden = model.get_decoder()(
-                input_ids=step.ids,
-                attention_mask=step.mask,
-                position_ids=step.positions,
-                past_key_values=self._first,
-                use_cache=True,
-            ).last_hidden_state
-            read = features(self.gate, hidden)
-            return lambda module, layer, x: layer.weights(read)
-        prior = None if self._prior is None else self._prior[step.rows][:, None]
+            hidden = model.get_decoder()(input_ids=read.ids).last_hidden_state
+            told = features(self.gate, hidden)
+            return lambda module, layer, x: layer.weights(told)
+        prior = None if self._prior is None else self._prior[read.rows][:, None]
         return lambda module, layer, x: layer.weights(x, prior)
 
 
@@ -110,22 +96,17 @@ class Averaged(PerToken):
     """A gate's weights averaged over the prompt's tokens, by module: then one composed adapter
     serves the query, which stock vLLM can."""
 
-    def __init__(self, gate: Gate, prior: Tensor | None = None) -> None:
-        super().__init__(gate, prior)
-        self._means: dict[str, Tensor] = {}
-
-    def begin(self, model: Any, installed: Installed, step: Step) -> None:
-        self._means = {}
-        real = step.real[..., None].float()
-        prior = None if self._prior is None else self._prior[step.rows][:, None]
+    def weigh(self, model: Any, installed: Installed, read: Read) -> Weigh | None:
+        of_gate = super().weigh(model, installed, read)
+        assert of_gate is not None
+        own = (read.prompt & read.real)[..., None].float()
+        means: dict[str, Tensor] = {}
 
         def kept(module: str, layer: GatedLayer, x: Tensor) -> Tensor:
-            weights = layer.weights(x, prior)
-            self._means[module] = (weights * real).sum(1, keepdim=True) / real.sum(1, keepdim=True)
+            weights = of_gate(module, layer, x)
+            means[module] = (weights * own).sum(1, keepdim=True) / own.sum(1, keepdim=True)
             return weights
 
         installed.weigh = kept
-        model(input_ids=step.ids, attention_mask=step.mask, position_ids=step.positions)
-
-    def weigh(self, model: Any, installed: Installed, step: Step) -> Weigh | None:
-        return lambda module, layer, x: self._means[module]
+        model(input_ids=read.ids)
+        return lambda module, layer, x: means[module]

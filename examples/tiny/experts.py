@@ -145,14 +145,19 @@ def save_expert(model: PeftModel, size: str, folder: Path) -> None:
     config.base_model_name_or_path = base_name(size)
     # Without the flag peft looks for the base's config on the hub, by the name set above.
     model.save_pretrained(folder, save_embedding_layers=False)
-    path = folder / "adapter_config.json"
-    written = json.loads(path.read_text(encoding="utf-8"))
-    written["target_modules"].sort()  # peft keeps a set, in a new order each time
-    path.write_text(json.dumps(written, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    tidy_config(folder)
     weights = folder / "adapter_model.safetensors"
     tensors = {name: t.to(torch.bfloat16).contiguous() for name, t in load_file(weights).items()}
     save_file(tensors, weights, metadata={"format": "pt"})
     weights.chmod(0o644)
+
+
+def tidy_config(folder: Path) -> None:
+    """Orders an adapter_config.json: peft keeps its targets as a set, in a new order each time."""
+    path = folder / "adapter_config.json"
+    written = json.loads(path.read_text(encoding="utf-8"))
+    written["target_modules"].sort()
+    path.write_text(json.dumps(written, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def asked(skill: Skill, n: int, seed: int, templates: tuple[str, ...]) -> list[tuple[Item, str]]:

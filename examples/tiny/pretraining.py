@@ -34,6 +34,12 @@ class Kind:
     draw: Callable[[random.Random, Split], tuple[str, ...]]
     tasks: tuple[tuple[float, Solve], ...]
 
+    def any_task(self, rng: random.Random, copying: float = 1.0) -> Solve:
+        """A task drawn by weight, that of copying multiplied by ``copying``."""
+        weights = [weight for weight, _ in self.tasks]
+        weights[0] *= copying
+        return rng.choices([task for _, task in self.tasks], weights)[0]
+
 
 def _difference(a: str, b: str) -> str:
     return str(abs(int(a) - int(b)))
@@ -109,12 +115,15 @@ KINDS: dict[str, Kind] = {
 COMPOSITE_SHARE = 0.1
 
 
+def any_kind(rng: random.Random) -> Kind:
+    """A type of input drawn by its share."""
+    return rng.choices(list(KINDS.values()), [k.share for k in KINDS.values()])[0]
+
+
 def _segment(rng: random.Random, split: Split, copying: float) -> tuple[str, str]:
-    kind = rng.choices(list(KINDS.values()), [k.share for k in KINDS.values()])[0]
+    kind = any_kind(rng)
     fields = kind.draw(rng, split)
-    weights = [weight for weight, _ in kind.tasks]
-    weights[0] *= copying
-    solve = rng.choices([task for _, task in kind.tasks], weights)[0]
+    solve = kind.any_task(rng, copying)
     return f"{rng.choice(INSTRUCTIONS)} {' '.join(fields)}", solve(*fields)
 
 

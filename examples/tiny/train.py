@@ -4,6 +4,11 @@
     python examples/tiny/train.py --keep-bases     only the experts, on the bases as they are
     python examples/tiny/train.py --cards          only the cards, from results.json
 
+What is mixed inside the model has a base and experts of its own, trained on from the large base:
+
+    python examples/tiny/instructing.py            bases/instructed, four minutes
+    python examples/tiny/mixing.py                 experts/instructed on it, five minutes
+
 A fixed seed gives the same text and the same starting weights; the trained weights are the same
 bit for bit on the same processor and versions only.
 """

@@ -57,13 +57,15 @@ def batches(
 
 def loss_of(model: nn.Module, ids: Tensor, labels: Tensor) -> Tensor:
     """Mean cross-entropy of the answer tokens; ids and labels are [B, T]."""
-    logits = model(input_ids=ids).logits[:, :-1]  # [B, T-1, V]
-    return nn.functional.cross_entropy(
-        logits.flatten(0, 1), labels[:, 1:].flatten(), ignore_index=IGNORE
-    )
+    return cross_entropy(model(input_ids=ids).logits[:, :-1], labels[:, 1:])
 
 
-def _schedule(step: int, steps: int, warmup: int) -> float:
+def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
+    """Mean over the labels [B, T] that are not ``IGNORE``; logits are [B, T, classes]."""
+    return nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORE)
+
+
+def schedule(step: int, steps: int, warmup: int) -> float:
     """Learning-rate factor: linear warm-up, flat, then linear decay over the last 40 %."""
     decay = steps * 0.6
     if step < warmup:
@@ -73,16 +75,18 @@ def _schedule(step: int, steps: int, warmup: int) -> float:
 
 def train(
     model: nn.Module,
-    stream: Iterator[tuple[Tensor, Tensor]],
+    stream: Iterator[tuple[Tensor, ...]],
     steps: int,
     matrix_lr: float,
     other_lr: float,
     on_step: Callable[[int, float], None] = lambda step, loss: None,
+    loss_of: Callable[..., Tensor] = loss_of,
 ) -> float:
     """Trains the parameters that require gradients for ``steps`` batches of ``stream``.
 
     Muon moves the matrices of full layers (its orthogonalised steps reach the same loss in about
     half the batches of AdamW here); AdamW moves embeddings, norms and the thin LoRA matrices.
+    ``loss_of`` takes the model and a batch.
 
     Returns:
         The mean loss of the last tenth of the steps.
@@ -108,7 +112,7 @@ def train(
     model.train()
     tail: list[float] = []
     for step in range(steps):
-        factor = _schedule(step, steps, warmup=min(100, steps // 10 + 1))
+        factor = schedule(step, steps, warmup=min(100, steps // 10 + 1))
         for group, peak in zip((g for o in optimisers for g in o.param_groups), peaks, strict=True):
             group["lr"] = peak * factor
         loss = loss_of(model, *next(stream))
