@@ -212,10 +212,7 @@ class Promotions:
             )
         shadow = router.shadow.artefact
         rows = await self._shadows.compared(policy, shadow)
-        try:
-            found = await asyncio.to_thread(judged, rows, way.policy.min_quality)
-        except ValueError:  # nothing judged yet
-            found = None
+        found = await asyncio.to_thread(judged, rows, way.policy.min_quality)
         promotion = self.wanted.get(policy)
         if promotion is not None and promotion.artefact != router.artefact:
             promotion = None  # passed over

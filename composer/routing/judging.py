@@ -30,14 +30,14 @@ class Judged(Protocol):
     def scores(self) -> Mapping[str, float]: ...
 
 
-def judged(rows: Sequence[Judged], min_quality: float = 0.0, seed: int = 0) -> Comparison:
+def judged(rows: Sequence[Judged], min_quality: float = 0.0, seed: int = 0) -> Comparison | None:
     """The shadow's choices against the best ones of the router that serves, both without exploring,
     on the requests that have feedback: `rows`, the newest first. Decisions whose propensity was not
     logged, or that another expert than the planned one answered, are left out; so are those where
     an expert gave way to one that was loaded or of the session, whatever was drawn then: the
     shadow's choice knows of neither, and the two would not be compared by their scores alone. An
-    expert counts as tried where the request was explored on and no rule kept it out. Raises
-    ValueError where nothing is left."""
+    expert counts as tried where the request was explored on and no rule kept it out. None where
+    nothing is left. Raises ValueError for records that cannot be (`offpolicy.Log`)."""
     kept: list[tuple[Judged, Mapping[str, Any]]] = []
     for row in reversed(rows):
         told = row.plan.reasons.get("exploration")
@@ -45,6 +45,8 @@ def judged(rows: Sequence[Judged], min_quality: float = 0.0, seed: int = 0) -> C
             continue
         if row.expert == row.plan.best and len(row.plan.choices) == 1:
             kept.append((row, told))
+    if not kept:
+        return None
     experts = sorted({e for row, told in kept for e in (row.expert, row.choice, told["greedy"])})
     place = {expert: column for column, expert in enumerate(experts)}
     n, width = len(kept), len(experts)

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
 import pytest
 
+from composer.routing import judging
 from composer.routing.explore import propensities
-from composer.routing.judging import judged
+from composer.routing.offpolicy import Comparison
 from composer.types import Choice, Plan
 
 
@@ -20,6 +21,12 @@ class Row:
     score: float
     choice: str = "b"
     scores: Mapping[str, float] = field(default_factory=dict)
+
+
+def judged(rows: Sequence[Row], min_quality: float = 0.0, seed: int = 0) -> Comparison:
+    found = judging.judged(rows, min_quality, seed)
+    assert found is not None
+    return found
 
 
 def row(expert: str, score: float, propensity: float, *, greedy: str = "a") -> Row:
@@ -113,8 +120,13 @@ def test_what_says_nothing_of_the_choice_is_left_out() -> None:
         kept[0], plan=replace(kept[0].plan, choices=(Choice("a", 0.5), Choice("b", 0.5)))
     )
     assert judged([*kept, unlogged, another, several]) == judged(kept)
-    with pytest.raises(ValueError, match="no judged decision"):
-        judged([unlogged])
+    assert judging.judged([unlogged]) is None
+
+
+def test_a_record_that_cannot_be_is_not_taken_for_none() -> None:
+    kept = explored(20, good="b")
+    with pytest.raises(ValueError, match=r"a reward lies outside \[0, 1\]"):
+        judged([*kept, replace(kept[0], score=2.0)])
 
 
 @pytest.mark.parametrize("rule", ["resident_within_tolerance", "session_stay", "explored"])
