@@ -23,7 +23,7 @@ from composer.routing.aims import aim_of
 from composer.routing.base import Query, Router
 from composer.routing.choose import choose, most_experts
 from composer.routing.judging import judged
-from composer.store import Promotion, ShadowChoice, Shadows
+from composer.store import Promotion, ShadowChoice, Shadows, shadows
 from composer.types import Policy
 
 log = logging.getLogger(__name__)
@@ -200,8 +200,11 @@ class Promotions:
         await self._shadows.promote(promotion)
 
     async def status(self, policy: str) -> dict[str, Any]:
-        """What is served and what runs in shadow (digests), how the two compare, the promotion in
-        force, and `left_out`. Raises UnknownModel, Conflict without a shadow, StoreError."""
+        """What is served and what runs in shadow (digests), how the two compare on the newest
+        judged requests, the promotion in force, and `left_out`. `always_low` is that of the first
+        ones, for a bound that holds at every look needs a series with a fixed start;
+        `series_ended`: there are more than those, and it does not move any more. Raises
+        UnknownModel, Conflict without a shadow, StoreError."""
         way, router = self._way(policy), self._router(policy)
         if way is None:
             raise UnknownModel(f"there is no policy {policy!r}", param="policy")
@@ -213,6 +216,11 @@ class Promotions:
         shadow = router.shadow.artefact
         rows = await self._shadows.compared(policy, shadow)
         found = await asyncio.to_thread(judged, rows, way.policy.min_quality)
+        ended = len(rows) >= shadows.MOST
+        if found is not None and ended:
+            rows = await self._shadows.compared(policy, shadow, first=True)
+            series = await asyncio.to_thread(judged, rows, way.policy.min_quality)
+            found = replace(found, always_low=-1.0 if series is None else series.always_low)
         promotion = self.wanted.get(policy)
         if promotion is not None and promotion.artefact != router.artefact:
             promotion = None  # passed over
@@ -223,6 +231,7 @@ class Promotions:
             "better": found is not None and found.better,
             "always_better": found is not None and found.always_better,
             "comparison": None if found is None else asdict(found),
+            "series_ended": ended,
             "promotion": None if promotion is None else asdict(promotion),
             "left_out": self.left_out,
         }
@@ -235,9 +244,13 @@ class Promotions:
             raise Conflict(f"policy {policy!r} has been promoted already; undo that first")
         if not status["always_better" if any_look else "better"]:
             often = ", however often one looks" if any_look else ""
+            remedy = "collect more feedback"
+            if any_look and status["series_ended"]:
+                often += f" (at the first {shadows.MOST} judged requests, which that bound counts)"
+                remedy = "judge by one look, planned beforehand"
             raise Conflict(
-                f"the artefact in shadow is not better with 95 % confidence{often}; collect more "
-                "feedback, or name it as `artefact` if you want it anyway"
+                f"the artefact in shadow is not better with 95 % confidence{often}; {remedy}, "
+                "or name it as `artefact` if you want it anyway"
             )
         return Promotion(policy, status["shadow"], datetime.now(UTC), status["comparison"])
 

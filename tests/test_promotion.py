@@ -149,6 +149,32 @@ async def test_one_that_proved_nothing_stays_in_shadow(tmp_path: Path, artefacts
         assert await greedy(client) == "plural"
 
 
+async def test_the_bound_for_every_look_counts_from_a_fixed_start(
+    tmp_path: Path, artefacts: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The newest requests are for the shadow, the first against it: one look sees the former, and
+    however many follow, what holds at every look rests on the latter."""
+    async with serving(tmp_path, shadowed(artefacts)) as (client, service):
+        answers = await answered(client, 40)
+        await settled(service)
+        await judge(service, answers[:20], "plural")
+        shown = (await client.get("/v1/policies/auto/promotion")).json()
+        assert shown["series_ended"] is False
+        always_low = shown["comparison"]["always_low"]
+        await judge(service, answers[20:], "uppercase")
+        monkeypatch.setattr("composer.store.shadows.MOST", 20)
+        shown = (await client.get("/v1/policies/auto/promotion")).json()
+        assert (shown["series_ended"], shown["comparison"]["requests"]) == (True, 20)
+        assert shown["comparison"]["difference"] > 0
+        assert shown["comparison"]["always_low"] == always_low
+        strict = {"action": "promote", "any_look": True}
+        refused = await client.post("/v1/policies/auto/promotion", json=strict)
+        assert refused.status_code == 409
+        message = refused.json()["error"]["message"]
+        assert "at the first 20 judged requests, which that bound counts" in message
+        assert "judge by one look, planned beforehand" in message
+
+
 async def test_a_promotion_that_cannot_be_kept_changes_nothing(
     tmp_path: Path, artefacts: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

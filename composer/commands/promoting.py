@@ -110,6 +110,10 @@ def verdict_lines(body: Mapping[str, Any]) -> list[str]:
             f"{found['always_low']:+.3f}). Who looks again until the first says yes errs far more "
             "often than in 5 %: --any-look asks for the second"
         )
+        if body["series_ended"]:
+            lines.append(
+                "the second counts the first judged requests, which are full: it will not change"
+            )
     if body["left_out"]:
         lines.append(f"{body['left_out']} requests of all policies are left out since the start")
     if (promotion := body["promotion"]) is not None:

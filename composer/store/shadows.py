@@ -16,7 +16,7 @@ from composer.store.rows import plan_of
 from composer.store.tables import feedback, promotions, requests, shadows
 from composer.types import Plan
 
-NEWEST = 20_000
+MOST = 20_000
 """Judged decisions that a comparison reads at most."""
 
 PART = 200
@@ -76,8 +76,11 @@ class Shadows:
 
         await self._store.run(run, "writing choices in shadow", writes=True)
 
-    async def compared(self, policy: str, artefact: str) -> list[Compared]:
-        """The newest judged decisions of a policy that this artefact saw in shadow."""
+    async def compared(self, policy: str, artefact: str, *, first: bool = False) -> list[Compared]:
+        """The newest judged decisions of a policy that this artefact saw in shadow, at most `MOST`,
+        or the `first` ones: a series with a fixed start. Either way the newest first."""
+        created, id_ = requests.c.created, requests.c.id
+        order = (created, id_) if first else (created.desc(), id_.desc())
         score = sa.func.avg(feedback.c.score).label("score")
         judged = (
             sa.select(feedback.c.response_id, score).group_by(feedback.c.response_id).subquery()
@@ -96,9 +99,10 @@ class Shadows:
                 shadows.c.policy == policy,
                 shadows.c.artefact == artefact,
                 requests.c.expert.is_not(None),
+                requests.c.plan.is_not(sa.null()),
             )
-            .order_by(requests.c.created.desc())
-            .limit(NEWEST)
+            .order_by(*order)
+            .limit(MOST)
         )
 
         async def run(connection: AsyncConnection) -> list[Compared]:
@@ -107,12 +111,10 @@ class Shadows:
                 async for part in rows.partitions(PART):
                     for row in part:
                         plan = plan_of(row.plan)
-                        if plan is not None:
-                            found.append(
-                                Compared(plan, row.expert, row.score, row.choice, row.scores)
-                            )
+                        assert plan is not None  # the query has none without
+                        found.append(Compared(plan, row.expert, row.score, row.choice, row.scores))
                     await asyncio.sleep(0)  # a driver may have read several parts at once
-            return found
+            return found[::-1] if first else found
 
         return await self._store.run(run, "reading choices in shadow")
 

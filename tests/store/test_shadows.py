@@ -38,6 +38,22 @@ async def test_judged_decisions_come_with_the_shadows_choice(store: Store) -> No
     assert await shadows.compared("other", "digest") == []
 
 
+async def test_more_than_are_read_leave_the_newest_or_the_first(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("composer.store.shadows.MOST", 3)
+    shadows, ids = Shadows(store), [f"r{i}" for i in range(5)]
+    times = [NOON + timedelta(seconds=i) for i in range(5)]
+    pairs = zip(ids, times, strict=True)
+    await store.add_requests([make_record(id_, created=at) for id_, at in pairs])
+    await shadows.add([ShadowChoice(id_, "auto", "digest", id_, {}) for id_ in ids])
+    await store.add_feedback(*(Feedback(id_, 1.0, f"fb-{id_}") for id_ in ids))
+    newest = await shadows.compared("auto", "digest")
+    first = await shadows.compared("auto", "digest", first=True)
+    assert [one.choice for one in newest] == ["r4", "r3", "r2"]
+    assert [one.choice for one in first] == ["r2", "r1", "r0"]
+
+
 async def test_a_policy_has_one_promotion_or_none(store: Store) -> None:
     shadows = Shadows(store)
     await shadows.undo("auto")
