@@ -47,6 +47,10 @@ USERS = range(60_600, 60_664)
 """Whom root's programs become, each another one at a time: processes are counted by user. No user
 and no service has these numbers (systemd, "Users, Groups, UIDs and GIDs")."""
 
+TURN_S = 600.0
+"""How long a program waits for its turn. One ahead of it takes 45 s at the most (its start, its
+time and its end), so this is more than a dozen of the slowest."""
+
 _OUTPUT = 65_536  # bytes that are read of what a program lets out past its closed output
 _SWEEP_S = 15.0
 _START_S = 20.0  # the interpreter's own start on a busy machine is not the program's time
@@ -153,7 +157,7 @@ class Sandbox:
     async def run(self, code: str, tests: str) -> Ran:
         """The code, as no `__main__`, and then the tests, which see its names; passed where
         neither raises and both come to their end. Raises TrainingError where it could not be
-        started."""
+        started, or had no turn for `TURN_S`."""
         ran = await asyncio.to_thread(self._run, code, tests)
         if ran.together is not None:
             self._together[ran.together] += 1
@@ -325,8 +329,10 @@ def _mounts() -> Sequence[str]:
 
 @contextmanager
 def _claimed(users: Sequence[int]) -> Iterator[int]:
-    """One of these users, whom no other program of this kind has meanwhile on this machine. Waits.
-    An abstract socket's name is free again when its process ends, however it does."""
+    """One of these users, whom no other program of this kind has meanwhile on this machine. Waits
+    for `TURN_S`, and raises TrainingError then. An abstract socket's name is free again when its
+    process ends, however it does."""
+    until = monotonic() + TURN_S
     while True:
         for user in users:
             with socket.socket(socket.AF_UNIX) as claim:
@@ -338,6 +344,14 @@ def _claimed(users: Sequence[int]) -> Iterator[int]:
                     continue
                 yield user
                 return
+        if monotonic() >= until:
+            alone = len(users) == 1
+            raise TrainingError(
+                f"an answer's program waited {TURN_S:g} s for its turn as "
+                f"{f'user {users[0]}' if alone else f'one of {len(users)} users'}: others run on "
+                "this machine all the time, or one hangs; see whose they are (`ss -xap | grep "
+                f"router-training`) and end them{', or install bubblewrap' if alone else ''}"
+            )
         sleep(0.02)
 
 

@@ -326,6 +326,18 @@ def test_programs_of_one_user_take_turns() -> None:
         assert own == number
 
 
+def test_nobody_waits_for_a_turn_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("router_training.sandbox.TURN_S", 0.1)
+    first, second = 10**9 + os.getpid(), 10**9 + 2**22 + os.getpid()
+    with _claimed([first]), _claimed([second]):
+        for users, who in (([first], f"user {first}"), ([first, second], "one of 2 users")):
+            says = pytest.raises(TrainingError, match=f"waited 0.1 s for its turn as {who}: ")
+            with says, _claimed(users):
+                pass
+    with _claimed([first]) as own:
+        assert own == first
+
+
 OUTSIDE = str(Path(__file__).resolve())
 
 
