@@ -267,6 +267,20 @@ def card_line(card: dict[str, Any]) -> str:
     return ", ".join(parts)
 
 
+def gain_line(card: Mapping[str, Any], single: str) -> str | None:
+    """Where the decisions do not beat the best single expert, plainly so; None where they do, or
+    where nothing is known of it."""
+    gain, around = card["gain_over_best_single"], card["gain_ci95"]
+    if gain is None or around[0] > 0:
+        return None
+    told = "is worse than" if around[1] < 0 else "does not beat"
+    return (
+        f"routing {told} the best single expert, {single}: {100 * gain:+.1f} points of quality "
+        f"({100 * around[0]:+.1f} to {100 * around[1]:+.1f}, 95 %); where cost does not matter, "
+        "ask that expert alone"
+    )
+
+
 def budget_line(card: Mapping[str, Any]) -> str | None:
     """None without prices."""
     within = card["budget_acc"]

@@ -21,6 +21,7 @@ from router_training.console import (
     bars,
     budget_line,
     card_line,
+    gain_line,
     named_experts,
     out,
     outcomes_of,
@@ -109,6 +110,8 @@ def train(
             behind = f"{100 * row['behind']:.2f} ({100 * low:.2f} to {100 * high:.2f})"
             table.add_row(name, f"{100 * row['value']:.2f}", behind, f"{row['brier']:.4f}")
         out.print(table)
+        for name, reason in metrics["choice"]["left_out"].items():
+            say(f"left out: {name}, since {reason}")
         say(f"chosen: {metrics['choice']['why']}")
     say(f"settings: {json.dumps(manifest.settings)}")
     if "note" in metrics:
@@ -116,6 +119,8 @@ def train(
     for title, key in (("cross-fitted on train", "cross_fitted"), ("dev", "dev")):
         if (card := metrics.get(key)) is not None:
             say(f"{title}: {card_line(card)}")
+            if (plainly := gain_line(card, metrics["yardstick"]["best"])) is not None:
+                say(f"{title}: {plainly}")
             if (within := budget_line(card)) is not None:
                 say(f"{title}: {within}")
             if card["scope"] is not None:

@@ -14,7 +14,7 @@ import pytest
 from typer.testing import CliRunner
 
 from router_training.cli import app
-from router_training.console import card_line
+from router_training.console import card_line, gain_line
 from router_training.embedding import Embedding
 from router_training.progress import Progress
 from router_training.vectors import KeptVectors
@@ -184,12 +184,42 @@ def test_best_says_what_it_chose_and_why(
 ) -> None:
     from composer.routing.families import FAMILIES
 
-    few = {name: FAMILIES[name] for name in ("neighbours", "category")}
+    few = {name: FAMILIES[name] for name in ("neighbours", "category", "margin")}
     monkeypatch.setattr("router_training.train.FAMILIES", few)
     status, out, err = run("train", "--router", "best", "--data", data, "--out", tmp_path / "r")
     assert status == 0, err
     assert "chosen: " in out
     assert "cross-fitted mean quality" in out
+    assert "left out: margin, since it is made for tables of intents" in out
+    assert "best single expert, " not in out  # which routing beats here
+
+
+def test_training_says_plainly_that_routing_does_not_pay(tmp_path: Path) -> None:
+    data = table(120)
+    data.quality[:] = np.array([1.0, 0.0, 0.0])
+    file = write_table(tmp_path / "one.csv", data)
+    status, out, err = run("train", "--router", "category", "--data", file, "--out", tmp_path / "r")
+    assert status == 0, err
+    assert (
+        "cross-fitted on train: routing does not beat the best single expert, algebra: +0.0 points "
+        "of quality (+0.0 to +0.0, 95 %); where cost does not matter, ask that expert alone"
+    ) in out
+
+
+@pytest.mark.parametrize(
+    ("gain", "around", "says"),
+    [
+        (0.02, [0.01, 0.03], None),
+        (None, None, None),
+        (0.02, [-0.01, 0.05], "routing does not beat the best single expert, a: +2.0 points"),
+        (-0.02, [-0.03, -0.01], "routing is worse than the best single expert, a: -2.0 points"),
+    ],
+)
+def test_whether_routing_pays(
+    gain: float | None, around: list[float] | None, says: str | None
+) -> None:
+    line = gain_line({"gain_over_best_single": gain, "gain_ci95": around}, "a")
+    assert line is None if says is None else str(line).startswith(says)
 
 
 def test_pools_and_experts(data: Path, tmp_path: Path) -> None:
