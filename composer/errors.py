@@ -24,7 +24,7 @@ ComposerError
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 
@@ -82,6 +82,33 @@ class Problem:
         where = self.file if self.line is None else f"{self.file}:{self.line}"
         at = f" {self.path}:" if self.path else ""
         return f"{where}:{at} {self.message}. {self.remedy}"
+
+
+class Misfits(ValueError):
+    """Several things that do not fit, told at once: `errors`, each "what is wrong; the remedy"."""
+
+    def __init__(self, errors: Sequence[ValueError]) -> None:
+        self.errors = tuple(errors)
+        super().__init__("\n".join(map(str, errors)))
+
+
+def errors_of(error: ValueError) -> tuple[ValueError, ...]:
+    """Itself, or those that it tells at once."""
+    return error.errors if isinstance(error, Misfits) else (error,)
+
+
+def check_all(*checks: Callable[[], object]) -> None:
+    """Runs all of them, whichever fail. Raises the one ValueError, or Misfits of several."""
+    found: list[ValueError] = []
+    for check in checks:
+        try:
+            check()
+        except ValueError as error:
+            found.extend(errors_of(error))
+    if len(found) == 1:
+        raise found[0]
+    if found:
+        raise Misfits(found)
 
 
 class CatalogError(ComposerError):

@@ -239,6 +239,24 @@ def test_check_tells_all_at_once_where_there_is_no_default_policy(trained: Path)
     assert "2 problem(s)" in err
 
 
+@pytest.mark.parametrize("online", [False, True])
+def test_check_tells_what_is_wrong_with_a_shadow_beside_what_is_wrong_with_the_artefact(
+    trained: Path, online: bool
+) -> None:
+    config = yaml.safe_load(trained.read_text())
+    router = {"artefact": "gone", "shadow": {"artefact": "nowhere"}}
+    config["policies"]["auto"]["router"] = (
+        {"name": "online", "base": router} if online else {"name": "learned", **router}
+    )
+    trained.write_text(yaml.safe_dump(config))
+    status, _, err = run("check", str(trained))
+    assert status == 2
+    wrong = "cannot have a `shadow`" if online else f"no artefact in {trained.parent / 'nowhere'}"
+    assert wrong in err
+    assert f"no artefact in {trained.parent / 'gone'}" in err
+    assert "2 problem(s); nothing was changed." in err
+
+
 @pytest.mark.parametrize("harm", ["torn", "missing"])
 def test_check_refuses_a_damaged_artefact(trained: Path, harm: str) -> None:
     arrays = trained.parent / "router" / ARRAYS

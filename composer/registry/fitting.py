@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
+from composer.errors import errors_of
 from composer.registry.blocks import Place, unknown_name
 from composer.registry.context import Context
 from composer.registry.experts import Prepared
@@ -34,7 +35,8 @@ def check_fit(
     # By their ids alone, so that those who are absent for a while count as well.
     whole = replace(policy, experts=(*policy.experts, *absent))
     if error := _misfit(strategy, whole, experts):
-        context.problems.append((place / "strategy").problem(*in_words(error)))
+        for one in errors_of(error):
+            context.problems.append((place / "strategy").problem(*in_words(one)))
 
 
 def in_words(error: ValueError) -> tuple[str, str]:
@@ -64,7 +66,7 @@ def _tell(
 ) -> None:
     """Of a router that refuses these experts: where the file's own would do, it is the business of
     those added at run time, and of each that does not fit in with the file's."""
-    message, remedy = in_words(error)
+    told = [in_words(one) for one in errors_of(error)]
     router = context.families.routers[policy.router.name]
     added = [expert for expert in experts if expert.source == "runtime"]
     own = [expert for expert in experts if expert.source == "file"]
@@ -72,14 +74,15 @@ def _tell(
         alone = [one for one in added if _misfit(router, policy, [*own, one]) is not None]
         for expert in alone or added:
             block = prepared[expert.id].entry.block
-            said = f"it does not fit policy {policy.id!r}: {message}"
-            context.add_runtime(expert.id, [block.problem((), said, remedy)])
+            said = f"it does not fit policy {policy.id!r}:"
+            problems = [block.problem((), f"{said} {message}", remedy) for message, remedy in told]
+            context.add_runtime(expert.id, problems)
         return
     if absent and _misfit(router, replace(policy, quality=None, max_cost=None), experts) is None:
         until = "requests that aim at a quality or a spend are refused here"
         context.warn_left_out(place, absent[0], until)
         return
-    context.problems.append(place.problem(message, remedy))
+    context.problems.extend(place.problem(*words) for words in told)
 
 
 def _check_asked(

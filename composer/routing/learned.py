@@ -6,12 +6,14 @@ from __future__ import annotations
 import asyncio
 import hashlib
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
 
+from composer.errors import check_all
 from composer.routing.aims import beyond
 from composer.routing.artefact import (
     MANIFEST,
@@ -171,15 +173,22 @@ class LearnedRouter:
         """Reads the manifest, and the arrays for their digest alone. Raises ValueError
         (ArtefactError) where the folder is none or damaged, the artefact was fitted on another
         embedder's vectors, an expert is unknown to it (and may not join, or has no text to join
-        by), or an aim is demanded that it cannot be held to. The shadow is checked likewise."""
+        by), or an aim is demanded that it cannot be held to; Misfits
+        where that is so of it and of the shadow, which is checked likewise."""
+        both = [each for each in (settings, settings.of_shadow) if each is not None]
+        check_all(*(partial(cls._check_own, experts, each, demands) for each in both))
+
+    @classmethod
+    def _check_own(
+        cls, experts: Sequence[Expert], settings: LearnedSettings, demands: Demands
+    ) -> None:
+        """But for the shadow."""
         manifest = read_manifest(settings.artefact)
         packed_arrays(settings.artefact, manifest)
         if demands.embedder is not None:
             check_embedder(manifest, demands.embedder, settings.artefact)
         new = _new(manifest.known, experts, settings)
         _check_skills(manifest, settings, new)
-        if (shadow := settings.of_shadow) is not None:
-            cls.check(experts, shadow, demands)
         if demands.curve:
             _check_curve(manifest, experts, settings, new, demands.quality)
 

@@ -7,6 +7,8 @@ import asyncio
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from functools import partial
 from typing import Any, ClassVar, Literal
 
 import numpy as np
@@ -15,6 +17,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load as load_arrays
 from safetensors.numpy import save as save_arrays
 
+from composer.errors import check_all
 from composer.routing.base import (
     NO_DEMANDS,
     Demands,
@@ -125,22 +128,16 @@ class OnlineRouter:
     def check(
         cls, experts: Sequence[Expert], settings: OnlineSettings, demands: Demands = NO_DEMANDS
     ) -> None:
-        if demands.curve:
-            raise ValueError(
-                "`quality` and `max_cost` hold for a router that stays as it was trained, and "
-                "`online` goes on learning; use `cost_weight`, or the router `learned`"
-            )
-        if isinstance(settings.base, LearnedSettings) and settings.base.shadow is not None:
-            raise ValueError(
-                "the base of `online` cannot have a `shadow`: its choices are not those that "
-                "are made; leave it out, or use the router `learned`"
-            )
-        if isinstance(settings.base, LearnedSettings) and settings.base.draw is not None:
-            raise ValueError(
-                "the base of `online` cannot `draw` experts: who is tried is its own to say; leave "
-                "it out, or use the router `learned`"
-            )
-        _base(settings).check(experts, settings.base, demands)
+        family, base = _base(settings), settings.base
+        if isinstance(base, LearnedSettings):
+            base = base.model_copy(update={"shadow": None, "draw": None})
+        alone = replace(demands, curve=False, quality=None)
+        check_all(
+            partial(_check_aims, demands),
+            partial(_check_shadow, settings),
+            partial(_check_draw, settings),
+            partial(family.check, experts, base, alone),
+        )
 
     @classmethod
     def build(
@@ -243,6 +240,30 @@ class OnlineRouter:
 
 def _base(settings: OnlineSettings) -> type[Router]:
     return LearnedRouter if isinstance(settings.base, LearnedSettings) else NeighboursRouter
+
+
+def _check_aims(demands: Demands) -> None:
+    if demands.curve:
+        raise ValueError(
+            "`quality` and `max_cost` hold for a router that stays as it was trained, and "
+            "`online` goes on learning; use `cost_weight`, or the router `learned`"
+        )
+
+
+def _check_shadow(settings: OnlineSettings) -> None:
+    if isinstance(settings.base, LearnedSettings) and settings.base.shadow is not None:
+        raise ValueError(
+            "the base of `online` cannot have a `shadow`: its choices are not those that "
+            "are made; leave it out, or use the router `learned`"
+        )
+
+
+def _check_draw(settings: OnlineSettings) -> None:
+    if isinstance(settings.base, LearnedSettings) and settings.base.draw is not None:
+        raise ValueError(
+            "the base of `online` cannot `draw` experts: who is tried is its own to say; leave "
+            "it out, or use the router `learned`"
+        )
 
 
 def _fingerprint(settings: OnlineSettings, embedder: Embedder) -> str:

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import save as save_arrays
 
+from composer.errors import Misfits
 from composer.routing.artefact import MANIFEST
 from composer.routing.base import Demands, Query
 from composer.routing.learners import BanditLearner, FullLearner, Observed
@@ -221,6 +222,17 @@ def test_what_was_learnt_of_another_base_is_not_taken_up(tmp_path: Path) -> None
 def test_a_policy_that_aims_by_a_curve_cannot_learn_online() -> None:
     with pytest.raises(ValueError, match="goes on learning; use"):
         OnlineRouter.check(POOL, OnlineSettings(), Demands(curve=True))
+
+
+def test_all_that_is_wrong_with_it_is_told_at_once(tmp_path: Path) -> None:
+    base = {"artefact": tmp_path / "gone", "shadow": {"artefact": tmp_path}, "draw": "distinct"}
+    settings = OnlineSettings.model_validate({"base": base})
+    with pytest.raises(Misfits) as told:
+        OnlineRouter.check(POOL, settings, Demands(curve=True))
+    says = ("goes on learning", "cannot have a `shadow`", "cannot `draw`", "no artefact in")
+    assert len(told.value.errors) == len(says)
+    for error, words in zip(told.value.errors, says, strict=True):
+        assert words in str(error)
 
 
 def test_the_base_is_told_by_its_settings() -> None:
