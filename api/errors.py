@@ -27,6 +27,7 @@ from composer.errors import (
     Conflict,
     ContextTooLong,
     EngineError,
+    EngineFull,
     EngineMisconfigured,
     EngineRefused,
     EngineUnavailable,
@@ -92,6 +93,7 @@ TABLE: Mapping[type[ComposerError], Row] = {
     ),
     EngineMisconfigured: Row(502, SERVER),
     EngineRefused: Row(403, INVALID),
+    EngineFull: Row(409, INVALID),
     Overloaded: Row(503, "overloaded_error"),
     StoreError: Row(
         503,

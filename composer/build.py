@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import logging
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, replace
 from functools import cache, partial
 from itertools import count
@@ -28,7 +28,7 @@ from composer.engines.openai import OpenAIEngine
 from composer.engines.replay import ReplayEngine
 from composer.engines.vllm import VllmEngine
 from composer.errors import EngineUnavailable, Problem
-from composer.generations import Generation, Way, adapters_on, let_go
+from composer.generations import Generation, Way, let_go, prepared
 from composer.mixing import Mixer
 from composer.registry import (
     ComponentFamily,
@@ -197,8 +197,12 @@ def make_service(settings: Settings, embedder: TextEmbedder | None = None) -> Se
     embedder = make_embedder(settings) if embedder is None else embedder
     store = Store(settings.database_url)
 
+    mixer = make_mixer(settings)
+
     async def build(catalog: Catalog, live: Sequence[Generation]) -> Generation:
-        return await build_generation(catalog, live, embedder, str(settings.experts))
+        return await build_generation(
+            catalog, live, embedder, str(settings.experts), prepare=mixer.prepare
+        )
 
     return Service(
         settings,
@@ -208,7 +212,7 @@ def make_service(settings: Settings, embedder: TextEmbedder | None = None) -> Se
         scheduler=make_scheduler(settings),
         load=partial(load, settings, embedder=lambda: embedder),
         build=build,
-        mixer=make_mixer(settings),
+        mixer=mixer,
     )
 
 
@@ -255,14 +259,23 @@ def place_of(server: Server, engine: Engine, taken: Collection[str]) -> Place:
     return Place(placement.device, model, engine)
 
 
+Prepare = Callable[[Generation, Sequence[Generation]], Awaitable[None]]
+"""Loads the adapters of a generation that is being built, beside the live ones'."""
+
+
 async def build_generation(
-    catalog: Catalog, live: Sequence[Generation], embedder: Embedder, file: str = ""
+    catalog: Catalog,
+    live: Sequence[Generation],
+    embedder: Embedder,
+    file: str = "",
+    *,
+    prepare: Prepare = prepared,
 ) -> Generation:
     """Everything one catalog needs, ready to serve. Engines of live generations whose server
     is unchanged are shared, so that a reload loads only what is new.
 
     On any error the engines started here are closed and shared ones forget what was loaded.
-    Raises RegistryError (see `build_ways`), EngineError.
+    Raises RegistryError (see `build_ways`), EngineError, and what `prepare` raises.
     """
     engines: dict[str, Engine] = {}
     places: dict[str, Place] = {}
@@ -276,9 +289,7 @@ async def build_generation(
     try:
         for server in catalog.servers.values():
             engines[server.id], places[server.id] = await _engine_for(server, live)
-        wanted = Generation(catalog, {}, _nobody, engines)
-        for server_id, engine in engines.items():
-            await engine.prepare(adapters_on(server_id, [wanted]))
+        await prepare(Generation(catalog, {}, _nobody, engines), live)
         ways = await making_ways
     except BaseException:
         making_ways.cancel()

@@ -13,7 +13,8 @@ ComposerError
 ├── EngineError             a server failed while it answered
 │   ├── EngineUnavailable   it is not there at all (starting, closed, died)
 │   ├── EngineMisconfigured it lacks what its operator must give: trying again will not help
-│   └── EngineRefused       it will not answer this request; others it may
+│   ├── EngineRefused       it will not answer this request; others it may
+│   └── EngineFull          it has no room for more adapters
 ├── Overloaded              queues are full; says when to come back
 ├── StoreError              the database or the journal
 │   └── UnknownResponse     feedback for a response id that was never recorded
@@ -147,6 +148,17 @@ class EngineRefused(EngineError):
     is in our own words, since callers read it."""
 
     code = "engine_refused"
+
+
+class EngineFull(EngineError):
+    """A server has no room for all the adapters that it is to hold. `over`: how many are too many;
+    none of the new ones has been added."""
+
+    code = "engine_full"
+
+    def __init__(self, message: str, *, over: int = 1) -> None:
+        super().__init__(message)
+        self.over = over
 
 
 class Overloaded(ComposerError):

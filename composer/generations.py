@@ -154,6 +154,13 @@ def adapters_on(server: str, generations: Collection[Generation]) -> tuple[Adapt
     return tuple({**found, **{d: a for own in mixed for d, a in own.items()}}.values())
 
 
+async def prepared(coming: Generation, live: Collection[Generation]) -> None:
+    """Its adapters are loaded on its engines. Raises EngineError."""
+    del live  # what they use is loaded
+    for server, engine in coming.engines.items():
+        await engine.prepare(adapters_on(server, [coming]))
+
+
 async def let_go(engines: Mapping[str, Engine], live: Collection[Generation]) -> None:
     """Closes those of the engines that no live generation uses; the others forget the adapters
     that no live one names. What fails is logged: nobody is left who could mend it."""

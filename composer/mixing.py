@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import math
+from collections import Counter
 from collections.abc import AsyncIterator, Callable, Collection, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass, replace
@@ -20,8 +21,9 @@ import numpy as np
 
 from composer.adapters.recipe import Member, Recipe
 from composer.adapters.shelf import Shelf
-from composer.errors import CatalogError, ComposerError, EngineError
+from composer.errors import CatalogError, EngineError, EngineFull, Overloaded
 from composer.generations import Generation, adapters_on
+from composer.room import named, retained, spare, squeezed_in
 from composer.types import Adapter, Catalog, Expert, Mix, empty
 
 log = logging.getLogger(__name__)
@@ -29,6 +31,10 @@ log = logging.getLogger(__name__)
 Key = tuple[str, tuple[tuple[str, int], ...], int, int | None]
 """Server; (digest, share) of each member in digest order, and the steps, both in lowest terms, so
 that equal sums have one key; the server's most rank."""
+
+
+AGAIN_S = 5.0
+"""When to try again where only compositions that are answering now stand in the way."""
 
 
 class Mixed(NamedTuple):
@@ -80,11 +86,14 @@ class Mixer:
         crowded: Callable[[], None] = lambda: None,
     ) -> None:
         """`most` are kept ready at once; `seen_at` is the shelf's folder as servers in other
-        containers see it. `crowded` is told when `trim` has something to do."""
+        containers see it. `crowded` is told when `trim` has something to do; `live`, to be set by
+        whoever owns generations, says which there are."""
         self._shelf = shelf
         self._most = most
         self._seen_at = seen_at
         self.crowded = crowded
+        self.live: Callable[[], Sequence[Generation]] = tuple
+        self._coming: Sequence[Generation] = ()
         self._made: dict[Key, _Made] = {}  # the longest unused first
         self._changing = asyncio.Lock()
         self.built = 0
@@ -133,6 +142,36 @@ class Mixer:
             yield Mixed(_expert(shares, heaviest, made.adapter, asked.steps), {"composition": told})
         finally:
             self._leave(made)
+
+    async def prepare(self, coming: Generation, live: Sequence[Generation]) -> None:
+        """Loads the adapters of a generation that is being built, on its engines. Where one is
+        full, compositions that nobody uses make room: what the registry names comes first. Raises
+        EngineError, and Overloaded where those in use now would have to go."""
+        self._coming = [coming]
+        for server, engine in coming.engines.items():
+            adapters = adapters_on(server, [coming])
+            try:
+                await engine.prepare(adapters)
+            except EngineFull:
+                async with self._changing:
+                    here = [*live, coming]
+                    try:
+                        await squeezed_in(server, engine, adapters, here, self._users)
+                    except EngineFull as full:
+                        idle, busy = spare(server, engine, adapters, here, self._users)
+                        if len(idle) + busy < full.over:
+                            raise
+                        raise Overloaded(
+                            f"{full}, and {busy} of them were composed for requests that are "
+                            "being answered; try again when these have ended",
+                            retry_after=AGAIN_S,
+                        ) from full
+
+    def _users(self) -> Mapping[str, int]:
+        users: Counter[str] = Counter()
+        for made in self._made.values():
+            users[made.adapter.digest] += made.users
+        return users
 
     async def _ready(
         self,
@@ -187,7 +226,9 @@ class Mixer:
             # Named before it is loaded: a reload that forgets what nobody names then keeps it.
             generation.mixed.setdefault(key[0], {})[made.adapter.digest] = made.adapter
             try:
-                await generation.engines[key[0]].prepare([made.adapter])
+                engine = generation.engines[key[0]]
+                here = [generation, *self.live(), *self._coming]
+                await squeezed_in(key[0], engine, [made.adapter], here, self._users)
             except BaseException:
                 del generation.mixed[key[0]][made.adapter.digest]
                 self._let_go([] if key in self._made else [made])
@@ -252,19 +293,15 @@ class Mixer:
     async def trim(self, live: Sequence[Generation]) -> None:
         """Lets go of what is too much, and of what was composed of an adapter that is served no
         more. To be called while no generation is being built: what it loads, nobody names yet."""
-        known = {
-            expert.adapter.digest
-            for generation in live
-            for expert in generation.catalog.experts.values()
-            if expert.adapter is not None
-        }
+        known = named(generation.catalog for generation in live)
         async with self._changing:
+            self._coming = ()
             gone = {key: self._made.pop(key) for key in self._unwanted(known)}
             for (server, *_), made in gone.items():
                 for generation in live:
                     generation.mixed.get(server, {}).pop(made.adapter.digest, None)
             for server in {key[0] for key in gone}:
-                await _retained(server, live)
+                await retained(server, live)
             self._let_go(gone.values())
             await asyncio.to_thread(self._shelf.trim, known)
 
@@ -317,13 +354,3 @@ def _expert(
         context_window=min(expert.context_window for expert in members),
         abilities=frozenset.intersection(*(expert.abilities for expert in members)),
     )
-
-
-async def _retained(server: str, live: Sequence[Generation]) -> None:
-    engines = {id(g.engines[server]): g.engines[server] for g in live if server in g.engines}
-    for engine in engines.values():
-        users = [g for g in live if g.engines.get(server) is engine]
-        try:
-            await engine.retain(adapters_on(server, users))
-        except ComposerError:  # what it keeps too long is its own loss
-            log.exception("server %r could not forget compositions", server)

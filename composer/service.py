@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
-from contextlib import AsyncExitStack
+from contextlib import AsyncExitStack, suppress
 from datetime import UTC, datetime
 from time import perf_counter
 from typing import Any
@@ -22,6 +22,7 @@ from composer.errors import (
     ComposerError,
     Conflict,
     EngineUnavailable,
+    Overloaded,
     Problem,
     StoreError,
     UnknownModel,
@@ -75,6 +76,7 @@ class Service:
         self.generations = Generations(self._retired)
         self.mixer = mixer
         mixer.crowded = self._crowded
+        mixer.live = lambda: self.generations.live
         self.learning = Learning(Lessons(store), self.generations)
         self.promotions = Promotions(Shadows(store), self.generations)
         self.metrics = Metrics(
@@ -192,12 +194,21 @@ class Service:
                 unforeseen = None if isinstance(error, ComposerError) else error
                 message = "the catalog stays at version %d:\n%s"
                 log.error(message, self._version, error, exc_info=unforeseen)
+                if isinstance(error, Overloaded):  # by requests that will have ended by then
+                    self._spawn(self._reload_after(error.retry_after))
+
+    async def _reload_after(self, seconds: float) -> None:
+        with suppress(TimeoutError):
+            await asyncio.wait_for(self._stop.wait(), seconds)
+            return
+        await self.reload()
 
     async def add_expert(self, spec: Mapping[str, Any]) -> Expert:
         """Serves one more expert from now on, and after a restart.
 
         Raises Conflict for an id already taken, CatalogError for a wrong spec, StoreError when
-        it cannot be kept; then nothing has changed.
+        it cannot be kept, EngineFull for a server without room for it, Overloaded where that will
+        have room when running requests have ended; then nothing has changed.
         """
         async with self._changing:
             rows = await self.store.list_experts()

@@ -17,7 +17,7 @@ from pydantic import BaseModel, ConfigDict
 from composer.adapters.lora_config import AdapterFeature
 from composer.eligibility import Eligibility
 from composer.engines.base import Capacity, Health
-from composer.errors import Overloaded
+from composer.errors import EngineFull, Overloaded
 from composer.generations import Generation, Way
 from composer.routing.base import Query, Scores
 from composer.routing.curve import Curve
@@ -80,6 +80,7 @@ class FakeEngine:
         self.capacity = Capacity(in_flight=64, queue=64)
         self.moves: list[str] = []
         self.loaded: dict[str, Adapter] = {}
+        self.most: int | None = None
         self.calls: list[Call] = []
         self.cancelled: list[str] = []
         self.closed = False
@@ -97,7 +98,10 @@ class FakeEngine:
         self.moves.append("stop")
 
     async def prepare(self, adapters: Collection[Adapter]) -> None:
-        self.loaded |= {adapter.digest: adapter for adapter in adapters}
+        wanted = self.loaded | {adapter.digest: adapter for adapter in adapters}
+        if self.most is not None and len(wanted) > self.most:
+            raise EngineFull(f"{len(wanted)} adapters", over=len(wanted) - self.most)
+        self.loaded = wanted
 
     async def retain(self, adapters: Collection[Adapter]) -> None:
         self.loaded = {adapter.digest: adapter for adapter in adapters}

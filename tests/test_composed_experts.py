@@ -11,8 +11,11 @@ import httpx
 import pytest
 import yaml
 
+from composer.types import Mix
 from tests.tiny import ASKED, TINY, chat, registry, serving
 from tests.vllm import ENVIRONMENT, python, requires_vllm
+
+PLURAL = yaml.safe_load(registry("plural"))["experts"]["plural"]
 
 SHOUT = "uppercase winter"
 """In the words that the adapter itself was trained on: a composition has no prompt template where
@@ -134,6 +137,46 @@ async def test_a_stream_and_a_reload_of_a_composition_for_a_query(tmp_path: Path
         assert list(queries.iterdir()) == []
         rest = await mix(client, QUESTION)
         assert "reverse" not in rest["details"]["composition"]["members"]
+
+
+async def test_on_a_full_server_a_composition_gives_way_to_experts_unless_it_answers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At run-time registration and at a reload, which is tried again by itself."""
+    monkeypatch.setattr("composer.mixing.AGAIN_S", 0.05)
+    text = with_composition(max_adapters=5)  # of which the registry needs four
+    digits = yaml.safe_load(registry("sort-digits"))["experts"]["sort-digits"]
+    added = {"id": "sort-digits", **digits}
+    async with serving(tmp_path, text, cache_dir=tmp_path) as (client, service):
+        first = await mix(client, QUESTION)
+        assert "failed" not in first["details"]["composition"]
+        made = await client.post("/v1/experts", json=added)
+        assert made.status_code == 201, made.text
+        assert await asked(client, ASKED["sort-digits"][0]) == ("sort-digits", "1234")
+        alone = await mix(client, QUESTION)
+        assert "max_adapters is 5" in alone["details"]["composition"]["failed"]
+        more = await client.post("/v1/experts", json={**PLURAL, "id": "one-more"})
+        assert more.status_code == 201  # of the same weights: no further adapter
+        assert (await client.delete("/v1/experts/one-more")).status_code == 200
+        assert (await client.delete("/v1/experts/sort-digits")).status_code == 200
+
+        hold = service.generations.hold()
+        asked_for = Mix((("uppercase", 0.5), ("reverse", 0.5)))
+        async with service.mixer.expert(asked_for, hold.generation) as answering:
+            assert "failed" not in answering.details["composition"]
+            refused = await client.post("/v1/experts", json=added)
+            assert (refused.status_code, "retry-after" in refused.headers) == (503, True)
+            file = yaml.safe_load(text)
+            file["experts"]["sort-digits"] = digits
+            (tmp_path / "experts.yaml").write_text(yaml.safe_dump(file))
+            await service.reload()
+            assert "1 of them were composed" in str(service.reload_state.problems)
+        hold.release()
+        async with asyncio.timeout(20):
+            while "sort-digits" not in service.generations.current.catalog.experts:
+                await asyncio.sleep(0.02)
+        assert service.reload_state.ok
+        assert await asked(client, ASKED["sort-digits"][0]) == ("sort-digits", "1234")
 
 
 async def test_a_member_that_changes_or_goes_reaches_the_composition(tmp_path: Path) -> None:

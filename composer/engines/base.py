@@ -96,7 +96,8 @@ class Engine(Protocol):
 
     async def prepare(self, adapters: Collection[Adapter]) -> None:
         """Loads those not loaded yet; running calls go on. All or nothing: on EngineError
-        none of them has been added. On a server that is stopped they are loaded at its start."""
+        (EngineFull where there is no room) none of them has been added. On a server that is
+        stopped they are loaded at its start."""
         ...
 
     async def retain(self, adapters: Collection[Adapter]) -> None:

@@ -16,7 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from composer.adapters.lora_config import AdapterFeature
 from composer.engines.base import Capacity, Health
 from composer.engines.prompts import encode, refuse
-from composer.errors import ComposerError, EngineError, EngineUnavailable
+from composer.errors import ComposerError, EngineFull, EngineUnavailable
 from composer.types import Ability, Adapter, Call, Chunk, Message, Placement, Tier
 
 if TYPE_CHECKING:
@@ -139,10 +139,11 @@ class EmbeddedEngine:
             raise self._not_running()
         async with self._changing:
             wanted = self._prepared | {adapter.digest: adapter for adapter in adapters}
-            if len(wanted) > self._settings.max_adapters:
-                raise EngineError(
+            if (over := len(wanted) - self._settings.max_adapters) > 0:
+                raise EngineFull(
                     f"server {self._server!r} would hold {len(wanted)} adapters; its "
-                    f"max_adapters is {self._settings.max_adapters}"
+                    f"max_adapters is {self._settings.max_adapters}",
+                    over=over,
                 )
             if not self._stopped:
                 await self._load(self._running(), adapters)

@@ -55,6 +55,7 @@ def test_each_error_has_openais_shape(kind: type[ComposerError]) -> None:
         (errors.EngineUnavailable("x"), 503),
         (errors.EngineMisconfigured("x"), 502),
         (errors.EngineRefused("x"), 403),
+        (errors.EngineFull("x", over=1), 409),
         (errors.Overloaded("x", retry_after=1), 503),
         (errors.StoreError("x"), 503),
         (errors.UnknownResponse("x"), 404),
