@@ -31,11 +31,24 @@ def write_all(file: int, data: bytes) -> None:
 
 def sync_folder(folder: Path) -> None:
     """Makes names durable: a new file survives a power cut only with its folder's entry."""
-    handle = os.open(folder, os.O_RDONLY)
+    _sync(folder)
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def sync_contents(folder: Path) -> None:
+    """Makes the files of a folder durable, and their names: to be called before it is moved to the
+    name under which it counts as whole. Not what lies deeper."""
+    for file in folder.iterdir():
+        if file.is_file():
+            _sync(file)
+    sync_folder(folder)
 
 
 def replace_file(path: Path, chunks: Iterable[bytes]) -> None:

@@ -54,6 +54,11 @@ class FileCache:
                     self._known.popitem(last=False)
         return made
 
+    def keep(self, files: Sequence[Path], question: Hashable, made: Any) -> None:
+        """What is known of files that the caller wrote itself, and that nobody writes again."""
+        with self._lock:
+            self._known[tuple(files), _stamps(files), question] = made
+
 
 def verify_cached(
     cache: FileCache,

@@ -20,14 +20,21 @@ import torch
 from pydantic import ValidationError
 
 from composer.adapters.base_model import last_part
-from composer.adapters.factors import Lora, read_lora, write_lora, written_digest
+from composer.adapters.factors import (
+    Lora,
+    is_as_written,
+    note_written,
+    read_lora,
+    write_lora,
+    written_digest,
+)
 from composer.adapters.files import WEIGHTS
 from composer.adapters.merging import METHODS
 from composer.adapters.merging.base import MergeSettings, Method, Weights
 from composer.adapters.merging.subtraction import less
 from composer.adapters.merging.truncation import fitted
 from composer.adapters.recipe import Member, Recipe
-from composer.durable import sync_folder
+from composer.durable import sync_contents, sync_folder
 from composer.errors import AdapterError, Problem
 from composer.types import Composed, MemberShare
 
@@ -106,11 +113,12 @@ def _weights(recipe: Recipe) -> list[tuple[str, float]]:
 
 
 def _told(folder: Path) -> Mapping[str, Any] | None:
-    """The provenance of what lies in the folder; None where it is not there as it was written, as
-    after a power cut: then it is made anew."""
+    """The provenance of what lies in the folder; None where it is not there as it was written,
+    damaged on the disk or by hand: then it is made anew."""
     try:
         told: Mapping[str, Any] = json.loads((folder / PROVENANCE).read_text(encoding="utf-8"))
-        if told["format"] == FORMAT and (folder / WEIGHTS).stat().st_size == told["bytes"]:
+        whole = told["format"] == FORMAT and (folder / WEIGHTS).stat().st_size == told["bytes"]
+        if whole and is_as_written(folder, told["adapter"]):
             return told
     except (OSError, ValueError, KeyError, TypeError):
         pass
@@ -234,6 +242,8 @@ def _published(
         text = json.dumps(told, indent=2, ensure_ascii=False) + "\n"
         (part / PROVENANCE).write_text(text, encoding="utf-8")
         part.chmod(0o755)
+        sync_contents(part)
+        standing = None
         try:
             os.rename(part, folder)
         except OSError:
@@ -245,6 +255,8 @@ def _published(
                 os.rename(part, folder)
                 shutil.rmtree(folder / "damaged", ignore_errors=True)
         sync_folder(folder.parent)
+        if standing is None:
+            note_written(folder, told["adapter"])
     finally:
         shutil.rmtree(part, ignore_errors=True)
     return told

@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -126,10 +127,28 @@ def read_lora(folder: Path) -> Lora:
 
 
 def written_digest(folder: Path) -> str:
-    """That of the adapter that `write_lora` wrote there."""
-    config, _ = read_lora_config(folder, ())
-    assert config is not None
+    """That of the adapter that `write_lora` wrote there. Raises AdapterError, OSError and
+    SafetensorError for what is not as it was written."""
+    config, problems = read_lora_config(folder, ())
+    if config is None:
+        raise AdapterError(problems)
     return _digest(config, _mapped(folder / WEIGHTS))
+
+
+def is_as_written(folder: Path, digest: str) -> bool:
+    """Whether the adapter that `write_lora` wrote there still has its digest. It is read once,
+    until its files change."""
+    files = [folder / CONFIG, folder / WEIGHTS]
+    try:
+        return _DIGESTS.get(files, "digest", lambda: written_digest(folder)) == digest
+    except (AdapterError, OSError, SafetensorError):
+        return False
+
+
+def note_written(folder: Path, digest: str) -> None:
+    """Who has just written it need not read it to know its digest."""
+    with suppress(FileNotFoundError):  # another process has taken it away since
+        _DIGESTS.keep([folder / CONFIG, folder / WEIGHTS], "digest", digest)
 
 
 def _digest(config: LoraConfig, tensors: Mapping[str, Tensor]) -> str:

@@ -93,16 +93,20 @@ class Shelf:
     def _hold(self, folder: Path) -> bool:
         """False where another process has taken it away meanwhile."""
         with self._lock:
-            if folder in self._held:
-                os.utime(folder)
-                return True
             try:
+                held = self._held.get(folder)
+                if held is not None and _is_at(held, folder):
+                    os.utime(folder)
+                    return True
                 file = (folder / PROVENANCE).open("rb")
                 fcntl.flock(file, fcntl.LOCK_SH)
                 os.utime(folder)
-                same = os.fstat(file.fileno()).st_ino == (folder / PROVENANCE).stat().st_ino
+                same = _is_at(file, folder)
             except FileNotFoundError:
                 return False
+            if held is not None:  # of one that was damaged, and has been made anew
+                held.close()
+                del self._held[folder]
             if same:
                 self._held[folder] = file
             else:
@@ -118,7 +122,7 @@ class Shelf:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 return False
-            if os.fstat(file.fileno()).st_ino != (folder / PROVENANCE).stat().st_ino:
+            if not _is_at(file, folder):
                 return False  # the lock is on one that is gone, and says nothing of this one
             shutil.rmtree(self._aside(folder), ignore_errors=True)
             return True
@@ -147,6 +151,11 @@ class Shelf:
             os.rmdir(leaving)
             raise
         return Path(leaving)
+
+
+def _is_at(file: IO[bytes], folder: Path) -> bool:
+    """Whether this open provenance is the one that stands there now."""
+    return os.fstat(file.fileno()).st_ino == (folder / PROVENANCE).stat().st_ino
 
 
 def _members(folder: Path) -> set[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from typer.testing import CliRunner
 
 from composer.adapters import factors as factors_module
 from composer.adapters.base_model import read_base_model
+from composer.adapters.cache import FileCache
 from composer.adapters.compose import PROVENANCE, compose
 from composer.adapters.factors import Factors, Lora, lora_json, read_lora, write_lora
 from composer.adapters.files import CONFIG, WEIGHTS
@@ -72,6 +74,47 @@ def test_the_second_use_builds_nothing(tmp_path: Path) -> None:
     assert not second.built
     assert (first.folder / WEIGHTS).stat().st_mtime_ns == stamp
     assert (second.rank, second.needed, second.energy) == (first.rank, first.needed, first.energy)
+
+
+@pytest.mark.parametrize("name", [WEIGHTS, CONFIG])
+@pytest.mark.parametrize("known", [True, False])
+def test_what_is_damaged_at_its_full_size_is_made_anew(
+    tmp_path: Path, name: str, known: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also by a process that has not seen it before, as after a power cut."""
+    first = compose(recipe(), tmp_path)
+    right = (first.folder / name).read_bytes()
+    (first.folder / name).write_bytes(right[:-200] + bytes(200))
+    if not known:
+        monkeypatch.setattr("composer.adapters.factors._DIGESTS", FileCache(4))
+    second = compose(recipe(), tmp_path)
+    assert second.built
+    assert second.adapter == first.adapter
+    assert (second.folder / name).read_bytes() == right
+    assert [f for f in tmp_path.iterdir() if f.name.startswith(".")] == []
+    assert not compose(recipe(), tmp_path).built
+
+
+def test_its_bytes_are_on_the_disk_before_its_name_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    synced: list[int] = []
+    sync, rename = os.fsync, os.rename
+
+    def noted(handle: int) -> None:
+        synced.append(os.fstat(handle).st_ino)
+        sync(handle)
+
+    def checked(source: Path, target: Path) -> None:
+        files = {file.stat().st_ino for file in (source, *source.iterdir())}
+        assert files <= set(synced)
+        rename(source, target)
+
+    monkeypatch.setattr(os, "fsync", noted)
+    monkeypatch.setattr(os, "rename", checked)
+    made = compose(recipe(), tmp_path)
+    assert synced[-1] == tmp_path.stat().st_ino
+    assert {file.name for file in made.folder.iterdir()} == {WEIGHTS, CONFIG, PROVENANCE}
 
 
 def test_general_knowledge_is_taken_out_of_every_member(tmp_path: Path) -> None:

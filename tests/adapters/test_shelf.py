@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from composer.adapters.factors import read_lora
+from composer.adapters.files import WEIGHTS
 from composer.adapters.recipe import Member, Recipe
 from composer.adapters.shelf import LEFTOVER_S, PROVENANCE, Shelf
 from tests.registry.world import write_adapter
@@ -64,6 +65,20 @@ def test_a_slow_trim_leaves_what_was_built_anew_and_is_held(
     theirs.close()
     assert ours.trim(known(recipe)) == 1
     assert list(ours.folder.iterdir()) == []
+
+
+def test_one_that_is_damaged_while_it_is_held_is_made_anew_and_held(
+    recipe: Recipe, tmp_path: Path
+) -> None:
+    ours, theirs = shelf(tmp_path), shelf(tmp_path)
+    weights = ours.make(recipe).folder / WEIGHTS
+    right = weights.read_bytes()
+    weights.write_bytes(bytes(len(right)))
+    assert ours.make(recipe).built
+    assert weights.read_bytes() == right
+    assert theirs.trim(()) == 0
+    ours.close()
+    assert theirs.trim(()) == 1
 
 
 def test_one_without_provenance_that_is_made_meanwhile_stays(

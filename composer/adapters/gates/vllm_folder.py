@@ -18,7 +18,7 @@ from composer.adapters.files import PICKLES
 from composer.adapters.gates.files import MANIFEST, TENSORS, Gate, read_gate
 from composer.adapters.gates.verify import verify_gate
 from composer.adapters.lora_config import AdapterFeature
-from composer.durable import sync_folder
+from composer.durable import sync_contents, sync_folder
 from composer.errors import AdapterError, Problem
 
 BLOCK = "gated_adapter"
@@ -181,6 +181,8 @@ def _published(folder: Path, config: Mapping[str, Any], gate: Path, base: Path) 
             shutil.copyfile(gate / name, part / FOLDER / name)
         read_gate(part / FOLDER)  # what was read above may have been written over since
         part.chmod(0o755)
+        for made in (part / FOLDER, part):
+            sync_contents(made)
         os.rename(part, folder)
         sync_folder(folder.parent)
     except OSError as error:
