@@ -247,13 +247,14 @@ def usage_body(usage: Usage) -> dict[str, int]:
 def composer_body(outcome: Outcome) -> dict[str, Any]:
     """Who answered and why: the `composer` field. Of an answer that has ended.
 
-    `expert` wrote the text; `experts` are all that were called for it, best first, but for a
-    router's own questions; `details` is what the strategy tells of how it came about; `gates`,
-    where asked for, is what each of them tells of its gate, null for one that has none.
+    `expert` wrote the text; `experts` are all that were called for it, best first, but for those
+    that a router asked or whose gate weighed; `details` is what the strategy tells of how it came
+    about; `gates`, where asked for, is what each of them tells of its gate, null for one that has
+    none.
     """
     plan, timings = outcome.plan, outcome.timings
     assert plan is not None
-    called = dict.fromkeys(str(c["expert"]) for c in timings.calls if "routing" not in c)
+    called = dict.fromkeys(timings.called)
     first = timings.first_token_ms
     return {
         "expert": answered_by(outcome),

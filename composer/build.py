@@ -31,12 +31,12 @@ from composer.errors import EngineUnavailable, Problem
 from composer.generations import Generation, Way, let_go, prepared
 from composer.mixing import Mixer
 from composer.registry import (
-    ComponentFamily,
     EngineFamily,
     Families,
     Loaded,
     RegistryError,
     RouterFamily,
+    StrategyFamily,
     in_words,
     load_catalog,
 )
@@ -90,11 +90,12 @@ def families(embedder: Callable[[], Vectors] | None = None) -> Families:
             for name, router in ROUTERS.items()
         },
         strategies={
-            name: ComponentFamily(
+            name: StrategyFamily(
                 settings=strategy.settings,
                 path_fields=strategy.path_fields,
                 digest=partial(_files_digest, strategy.path_fields),
                 check=partial(_check_strategy, strategy),
+                weighs=strategy.weighs,
             )
             for name, strategy in STRATEGIES.items()
         },

@@ -2,14 +2,13 @@
 strategy and no concrete engine.
 
 What stock vLLM cannot do (several adapters on one token) it can be given: their exact weighted sum
-as one adapter. Weights are rounded, so that queries that are alike share one.
+as one adapter. Queries that are alike share one, since weights are rounded (blending.py).
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
-import math
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Collection, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
@@ -17,20 +16,15 @@ from dataclasses import dataclass, replace
 from time import perf_counter
 from typing import Any, NamedTuple
 
-import numpy as np
-
-from composer.adapters.recipe import Member, Recipe
+from composer.adapters.recipe import Recipe
 from composer.adapters.shelf import Shelf
+from composer.blending import Blend, Key, blended, key_of
 from composer.errors import CatalogError, EngineError, EngineFull, Overloaded
 from composer.generations import Generation, adapters_on
 from composer.room import named, retained, spare, squeezed_in
-from composer.types import Adapter, Catalog, Expert, Mix, empty
+from composer.types import Adapter, Expert, Mix, empty
 
 log = logging.getLogger(__name__)
-
-Key = tuple[str, tuple[tuple[str, int], ...], int, int | None]
-"""Server; (digest, share) of each member in digest order, and the steps, both in lowest terms, so
-that equal sums have one key; the server's most rank."""
 
 
 AGAIN_S = 5.0
@@ -60,17 +54,6 @@ class _Made:
     adapter: Adapter
     bytes: int
     users: int = 0
-
-
-def quantised(weights: Sequence[float], steps: int) -> list[int]:
-    """Whole numbers of 1 / `steps` that add up to `steps`, each less than one step from its share:
-    the largest remainders are rounded up. Weights are not negative, and one is positive."""
-    share = np.asarray(weights, np.float64)
-    share = share / share.sum() * steps
-    whole = np.floor(share + 1e-9)
-    for i in np.argsort(-(share - whole), kind="stable")[: steps - int(whole.sum())]:
-        whole[i] += 1
-    return [int(one) for one in whole]
 
 
 class Mixer:
@@ -110,25 +93,21 @@ class Mixer:
             yield Mixed(catalog.experts[asked], empty())
             return
         began = perf_counter()
-        shares, left_out = _on_one_server(asked, catalog)
-        told: dict[str, Any] = {
-            "members": {expert.id: share / asked.steps for expert, share in shares}
-        }
-        if left_out:
-            told["left_out"] = left_out
-        heaviest = max(shares, key=lambda one: one[1])[0]
-        members = [(e, e.adapter, share) for e, share in shares if e.adapter is not None]
-        if len(shares) == 1 or not members:
-            yield Mixed(heaviest, {"composition": told})
+        blend = blended(asked, catalog)
+        told: dict[str, Any] = {"members": {part.expert.id: part.share for part in blend.parts}}
+        if asked.gate is not None:
+            told["weights"] = asked.gate if asked.weighed else "router"
+        if blend.base > 0:
+            told["base"] = blend.base
+        if blend.left_out:
+            told["left_out"] = list(blend.left_out)
+        if (one := blend.alone) is not None:
+            yield Mixed(one, {"composition": told})
             return
-        server = catalog.servers[heaviest.server]
-        limit = getattr(server.settings, "max_lora_rank", None)
-        parts = sorted((adapter.digest, share) for _, adapter, share in members)
-        lowest = math.gcd(asked.steps, *(share for _, share in parts))
-        parts = [(digest, share // lowest) for digest, share in parts]
-        key = (heaviest.server, tuple(parts), asked.steps // lowest, limit)
+        heaviest = blend.heaviest
+        limit = getattr(catalog.servers[heaviest.server].settings, "max_lora_rank", None)
         try:
-            made, built = await self._ready(key, members, asked.steps, generation)
+            made, built = await self._ready(blend, limit, generation)
         except (CatalogError, EngineError, OSError) as error:
             self.failed += 1
             log.warning("%r answers alone, composing failed: %s", heaviest.id, error)
@@ -139,7 +118,7 @@ class Mixer:
             told["energy"] = round(made.adapter.composed.energy, 4)
         told["ms"] = round((perf_counter() - began) * 1000, 3)
         try:
-            yield Mixed(_expert(shares, heaviest, made.adapter, asked.steps), {"composition": told})
+            yield Mixed(blend.expert(made.adapter), {"composition": told})
         finally:
             self._leave(made)
 
@@ -174,13 +153,11 @@ class Mixer:
         return users
 
     async def _ready(
-        self,
-        key: Key,
-        members: Sequence[tuple[Expert, Adapter, int]],
-        steps: int,
-        generation: Generation,
+        self, blend: Blend, limit: int | None, generation: Generation
     ) -> tuple[_Made, bool]:
         """The composition, with one more user, loaded on its server; and whether it was built."""
+        recipe = blend.recipe(limit)
+        key = key_of(blend.heaviest.server, recipe)
         here = generation.mixed.setdefault(key[0], {})
         built = False
         known = self._made.get(key)
@@ -189,7 +166,7 @@ class Mixer:
             made.users += 1
         else:
             # A task of its own: who else waits for it must not lose it to a caller that goes.
-            making = asyncio.create_task(self._make(key, members, steps, generation))
+            making = asyncio.create_task(self._make(key, blend, recipe, generation))
             try:
                 made, built = await asyncio.shield(making)
             except asyncio.CancelledError:
@@ -210,17 +187,13 @@ class Mixer:
             self.crowded()
 
     async def _make(
-        self,
-        key: Key,
-        members: Sequence[tuple[Expert, Adapter, int]],
-        steps: int,
-        generation: Generation,
+        self, key: Key, blend: Blend, recipe: Recipe, generation: Generation
     ) -> tuple[_Made, bool]:
         """The composition, with one more user, and whether it was built."""
         async with self._changing:
             known, built = self._made.get(key), False
             if known is None:
-                made, built = await asyncio.to_thread(self._build, key, members, steps)
+                made, built = await asyncio.to_thread(self._build, blend, recipe)
             else:
                 made = known
             # Named before it is loaded: a reload that forgets what nobody names then keeps it.
@@ -247,31 +220,25 @@ class Mixer:
             if made.adapter.path not in kept:
                 self._shelf.let_go(made.adapter.path)
 
-    def _build(
-        self, key: Key, members: Sequence[tuple[Expert, Adapter, int]], steps: int
-    ) -> tuple[_Made, bool]:
+    def _build(self, blend: Blend, recipe: Recipe) -> tuple[_Made, bool]:
         """Blocks."""
-        parts = sorted(members, key=lambda member: member[1].digest)
-        recipe = Recipe(
-            tuple(
-                Member(expert.id, adapter.path, share / steps, adapter.digest)
-                for expert, adapter, share in parts
-            ),
-            max_rank=key[3],
-        )
         made = self._shelf.make(recipe)
+        targets = {target for adapter, _ in blend.members for target in adapter.target_modules}
+        shares = zip(made.composed.members, blend.members, strict=True)
         adapter = Adapter(
             path=made.folder,
             digest=made.adapter,
             rank=made.rank,
             alpha=float(made.rank),
-            target_modules=tuple(sorted({t for _, a, _ in members for t in a.target_modules})),
+            target_modules=tuple(sorted(targets)),
             server_path=f"{self._seen_at}/{made.folder.name}" if self._seen_at else None,
-            composed=made.composed,
+            composed=replace(
+                made.composed,
+                members=tuple(replace(one, weight=part.share) for one, (_, part) in shares),
+            ),
         )
-        return _Made(
-            adapter, sum(file.stat().st_size for file in made.folder.iterdir())
-        ), made.built
+        size = sum(file.stat().st_size for file in made.folder.iterdir())
+        return _Made(adapter, size), made.built
 
     def _unwanted(self, known: Collection[str] | None) -> list[Key]:
         """Those that nobody uses now and that have a member beside the `known` digests (None:
@@ -321,36 +288,3 @@ class Mixer:
 
     def close(self) -> None:
         self._shelf.close()
-
-
-def _on_one_server(mix: Mix, catalog: Catalog) -> tuple[list[tuple[Expert, int]], list[str]]:
-    """Experts of the server of the one with most weight, each with its share of steps, none of 0;
-    and those whom it cannot be mixed with: of other servers, or of gates, whose weights are each
-    token's own. One without an adapter is a share of the base model, which adds nothing."""
-    asked = [(catalog.experts[id_], weight) for id_, weight in mix.shares]
-    heaviest = max(asked, key=lambda one: one[1])[0]
-    here = [one for one in asked if one[0].server == heaviest.server and not _gated(one[0])]
-    if _gated(heaviest):
-        here = [(heaviest, 1.0)]
-    whole = quantised([weight for _, weight in here], mix.steps)
-    shares = [(expert, share) for (expert, _), share in zip(here, whole, strict=True) if share > 0]
-    stay = {expert.id for expert, _ in here}
-    return shares, [expert.id for expert, _ in asked if expert.id not in stay]
-
-
-def _gated(expert: Expert) -> bool:
-    return expert.adapter is not None and expert.adapter.gate is not None
-
-
-def _expert(
-    shares: Sequence[tuple[Expert, int]], heaviest: Expert, adapter: Adapter, steps: int
-) -> Expert:
-    """Reads and draws as its heaviest member; can what all of them can."""
-    members = [expert for expert, _ in shares]
-    return replace(
-        heaviest,
-        id="+".join(f"{share / steps:g}*{expert.id}" for expert, share in shares),
-        adapter=adapter,
-        context_window=min(expert.context_window for expert in members),
-        abilities=frozenset.intersection(*(expert.abilities for expert in members)),
-    )

@@ -9,7 +9,7 @@ import asyncio
 import copy
 import dataclasses
 import logging
-from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
 from time import perf_counter
@@ -17,6 +17,7 @@ from typing import Any
 
 from composer.calling import CallRun, call_of
 from composer.deciding import decide, way_of
+from composer.eligibility import restricted
 from composer.generations import Generation, Generations, Hold
 from composer.mixing import Mixing, alone
 from composer.outcome import Outcome, ms_since
@@ -37,8 +38,15 @@ from composer.types import (
     Sampling,
     last_user_text,
 )
+from composer.weighing import weighed
 
 log = logging.getLogger(__name__)
+
+_NO_WISHES: Mapping[str, Any] = {"extra": {}, "stream": False, "gates": None}
+"""Of a request whose call is none for its answer (tools, formats, a stream)."""
+
+_ONE_TOKEN = Sampling(max_tokens=1, temperature=0.0)
+"""Of a call that is made for what the prompt alone tells."""
 
 
 class Pipeline:
@@ -137,7 +145,7 @@ class Pipeline:
         """`routing`: for the router's own questions. Of the request they have what orders and
         bounds its calls, and nothing of how it wants to be answered (tools, formats, a stream)."""
         if routing:
-            request = dataclasses.replace(request, prompt=None, extra={}, stream=False, gates=None)
+            request = dataclasses.replace(request, prompt=None, **_NO_WISHES)
         timings = outcome.timings
         catalog = generation.catalog
 
@@ -149,9 +157,18 @@ class Pipeline:
             later: Sequence[str] = (),
             verbatim: bool = False,
         ) -> AsyncGenerator[Chunk, None]:
+            if isinstance(expert, Mix) and expert.gate is not None:
+                excluded = restricted(request, catalog).exclude
+                first = expert.shares[0][0]
+                expert = await weighed(
+                    expert,
+                    catalog,
+                    excluded,
+                    lambda who: chunks_of(who, messages, _ONE_TOKEN, (first,), weigh=True),
+                )
             async with (
                 self._mixing(expert, generation) as (who, details),
-                aclosing(chunks_of(who, messages, sampling, later, verbatim)) as chunks,
+                aclosing(chunks_of(who, messages, sampling, later, verbatim=verbatim)) as chunks,
             ):
                 async for chunk in chunks:
                     if details:  # with the first chunk: the headers want them too
@@ -164,10 +181,14 @@ class Pipeline:
             messages: Sequence[Message] | None,
             sampling: Sampling | None,
             later: Sequence[str],
-            verbatim: bool,
+            *,
+            verbatim: bool = False,
+            weigh: bool = False,
         ) -> AsyncGenerator[Chunk, None]:
+            """`weigh`: for the weights of the expert's gate; the request's wishes for its answer
+            are none of this call's."""
             call = call_of(
-                request,
+                dataclasses.replace(request, **_NO_WISHES) if weigh else request,
                 expert,
                 number=len(timings.calls),
                 messages=messages,
@@ -180,6 +201,7 @@ class Pipeline:
                 max_wait_s=self._bound(request, policy),
                 later=tuple(generation.place(catalog.experts[one].server) for one in later),
                 forward=self._forward(request, call, policy) if verbatim else None,
+                weigh=weigh,
                 embedding=await self._embedding(
                     expert,
                     request.text if messages is None else last_user_text(messages),
@@ -187,8 +209,8 @@ class Pipeline:
             )
             engine = generation.engines[expert.server]
             entry: dict[str, Any] = {"id": call.id, "expert": expert.id}
-            if routing:
-                entry["routing"] = True
+            if routing or weigh:
+                entry["routing" if routing else "weighing"] = True
             timings.calls.append(entry)
             run = CallRun(self._scheduler, call, entry)
             try:
@@ -196,7 +218,9 @@ class Pipeline:
                     async for chunk in chunks:
                         if chunk.usage is not None:
                             outcome.spend(expert, chunk.usage)
-                            if routing:  # no part of the answer, whose usage is its chunks'
+                            if (
+                                routing or weigh
+                            ):  # no part of the answer, whose usage is its chunks'
                                 outcome.usage = outcome.usage + chunk.usage
                         if chunk.gates is not None:
                             outcome.gates[expert.id] = chunk.gates

@@ -12,7 +12,7 @@ def record_of(outcome: Outcome, *, content: bool, embedding: FloatArray | None =
     allow it."""
     request, plan = outcome.request, outcome.plan
     assert outcome.status != "running"
-    called = [call["expert"] for call in outcome.timings.calls if "routing" not in call]
+    called = outcome.timings.called
     asked: tuple[Message, ...] = ({"role": "user", "content": request.prompt},)
     return Record(
         id=request.id,

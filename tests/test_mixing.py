@@ -16,10 +16,11 @@ from composer.adapters.factors import read_lora
 from composer.adapters.recipe import Member, Recipe
 from composer.adapters.shelf import Shelf
 from composer.adapters.verify import verify_adapter
+from composer.blending import quantised
 from composer.eligibility import composed_of
 from composer.errors import EngineError
 from composer.generations import Generation, adapters_on
-from composer.mixing import Mixed, Mixer, quantised
+from composer.mixing import Mixed, Mixer
 from composer.types import Adapter, Composed, Expert, Gated, MemberShare, Mix, Server
 from tests.fakes import FakeEngine, FakeSettings, stage
 from tests.registry.world import write_adapter

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from benchmarks.gating.answering import Read
 from composer.adapters.factors import Modules
+from composer.adapters.gates.averaging import PromptMeans
 from composer.adapters.gates.files import Gate
 from composer.adapters.gates.hooks import Installed, Weigh
 from composer.adapters.gates.projection import Projection
@@ -99,14 +100,13 @@ class Averaged(PerToken):
     def weigh(self, model: Any, installed: Installed, read: Read) -> Weigh | None:
         of_gate = super().weigh(model, installed, read)
         assert of_gate is not None
-        own = (read.prompt & read.real)[..., None].float()
-        means: dict[str, Tensor] = {}
+        means = PromptMeans(read.prompt & read.real)
 
         def kept(module: str, layer: GatedLayer, x: Tensor) -> Tensor:
             weights = of_gate(module, layer, x)
-            means[module] = (weights * own).sum(1, keepdim=True) / own.sum(1, keepdim=True)
+            means.add(module, weights)
             return weights
 
         installed.weigh = kept
         model(input_ids=read.ids)
-        return lambda module, layer, x: means[module]
+        return lambda module, layer, x: means.of[module][:, None]

@@ -162,7 +162,7 @@ class Batch:
             None if weights is None else weights[-own:]
             for weights, own in zip(output.gates, told, strict=False)
         ]
-        return Output(output.logits, gates)
+        return output._replace(gates=gates)
 
     def _read(self, tokens: Sequence[Sequence[int]]) -> Tensor:
         """More tokens in, prompts or one a row; the last hidden states (rows, new, d_model)."""

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from composer.adapters.gates.averaging import PromptMeans
 from composer.adapters.gates.files import Gate
 from composer.adapters.gates.groups import Groups
 from composer.adapters.gates.xlora import features
@@ -22,11 +23,13 @@ from composer.adapters.gates.xlora import features
 class Use:
     """What a row runs on. `adapter` is a digest, of a plain or a gated one; None: the base alone.
     `prior` (E,) are logits for all gates of a gated one, from what is known of the whole request;
-    `groups`: what its weights are told by, None where nobody asked."""
+    `groups`: what its weights are told by, None where nobody asked; `weigh`: their means over the
+    tokens of a forward are wanted."""
 
     adapter: str | None = None
     prior: Tensor | None = None
     groups: Groups | None = None
+    weigh: bool = False
 
 
 @dataclass(eq=False, slots=True)
@@ -57,6 +60,7 @@ class _Part:
     prior: Tensor | None  # (n, 1, E)
     features: Tensor | None  # (n, new, f)
     traces: list[_Trace] = field(default_factory=list)
+    means: PromptMeans | None = None
 
 
 class MixedGates:
@@ -100,16 +104,17 @@ class MixedGates:
         self._parts = []
 
     def assign(
-        self, uses: Sequence[Use], new: int, hidden: Tensor | None, device: torch.device
+        self, uses: Sequence[Use], real: Tensor, hidden: Tensor | None, device: torch.device
     ) -> None:
-        """What each row of the next forward runs on, `new` tokens wide. `hidden` (n, new, d) are
-        the last hidden states of the base alone, for the rows whose gate takes two passes, in row
-        order."""
+        """What each row of the next forward runs on; `real` (rows, new) is False at padding.
+        `hidden` (n, new, d) are the last hidden states of the base alone, for the rows whose gate
+        takes two passes, in row order."""
         rows: dict[str, list[int]] = {}
         for row, use in enumerate(uses):
             if use.adapter in self._gates:
                 rows.setdefault(str(use.adapter), []).append(row)
         first = [row for row, use in enumerate(uses) if self.two_pass(use.adapter)]
+        new = real.shape[1]
         self._rows = len(uses)
         self._parts = []
         for digest, own in rows.items():
@@ -121,6 +126,8 @@ class MixedGates:
                     raise ValueError("a gate of two passes was given no first one")
                 part.features = features(gate, hidden[[first.index(row) for row in own]])
             part.traces = _traces([uses[row] for row in own], new, len(gate.members), device)
+            if any(uses[row].weigh for row in own):
+                part.means = PromptMeans(real[own])
             self._parts.append(part)
 
     def traces(self) -> list[Tensor | None]:
@@ -134,6 +141,12 @@ class MixedGates:
                 for row, weights in zip(trace.rows, trace.means(), strict=True):
                     told[part.rows[row]] = weights
         return told
+
+    def means(self, row: int) -> dict[str, tuple[float, ...]]:
+        """After a forward: module → the mean weights (E,) of a row whose use says `weigh`."""
+        part = next(part for part in self._parts if row in part.rows)
+        assert part.means is not None
+        return part.means.row(part.rows.index(row))
 
     def _adder(self, module: str) -> Any:
         def add(layer: Any, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
@@ -153,6 +166,8 @@ class MixedGates:
                 weights = gated.weights(read, part.prior)  # (n, new, E)
                 for trace in part.traces:
                     trace.add(module, weights)
+                if part.means is not None:
+                    part.means.add(module, weights)
                 delta = gated.stacked.delta(x, weights).to(output.dtype)
                 if part.index is None:
                     output = output + delta

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any
@@ -30,6 +30,7 @@ class Job:
     budget: int = 0
     use: Use = field(default_factory=Use)
     trace: CallTrace | None = None
+    weights: Mapping[str, tuple[float, ...]] | None = None
     open_rows: int = 0
     tokens: int = 0
 

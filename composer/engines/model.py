@@ -8,7 +8,8 @@ from __future__ import annotations
 import logging
 import re
 import threading
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -49,10 +50,12 @@ data. So has a load beside one that assigns parameters, which are then registere
 
 class Output(NamedTuple):
     """Of a forward: `logits` (rows, vocab) after the last column, in float32 at least; `gates` the
-    mean weights (new, G, E) of each row that asked for them, empty where none did."""
+    mean weights (new, G, E) of each row that asked for them, empty where none did; `weights` the
+    means over its tokens, by module, of each row that is to be weighed."""
 
     logits: Tensor
     gates: Sequence[Tensor | None] = ()
+    weights: Mapping[int, Mapping[str, tuple[float, ...]]] = MappingProxyType({})
 
 
 class LocalModel:
@@ -234,7 +237,7 @@ class LocalModel:
             except ValueError as error:
                 raise EngineError(f"expert {call.expert!r}: {error}") from error
         groups = None if call.gates is None else grouped(frozenset(gate.layers), call.gates)
-        return Use(digest, known, groups)
+        return Use(digest, known, groups, call.weigh)
 
     def members(self, digest: str) -> tuple[str, ...]:
         """Of a gated adapter, in the order of its weights."""
@@ -263,11 +266,12 @@ class LocalModel:
             for use in uses
         ]
         self._lora.assign(names, self.device)
-        self._gates.assign(uses, ids.shape[1], hidden, self.device)
+        self._gates.assign(uses, _real(ids, lengths), hidden, self.device)
         output = self._base(
             **self._inputs(ids, lengths, positions, cache), use_cache=True, logits_to_keep=1
         )
-        return Output(output.logits[:, -1].float(), self._gates.traces())
+        weights = {row: self._gates.means(row) for row, use in enumerate(uses) if use.weigh}
+        return Output(output.logits[:, -1].float(), self._gates.traces(), weights)
 
     def hidden(
         self, ids: Tensor, *, lengths: Tensor, positions: Tensor, cache: DynamicCache
@@ -276,7 +280,7 @@ class LocalModel:
         norm, (rows, new, d_model) in the model's dtype."""
         uses = [Use()] * len(ids)
         self._lora.assign([BASE] * len(ids), self.device)
-        self._gates.assign(uses, ids.shape[1], None, self.device)
+        self._gates.assign(uses, _real(ids, lengths), None, self.device)
         base: Any = self._base
         output = base.get_decoder()(**self._inputs(ids, lengths, positions, cache), use_cache=True)
         return output.last_hidden_state  # type: ignore[no-any-return]
@@ -308,6 +312,12 @@ class LocalModel:
             start = self.tokenizer.decode(anchor, clean_up_tokenization_spaces=False)
             self._pieces[token] = text[len(start) :]
         return self._pieces[token]
+
+
+def _real(ids: Tensor, lengths: Tensor) -> Tensor:
+    """(rows, new) False at padding, of right-aligned rows."""
+    new = ids.shape[1]
+    return torch.arange(new, device=ids.device) >= new - lengths[:, None]
 
 
 def adapter_name(digest: str) -> str:

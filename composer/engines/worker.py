@@ -197,6 +197,8 @@ class Worker:
             for job, weights in zip(jobs, read.gates, strict=False):
                 if job.trace is not None and weights is not None:
                     job.trace.add_prompt(job.prompt, weights)
+            for i, means in read.weights.items():
+                jobs[i].weights = means
             rows = [self._row(job, i) for job in jobs for i in range(job.call.sampling.n)]
             counts = [job.call.sampling.n for job in jobs]
             spread = [i for i, count in enumerate(counts) for _ in range(count)]
@@ -329,7 +331,7 @@ class Worker:
             if job.open_rows == 0:
                 usage = Usage(len(job.prompt), job.tokens)
                 gates = None if job.trace is None else job.trace.told()
-                chunk = replace(chunk, usage=usage, gates=gates)
+                chunk = replace(chunk, usage=usage, gates=gates, weights=job.weights)
         self._post(job, chunk)
 
     def _keep(self, here: Sequence[bool]) -> None:

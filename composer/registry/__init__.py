@@ -1,6 +1,12 @@
 """experts.yaml and runtime experts → Catalog. Knows no router, strategy or engine but by name."""
 
-from composer.registry.families import ComponentFamily, EngineFamily, Families, RouterFamily
+from composer.registry.families import (
+    ComponentFamily,
+    EngineFamily,
+    Families,
+    RouterFamily,
+    StrategyFamily,
+)
 from composer.registry.fitting import in_words
 from composer.registry.gather import RUNTIME
 from composer.registry.load import Loaded, RegistryError, load_catalog
@@ -15,6 +21,7 @@ __all__ = [
     "Loaded",
     "RegistryError",
     "RouterFamily",
+    "StrategyFamily",
     "catalog_table",
     "in_words",
     "load_catalog",

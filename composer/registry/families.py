@@ -66,13 +66,13 @@ def fits_any_policy(policy: Policy, experts: Sequence[Expert]) -> None:
 
 
 def asks_nobody(settings: Any) -> None:
-    """The `asks` of a router that needs no LLM."""
+    """The `asks` of a router that needs no LLM, the `weighs` of a strategy that needs no gate."""
 
 
 @dataclass(frozen=True, slots=True)
 class ComponentFamily:
-    """A part that policies are made of and that has settings of its own: here a strategy, below a
-    router. It is all that the registry knows of the class behind a name.
+    """A part that policies are made of and that has settings of its own: a router, a
+    strategy. It is all that the registry knows of the class behind a name.
 
     `path_fields` are settings that hold a path, dotted where they lie deeper: relative ones start
     at the registry file's folder, and what lies there is watched. `digest` stands for the content
@@ -97,13 +97,20 @@ class RouterFamily(ComponentFamily):
 
 
 @dataclass(frozen=True, slots=True)
+class StrategyFamily(ComponentFamily):
+    """`weighs` says which expert's gate weighs the policy's experts, None for no one's."""
+
+    weighs: Callable[[Any], str | None] = asks_nobody
+
+
+@dataclass(frozen=True, slots=True)
 class Families:
     """Settings models by registered name. Raises ValueError for one that would ignore unknown
     keys, since a misspelt setting would then silently have no effect, and for an engine's that
     has a key of the registry's own."""
 
     routers: Mapping[str, RouterFamily]
-    strategies: Mapping[str, ComponentFamily]
+    strategies: Mapping[str, StrategyFamily]
     engines: Mapping[str, EngineFamily] = field(default_factory=dict)
 
     def __post_init__(self) -> None:

@@ -32,6 +32,9 @@ def check_fit(
     if error := _misfit(router, policy, experts):
         _tell(context, place / "router", policy, absent, experts, prepared, error)
     strategy = context.families.strategies[policy.strategy.name]
+    _check_weigher(
+        context, place / "strategy", strategy.weighs(policy.strategy.settings), experts, prepared
+    )
     # By their ids alone, so that those who are absent for a while count as well.
     whole = replace(policy, experts=(*policy.experts, *absent))
     if error := _misfit(strategy, whole, experts):
@@ -104,4 +107,49 @@ def _check_asked(
             f"it asks {asked!r}, which reads only what its `prompt` template makes of a request"
         )
         remedy = "Name an expert that follows free instructions."
+        context.problems.append(place.problem(message, remedy))
+
+
+def _check_weigher(
+    context: Context,
+    place: Place,
+    weigher: str | None,
+    experts: Sequence[Expert],
+    prepared: Mapping[str, Prepared],
+) -> None:
+    """A strategy can have the policy's experts weighed by the gate of any expert of the catalog
+    that they are members of."""
+    if weigher is None:
+        return
+    if weigher not in prepared:
+        if weigher in context.left_out:
+            context.warn_left_out(place, weigher, "the router's weights are taken")
+        elif not context.experts_missing:
+            message, remedy = unknown_name("expert", weigher, list(prepared))
+            message = f"{weigher!r} is to weigh its experts, and {message}"
+            context.problems.append(place.problem(message, remedy))
+        return
+    expert = prepared[weigher].expert
+    if expert is None:
+        return
+    gate = None if expert.adapter is None else expert.adapter.gate
+    if gate is None:
+        message = (
+            f"{weigher!r} is to weigh its experts, and has no gate whose weights can be read: on "
+            f"server {expert.server!r} it is {'an' if expert.adapter else 'without an'} adapter"
+        )
+        remedy = (
+            "Name an expert with `gate: FOLDER` on an embedded server, or remove `gate`: the "
+            "router's weights do on any engine."
+        )
+        context.problems.append(place.problem(message, remedy))
+        return
+    members = [e for e in experts if e.adapter is not None and e.adapter.digest in gate.digests]
+    if len(members) < 2:
+        message = (
+            f"{weigher!r} is to weigh its experts, and {len(members)} of them "
+            f"{'is' if len(members) == 1 else 'are'} among the gate's members "
+            f"({', '.join(gate.members)}, by the adapters that it was made of)"
+        )
+        remedy = "Name two or more of these in `experts`, or make the gate again with them."
         context.problems.append(place.problem(message, remedy))

@@ -21,6 +21,11 @@ class Strategy(Protocol):
     path_fields: ClassVar[tuple[str, ...]]
 
     @classmethod
+    def weighs(cls, settings: Any) -> str | None:
+        """The expert whose gate weighs the policy's experts, any of the catalog; None: nobody's."""
+        ...
+
+    @classmethod
     def check_experts(cls, settings: Any, experts: Sequence[str], k: int) -> None:
         """Raises ValueError ("what is wrong; the remedy") where files that the settings name are
         missing, or do not fit the policy's experts, of which a plan has at most `k`. Quick:

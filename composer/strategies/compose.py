@@ -6,7 +6,7 @@ from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from typing import ClassVar
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from composer.types import Ask, Chunk, Mix, Plan, Request, Tier
 
@@ -31,12 +31,33 @@ class ComposeSettings(BaseModel):
         description="Power that the plan's weights (the router's qualities, as shares) are raised "
         "to: above 1, the best expert has more of the adapter.",
     )
+    gate: str | None = Field(
+        None,
+        min_length=1,
+        description="An expert with a `gate`, on an engine that mixes adapters in the model: its "
+        "weights, averaged over the prompt's tokens, in place of the router's, which then only "
+        "says whom they are of. Takes one more reading of the prompt.",
+    )
+    by_module: bool = Field(
+        True,
+        description="Each module has the gate's own weights there; false: all have their mean, so "
+        "that more queries share an adapter.",
+    )
+
+    @model_validator(mode="after")
+    def _one_source(self) -> ComposeSettings:
+        if self.gate is not None and self.sharpness != 1:
+            raise ValueError(
+                "`sharpness` is for the router's weights, and the gate's take their place; keep "
+                "one of `gate` and `sharpness`"
+            )
+        return self
 
 
 class Compose:
     """Weights of the query, not of the token: the adapters' exact sum (cat), which any engine
-    serves, stock vLLM too. The plan's weights are one source of them; whatever gives others (gates
-    averaged over the prompt, where a forward pass of the base is at hand) fills `Mix.shares`.
+    serves, stock vLLM too. They are the plan's or, where a forward pass of the base is at hand,
+    those of a gate averaged over the prompt.
     """
 
     name: ClassVar[str] = "compose"
@@ -47,6 +68,10 @@ class Compose:
     )
     settings: ClassVar[type[BaseModel]] = ComposeSettings
     path_fields: ClassVar[tuple[str, ...]] = ()
+
+    @classmethod
+    def weighs(cls, settings: ComposeSettings) -> str | None:
+        return settings.gate
 
     @classmethod
     def check_experts(cls, settings: ComposeSettings, experts: Sequence[str], k: int) -> None:
@@ -72,6 +97,12 @@ class Compose:
             (choice.expert, (choice.weight / most) ** power if most > 0 else 1.0)
             for choice in plan.choices
         )
-        async with aclosing(ask(Mix(shares, self._settings.steps), verbatim=True)) as chunks:
+        mix = Mix(
+            shares,
+            self._settings.steps,
+            gate=self._settings.gate,
+            by_module=self._settings.by_module,
+        )
+        async with aclosing(ask(mix, verbatim=True)) as chunks:
             async for chunk in chunks:
                 yield chunk

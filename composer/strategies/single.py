@@ -28,6 +28,10 @@ class Single:
     path_fields: ClassVar[tuple[str, ...]] = ()
 
     @classmethod
+    def weighs(cls, settings: SingleSettings) -> None:
+        """Its experts weigh as the router says."""
+
+    @classmethod
     def check_experts(cls, settings: SingleSettings, experts: Sequence[str], k: int) -> None:
         """Whoever they are, one of them answers."""
 

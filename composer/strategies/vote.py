@@ -139,6 +139,10 @@ class Vote:
     path_fields: ClassVar[tuple[str, ...]] = ("head",)
 
     @classmethod
+    def weighs(cls, settings: VoteSettings) -> None:
+        """Its experts weigh as the router says."""
+
+    @classmethod
     def check_experts(cls, settings: VoteSettings, experts: Sequence[str], k: int) -> None:
         if settings.head is None:
             return

@@ -69,7 +69,8 @@ class Call:
     are the servers that the same request is likely to call when this one has answered, so that
     they are rather kept loaded; calls made at once are seen together anyway. `embedding` (dim,), of
     unit length, is the request's text for an adapter whose gate reads it; `gates`: the gate's
-    weights are to be told, averaged over these groups of modules.
+    weights are to be told, averaged over these groups of modules; `weigh`: they are all that is
+    wanted, averaged over the prompt (`Chunk.weights`).
     """
 
     id: str
@@ -90,6 +91,7 @@ class Call:
     later: tuple[str, ...] = ()
     embedding: tuple[float, ...] | None = None
     gates: GroupBy | None = None
+    weigh: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,7 +140,8 @@ class Chunk:
 
     `details` is what a strategy tells of how the answer came about, in plain values: it stands in
     the answer's `composer` field. `gates` comes with the last chunk of a call that asked for it, if
-    its adapter is a gated one.
+    its adapter is a gated one; so do `weights` (`Call.weigh`): module → the mean weight of each
+    member over the prompt's tokens, in the gate's order.
     """
 
     text: str = ""
@@ -151,16 +154,29 @@ class Chunk:
     raw: bytes | None = None
     details: Mapping[str, Any] = field(default_factory=empty)
     gates: GateTrace | None = None
+    weights: Mapping[str, tuple[float, ...]] | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Mix:
     """Several experts as one: their adapters' weighted sum. `shares` are experts and weights, none
     negative and one positive; they are rounded to whole numbers of 1 / `steps`, so that requests
-    that are alike share what is made."""
+    that are alike share what is made. `base` is the base model's own weight beside them.
+
+    `gate` is the expert whose gate's weights, averaged over the prompt's tokens, are to take the
+    place of the shares', by module if `by_module`. Then `modules` are those of single modules: of
+    each of `shares` and, last, of the base; a module that is not named has no adapter. `weighed`:
+    it was asked, so the mix reads and draws as `gate` does; `left_out` are those whom it does not
+    know."""
 
     shares: tuple[tuple[str, float], ...]
     steps: int = 8
+    base: float = 0.0
+    modules: Mapping[str, tuple[float, ...]] = field(default_factory=empty)
+    gate: str | None = None
+    by_module: bool = False
+    weighed: bool = False
+    left_out: tuple[str, ...] = ()
 
 
 class Ask(Protocol):
@@ -195,3 +211,13 @@ class Timings:
     run_ms: float = 0.0
     total_ms: float = 0.0
     calls: list[dict[str, Any]] = field(default_factory=list)
+
+    @property
+    def called(self) -> list[str]:
+        """The experts of the calls that the answer came of, in order: not those whom a router
+        asked, or whose gate weighed."""
+        return [
+            str(call["expert"])
+            for call in self.calls
+            if "routing" not in call and "weighing" not in call
+        ]

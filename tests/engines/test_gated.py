@@ -17,10 +17,14 @@ from transformers import AutoTokenizer, LlamaForCausalLM
 
 from composer.adapters.factors import read_lora
 from composer.adapters.gates.files import read_gate
+from composer.adapters.gates.hooks import Installed
+from composer.adapters.gates.prior import prior
 from composer.adapters.gates.selection import Selection, Tsallis
+from composer.adapters.gates.stacked import GatedLayer
+from composer.adapters.gates.xlora import features
 from composer.engines.local import EmbeddedEngine, EmbeddedSettings
 from composer.errors import EngineError
-from composer.types import Adapter, Call
+from composer.types import Adapter, Call, Usage
 from tests.engines.conftest import HIDDEN, PROMPTS, QUERY, gather, make_call, text
 from tests.gated import by_loop, save_gate
 
@@ -270,3 +274,44 @@ async def test_who_does_not_ask_is_told_nothing(
     plain = dataclasses.replace(make_call("hello", adapters[0]), gates="all")
     for call in (plain, make_call("hello", gates["arrow"])):
         assert {chunk.gates for chunk in await gather(engine, call)} == {None}
+
+
+@pytest.mark.parametrize("kind", ["arrow", "phatgoose", "xlora", "glider"])
+async def test_a_prompt_is_weighed_by_the_means_of_its_tokens(
+    engine: EmbeddedEngine, base: Path, gates: dict[str, Adapter], kind: str
+) -> None:
+    """In a batch of prompts of other lengths, against the weights of a forward of its own."""
+    adapter = gates[kind]
+    calls = [
+        dataclasses.replace(call_of(prompt, adapter, max_tokens=1), weigh=True)
+        for prompt in PROMPTS[:3]
+    ]
+    others = [call_of(PROMPTS[0], other, max_tokens=4) for other in (None, *gates.values())]
+    answers = await asyncio.gather(*(gather(engine, call) for call in (*calls, *others)))
+    assert {chunk.weights for chunks in answers[3:] for chunk in chunks} == {None}
+
+    model: Any = LlamaForCausalLM.from_pretrained(base).eval()
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    gate = read_gate(adapter.path)
+    known = prior(gate, QUERY) if gate.manifest.per_request else None
+    for prompt, (*_, last) in zip(PROMPTS, answers[:3], strict=False):
+        ids = tokenizer(prompt, return_tensors="pt").input_ids
+        read = None
+        if gate.manifest.passes == 2:
+            with torch.inference_mode():
+                read = features(gate, model.model(ids).last_hidden_state)
+        seen: dict[str, Tensor] = {}
+
+        def weigh(
+            module: str, layer: GatedLayer, x: Tensor, read: Any = read, seen: Any = seen
+        ) -> Tensor:
+            seen[module] = layer.weights(x if read is None else read, known)
+            return seen[module]
+
+        with torch.inference_mode(), Installed(model, gate.layers, weigh):
+            model(ids)
+        assert last.weights is not None
+        assert last.weights.keys() == seen.keys()
+        assert last.usage == Usage(ids.shape[1], 1)
+        for module, weights in seen.items():
+            assert last.weights[module] == pytest.approx(weights[0].mean(0).tolist(), abs=1e-4)

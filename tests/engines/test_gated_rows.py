@@ -163,7 +163,9 @@ def test_a_model_that_regroups_rows_is_refused_rather_than_wrong(
     model: LocalModel,
     gates: dict[str, Adapter],
 ) -> None:
-    model._gates.assign([Use(gates["arrow"].digest), Use()], 1, None, model.device)
+    model._gates.assign(
+        [Use(gates["arrow"].digest), Use()], torch.ones(2, 1, dtype=torch.bool), None, model.device
+    )
     layer = model._base.get_submodule("model.layers.0.self_attn.q_proj")
     with pytest.raises(ValueError, match="sees 14 rows of a batch of 2"):
         layer(torch.zeros(14, 1, 32))

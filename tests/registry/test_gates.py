@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from pydantic import BaseModel, ConfigDict
 from rich.console import Console
 
 from composer.adapters.cache import FileCache
@@ -21,7 +22,7 @@ from composer.adapters.gates.files import MANIFEST, TENSORS
 from composer.adapters.lora_config import AdapterFeature
 from composer.build import ENGINES
 from composer.errors import CatalogError
-from composer.registry import Families, load_catalog
+from composer.registry import Families, StrategyFamily, load_catalog
 from composer.registry.table import catalog_table
 from composer.types import Catalog
 from tests.gated import EVERYTHING, write_gated
@@ -36,6 +37,12 @@ def world(tmp_path: Path) -> Path:
     return write_world(tmp_path)
 
 
+class MixingSettings(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    gate: str | None = None
+
+
 def gated(folder: Path, name: str = "both", **settings: Any) -> Path:
     members = {"fox": folder / "adapters" / "fox", "owl": folder / "scanned" / "owl"}
     write_gated(folder / "gates" / name, members, **settings)
@@ -44,7 +51,12 @@ def gated(folder: Path, name: str = "both", **settings: Any) -> Path:
 
 def families(features: Collection[AdapterFeature] = EVERYTHING) -> Families:
     local = replace(FAMILIES.engines["embedded"], adapter_features=frozenset(features))
-    return replace(FAMILIES, engines={**FAMILIES.engines, "embedded": local})
+    mixing = StrategyFamily(MixingSettings, weighs=lambda settings: settings.gate)
+    return replace(
+        FAMILIES,
+        engines={**FAMILIES.engines, "embedded": local},
+        strategies={**FAMILIES.strategies, "mixing": mixing},
+    )
 
 
 def load(file: Path, features: Collection[AdapterFeature] = EVERYTHING, **keys: Any) -> Catalog:
@@ -215,3 +227,40 @@ def test_the_engines_that_can_say_so() -> None:
     able = {name: set(e.adapter_features) & set(EVERYTHING) for name, e in ENGINES.items()}
     assert {name for name, features in able.items() if features} == {"embedded"}
     assert able["embedded"] == set(EVERYTHING)
+
+
+WEIGHERS = {
+    "nobody": (
+        "nobody",
+        ["fox", "owl"],
+        "'nobody' is to weigh its experts, and no expert is called",
+    ),
+    "plain": (
+        "fox",
+        ["fox", "owl"],
+        "'fox' is to weigh its experts, and has no gate whose weights",
+    ),
+    "few": ("mixed", ["fox"], "1 of them is among the gate's members (fox, owl, by the adapters"),
+}
+
+
+@pytest.mark.parametrize(("weigher", "own", "message"), WEIGHERS.values(), ids=WEIGHERS)
+def test_a_strategy_is_weighed_by_a_gate_of_its_experts(
+    world: Path, weigher: str, own: list[str], message: str
+) -> None:
+    gated(world.parent)
+    data = yaml.safe_load(world.read_text())
+    policy = {"router": {"name": "neighbours"}, "experts": ["fox", "owl"]}
+    data["policies"]["sound"] = {**policy, "strategy": {"name": "mixing", "gate": "mixed"}}
+    world.write_text(yaml.safe_dump(data))
+    load(world, gate="./gates/both")
+    data["policies"]["mixing"] = {
+        **policy, "experts": own, "strategy": {"name": "mixing", "gate": weigher}
+    }  # fmt: skip
+    world.write_text(yaml.safe_dump(data))
+    with pytest.raises(CatalogError) as caught:
+        load(world, gate="./gates/both")
+    [problem] = caught.value.problems
+    assert message in problem.message
+    assert problem.path == "policies.mixing.strategy"
+    assert problem.remedy

@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from safetensors.numpy import save_file
 
 from composer.errors import CatalogError
-from composer.registry import ComponentFamily, EngineFamily, Families, RouterFamily
+from composer.registry import EngineFamily, Families, RouterFamily, StrategyFamily
 from composer.types import Expert, Placement, Policy
 
 WIDTH, VOCABULARY, LAYERS, RANK = 8, 16, 2, 2
@@ -155,8 +155,8 @@ FAMILIES = Families(
         "centroid": RouterFamily(CentroidSettings),
     },
     strategies={
-        "single": ComponentFamily(CentroidSettings),
-        "vote": ComponentFamily(CentroidSettings),
+        "single": StrategyFamily(CentroidSettings),
+        "vote": StrategyFamily(CentroidSettings),
     },
     engines={
         "embedded": EngineFamily(EmbeddedSettings, frozenset({"logprobs"})),

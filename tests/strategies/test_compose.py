@@ -49,3 +49,11 @@ def test_a_policy_of_one_expert_composes_nothing() -> None:
     with pytest.raises(ValueError, match="set the policy's `k` to 2 or more"):
         Compose.check_experts(ComposeSettings(), ["a", "b"], 1)
     Compose.check_experts(ComposeSettings(), ["a", "b"], 2)
+
+
+async def test_a_gate_is_asked_for_its_weights() -> None:
+    mix = await asked_for(0.5, 0.3, gate="goose", by_module=False)
+    assert (mix.gate, mix.by_module) == ("goose", False)
+    assert Compose.weighs(ComposeSettings(gate="goose")) == "goose"
+    with pytest.raises(ValueError, match="keep one of `gate` and `sharpness`"):
+        ComposeSettings(gate="goose", sharpness=2)
