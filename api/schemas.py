@@ -86,11 +86,11 @@ class ComposerField(Body):
     quality: float | None = Field(
         None,
         ge=0,
-        le=2,
         allow_inf_nan=False,
-        description="Share of the best single expert's mean quality to be reached at least cost, "
-        "at most what the router's curve reaches (1, or more where routing beats that expert); "
-        "needs a policy with a trained router, and takes the place of what it aims at.",
+        description="Share of the best single expert's mean quality to be reached at least cost: "
+        "1 is as good as that expert, and the highest is what the router's curve reaches (1, or "
+        "more where routing beats that expert); needs a policy with a trained router, and takes "
+        "the place of what it aims at.",
     )
     max_cost: float | None = Field(
         None,

@@ -285,10 +285,11 @@ class PolicySpec(Spec):
     quality: float | None = Field(
         None,
         gt=0,
-        le=2,
+        allow_inf_nan=False,
         strict=True,
-        description="Share of the best single expert's mean quality to be reached at least cost, "
-        "at most what the router's curve reaches; needs a router trained on outcomes with costs.",
+        description="Share of the best single expert's mean quality to be reached at least cost: "
+        "1 is as good as that expert, and the highest is what the router's curve reaches (1, or "
+        "more where routing beats that expert); needs a router trained on outcomes with costs.",
     )
     max_cost: float | None = Field(
         None,

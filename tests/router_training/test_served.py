@@ -123,7 +123,7 @@ async def test_an_aim_counts_every_call_of_a_vote(
             poor = await answer(client, text, max_cost=2.5 * min(PRICES.values()))
             assert poor["reasons"]["over_budget"]
             assert poor["reasons"]["aim"]["expected_cost"][1] <= 2.5 * min(PRICES.values()) * 1.05
-        for wish, says in ((2, "quality 2 is out of reach"), (2.5, "less than or equal to 2")):
+        for wish, says in ((2, "quality 2 is out of reach"), (90, "quality 90 is out of reach")):
             body = chat(asked[0]) | {"composer": {"quality": wish}}
             refused = await client.post("/v1/chat/completions", json=body)
             error = refused.json()["error"]

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from api.schemas import ComposerField
 from composer.errors import Unsupported
 from composer.routing.aims import aim_of, beyond
 from composer.routing.base import Scores
@@ -66,6 +67,14 @@ def test_a_quality_beyond_the_curve_is_refused(quality: float) -> None:
     told = beyond(FALLING, quality)
     assert told is not None
     assert told.startswith(f"quality {quality:g} is out of reach")
+
+
+def test_where_each_expert_knows_its_own_questions_routing_is_several_times_as_good() -> None:
+    """No fixed limit stands between a caller and what the curve reaches."""
+    apart = FALLING.model_copy(update={"best_single": FALLING.best_single / 3})
+    assert ComposerField(quality=3.0).quality == 3.0
+    assert aim_of(policy(), PRICE, scores(), apart, quality=3.0).reasons["aim"]["quality"] == 3.0
+    assert beyond(apart, 3.2) is not None
 
 
 def test_routing_may_be_better_than_the_best_single_expert_and_1_may_always_be_asked() -> None:
