@@ -31,7 +31,11 @@ class Overlap:
             return None
         share = f"{self.trained} of {self.questions} judged questions"
         told = f"{share} ({100 * self.trained / self.questions:.1f} %) were trained on (equal but "
-        end = "they are left out" if self.left_out else "the figures over-state"
+        end = "they are left out"
+        if not self.left_out:
+            some = self.trained < self.questions
+            remedy = "`--without-trained` leaves those out" if some else "judge on others"
+            end = f"the figures over-state; {remedy}"
         return f"{told}for case, space and marks): {end}"
 
     def as_json(self) -> dict[str, int | bool | None]:

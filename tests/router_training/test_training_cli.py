@@ -142,7 +142,15 @@ def test_questions_trained_on_are_told(data: Path, tmp_path: Path) -> None:
     told = "300 of 300 judged questions (100.0 %) were trained on (equal but for case, space and"
     status, out, err = run("evaluate", "--artefact", folder, "--data", data)
     assert status == 0, err
-    assert f"router: {told} marks): the figures over-state" in out
+    assert f"router: {told} marks): the figures over-state; judge on others" in out
+    others = write_table(tmp_path / "others.csv", table(20, seed=2)).read_text().splitlines()
+    more = write_csv(tmp_path / "more.csv", *data.read_text().splitlines(), *others[1:])
+    status, out, err = run("evaluate", "--artefact", folder, "--data", more)
+    assert status == 0, err
+    assert "the figures over-state; `--without-trained` leaves those out" in out
+    status, out, err = run("evaluate", "--artefact", folder, "--data", more, "--without-trained")
+    assert status == 0, err
+    assert "marks): they are left out" in out
     status, out, err = run("report", "--artefact", folder, "--data", data, "--out", page)
     assert status == 0, err
     assert f"router: {told}" in out
