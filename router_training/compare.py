@@ -24,7 +24,7 @@ from router_training.crossfit import Chosen
 from router_training.curves import BUDGETS, aiq, operating_points
 from router_training.errors import NoBudget
 from router_training.evaluate import Latency, timed_in_turn
-from router_training.knob import at_best_single, curve_of
+from router_training.knob import CurveTrial, curve_of
 from router_training.measures import earned
 from router_training.overlap import parted
 from router_training.pairing import pair_measures
@@ -231,7 +231,7 @@ class Judge:
             aiq=aiq(points, float(costs.max())),
             at_best=None
             if curve is None
-            else at_best_single(curve, quality, cost, dev, best, seed=self._workshop.seed),
+            else CurveTrial(curve, quality, cost, dev, best, self._workshop.seed).at_best_single(),
         )
 
     def _within_each(self, within: Callable[[float], float | None]) -> dict[str, float | None]:

@@ -18,7 +18,7 @@ from composer.types import FloatArray
 from router_training.cells import listed
 from router_training.curves import BUDGETS
 from router_training.errors import TrainingError
-from router_training.knob import kept_promises
+from router_training.knob import CurveTrial
 from router_training.loading import load_router
 from router_training.overlap import Overlap, parted
 from router_training.progress import Progress, silent
@@ -68,7 +68,7 @@ class Judged:
     """One artefact: `card` as `scorecard` makes it of `predicted` quality and `expected_cost` on
     the evaluation's outcomes, (n, E) each; in US dollars, None where it knows no price. `overlap`
     tells how many of the questions it was trained on, `knob` what its curve promised and kept on
-    these, as `kept_promises` has it."""
+    these, as `CurveTrial.kept_promises` has it."""
 
     name: str
     router: str
@@ -198,7 +198,7 @@ def _knob(
     if curve is None or cost is None or model.manifest.joined:
         return None
     best = yardstick_of(model.manifest, experts).best
-    return kept_promises(curve, quality, cost, outcomes, best, seed=seed)
+    return CurveTrial(curve, quality, cost, outcomes, best, seed).kept_promises()
 
 
 def timed(model: LearnedModel, texts: Sequence[str], encode: Encode) -> Latency:

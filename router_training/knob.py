@@ -4,7 +4,7 @@ seen, and whether other questions keep that promise. Knows no router."""
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -180,97 +180,101 @@ def decided_at(
     return np.asarray(np.where(outcomes.known, value, -np.inf).argmax(axis=1), np.intp)
 
 
-def kept_promises(
-    curve: Curve,
-    quality: npt.NDArray[np.floating],
-    expected_cost: npt.NDArray[np.floating],
-    outcomes: Outcomes,
-    best: int,
-    *,
-    seed: int = 0,
-) -> list[dict[str, Any]] | None:
-    """What the curve's settings reach on other questions, for each share ASKED of the best single
-    expert's quality.
+@dataclass(frozen=True, slots=True, eq=False)
+class CurveTrial:
+    """A curve on other questions than its own. `quality` and `expected_cost` (n, E) are what the
+    router says of them, calibrated and in US dollars a call, `outcomes` what came of them; `best`
+    is the column of the best single expert where the curve was made."""
 
-    `promised`, with the `interval` that the curve gives it, and `achieved`, with `achieved_ci95`,
-    are such shares, each of what that expert reaches on the same questions (drawn together): other
-    questions may be harder for everybody, and the curve knows nothing of that. `within_interval`
-    says whether what was achieved lies in the curve's interval. The means themselves stand beside
-    them (`…_quality`), and costs in US dollars a call. `expert` is who alone met the promise best,
-    where nobody else was asked. Questions without an outcome of the best single expert, or of
-    anybody else, are left out. None without any other, or without their costs."""
-    rows = np.asarray(outcomes.known[:, best] & outcomes.decidable, np.bool_)
-    outcomes, quality, expected_cost = outcomes.rows(rows), quality[rows], expected_cost[rows]
-    if not len(outcomes) or not outcomes.priced:
-        return None
-    if float(base_rates(outcomes)[best]) <= 0:
-        return None
-    told = []
-    for share in ASKED:
-        point = curve.at_quality(share)
-        chosen = _decided_by(point, quality, expected_cost, outcomes)
-        both = np.stack([earned(outcomes.quality, chosen), earned(outcomes.cost, chosen)], axis=1)
-        reached, spent = side_by_side(both, outcomes.group, seed=seed, resamples=RESAMPLES)
-        [achieved] = _shares(both[:, :1], outcomes, best, seed)
-        promised, low, high = curve.share(point)
-        told.append(
-            {
-                "asked": share,
-                "weight": point.weight,
-                "expert": point.expert,
-                "promised": promised,
-                "interval": [low, high],
-                "achieved": achieved.mean,
-                "achieved_ci95": [achieved.low, achieved.high],
-                "within_interval": low <= achieved.mean <= high,
-                "promised_quality": point.quality,
-                "achieved_quality": reached.mean,
-                "achieved_quality_ci95": [reached.low, reached.high],
-                "promised_cost": point.cost,
-                "achieved_cost": spent.mean,
-            }
+    curve: Curve
+    quality: npt.NDArray[np.floating]
+    expected_cost: npt.NDArray[np.floating]
+    outcomes: Outcomes
+    best: int
+    seed: int = 0
+
+    def kept_promises(self) -> list[dict[str, Any]] | None:
+        """What the curve's settings reach here, for each share ASKED of the best single expert's
+        quality.
+
+        `promised`, with the `interval` that the curve gives it, and `achieved`, with
+        `achieved_ci95`, are such shares, each of what that expert reaches on the same questions
+        (drawn together): other questions may be harder for everybody, and the curve knows nothing
+        of that. `within_interval` says whether what was achieved lies in the curve's interval. The
+        means themselves stand beside them (`…_quality`), and costs in US dollars a call. `expert`
+        is who alone met the promise best, where nobody else was asked. Questions without an outcome
+        of the best single expert, or of anybody else, are left out. None without any other, or
+        without their costs."""
+        here = self._comparable()
+        outcomes = here.outcomes
+        if not len(outcomes) or not outcomes.priced:
+            return None
+        if float(base_rates(outcomes)[here.best]) <= 0:
+            return None
+        told = []
+        for share in ASKED:
+            point = here.curve.at_quality(share)
+            chosen = here._decided_by(point)
+            both = np.stack(
+                [earned(outcomes.quality, chosen), earned(outcomes.cost, chosen)], axis=1
+            )
+            reached, spent = side_by_side(both, outcomes.group, seed=here.seed, resamples=RESAMPLES)
+            [achieved] = _shares(both[:, :1], outcomes, here.best, here.seed)
+            promised, low, high = here.curve.share(point)
+            told.append(
+                {
+                    "asked": share,
+                    "weight": point.weight,
+                    "expert": point.expert,
+                    "promised": promised,
+                    "interval": [low, high],
+                    "achieved": achieved.mean,
+                    "achieved_ci95": [achieved.low, achieved.high],
+                    "within_interval": low <= achieved.mean <= high,
+                    "promised_quality": point.quality,
+                    "achieved_quality": reached.mean,
+                    "achieved_quality_ci95": [reached.low, reached.high],
+                    "promised_cost": point.cost,
+                    "achieved_cost": spent.mean,
+                }
+            )
+        return told
+
+    def at_best_single(self) -> AtBest | None:
+        """The cheapest setting that the curve, on its own questions, has as good as the best single
+        expert (at worst that expert itself), applied to these. The weight with which these
+        themselves are just as good would be chosen with hindsight: the luckiest of some 200. None
+        where the curve is nowhere as good, or on these questions an outcome of that expert or a
+        cost is missing."""
+        point = self.curve.at_quality(1.0)
+        here = self._comparable()
+        outcomes = here.outcomes
+        reached = point.quality >= here.curve.best_single * (1 - 1e-9)  # up to rounding
+        single_cost = float(mean_costs(outcomes)[here.best])
+        if not reached or not len(outcomes) or not outcomes.priced or not single_cost > 0:
+            return None
+        chosen = here._decided_by(point)
+        spent = earned(outcomes.cost, chosen) / single_cost
+        over = earned(outcomes.quality, chosen) - outcomes.quality[:, here.best].astype(np.float64)
+        share, gain = side_by_side(
+            np.stack([spent, over], axis=1), outcomes.group, seed=here.seed, resamples=RESAMPLES
         )
-    return told
+        return AtBest(point.weight, share, gain)
 
+    def _comparable(self) -> CurveTrial:
+        """On the questions with a choice and an outcome of the best single expert."""
+        rows = np.asarray(self.outcomes.known[:, self.best] & self.outcomes.decidable, np.bool_)
+        return replace(
+            self,
+            quality=self.quality[rows],
+            expected_cost=self.expected_cost[rows],
+            outcomes=self.outcomes.rows(rows),
+        )
 
-def _decided_by(
-    point: Point,
-    quality: npt.NDArray[np.floating],
-    expected_cost: npt.NDArray[np.floating],
-    outcomes: Outcomes,
-) -> npt.NDArray[np.intp]:
-    """(n,) the point's expert, or who its weight decides for where that one has no outcome."""
-    chosen = decided_at(point.weight, quality, expected_cost, outcomes)
-    if point.expert is None:
-        return chosen
-    expert = outcomes.experts.index(point.expert)
-    return np.asarray(np.where(outcomes.known[:, expert], expert, chosen), np.intp)
-
-
-def at_best_single(
-    curve: Curve,
-    quality: npt.NDArray[np.floating],
-    expected_cost: npt.NDArray[np.floating],
-    outcomes: Outcomes,
-    best: int,
-    *,
-    seed: int = 0,
-) -> AtBest | None:
-    """The cheapest setting that the curve, on its own questions, has as good as the best single
-    expert (at worst that expert itself), applied to others. The weight with which these themselves
-    are just as good would be chosen with hindsight: the luckiest of some 200. None where the curve
-    is nowhere as good, or on these questions an outcome of that expert or a cost is missing."""
-    point = curve.at_quality(1.0)
-    rows = np.asarray(outcomes.known[:, best] & outcomes.decidable, np.bool_)
-    outcomes, quality, expected_cost = outcomes.rows(rows), quality[rows], expected_cost[rows]
-    reached = point.quality >= curve.best_single * (1 - 1e-9)  # up to rounding
-    single_cost = float(mean_costs(outcomes)[best])
-    if not reached or not rows.any() or not outcomes.priced or not single_cost > 0:
-        return None
-    chosen = _decided_by(point, quality, expected_cost, outcomes)
-    spent = earned(outcomes.cost, chosen) / single_cost
-    over = earned(outcomes.quality, chosen) - outcomes.quality[:, best].astype(np.float64)
-    share, gain = side_by_side(
-        np.stack([spent, over], axis=1), outcomes.group, seed=seed, resamples=RESAMPLES
-    )
-    return AtBest(point.weight, share, gain)
+    def _decided_by(self, point: Point) -> npt.NDArray[np.intp]:
+        """(n,) the point's expert, or who its weight decides for where that one has no outcome."""
+        chosen = decided_at(point.weight, self.quality, self.expected_cost, self.outcomes)
+        if point.expert is None:
+            return chosen
+        expert = self.outcomes.experts.index(point.expert)
+        return np.asarray(np.where(self.outcomes.known[:, expert], expert, chosen), np.intp)

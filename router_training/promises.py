@@ -1,5 +1,5 @@
 """What a knob promised and kept as rows of a table, the same for the screen, Markdown and the page.
-Knows how `knob.kept_promises` tells it and no router."""
+Knows how `CurveTrial.kept_promises` tells it and no router."""
 
 from __future__ import annotations
 

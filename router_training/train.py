@@ -38,7 +38,7 @@ from router_training.crossfit import (
 )
 from router_training.errors import TrainingError
 from router_training.intervals import paired
-from router_training.knob import curve_of, kept_promises
+from router_training.knob import CurveTrial, curve_of
 from router_training.measures import earned
 from router_training.progress import Progress, silent
 from router_training.rejection import rejectable, threshold_of
@@ -314,9 +314,9 @@ class Workshop:
         card = self.judge(scored.quality, scored.cost, dev, threshold=threshold)
         curve, promises = model.manifest.curve, None
         if curve is not None and scored.cost is not None:
-            promises = kept_promises(
-                curve, scored.quality, scored.cost, dev, self.yardstick.best, seed=self.seed
-            )
+            promises = CurveTrial(
+                curve, scored.quality, scored.cost, dev, self.yardstick.best, self.seed
+            ).kept_promises()
         return {"dev": card, "dev_promises": promises}
 
     def judge(

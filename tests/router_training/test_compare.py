@@ -13,7 +13,7 @@ from router_training.compare import SHARES, compare
 from router_training.compared import COMPARISONS, Comparison, over_budgets, over_pools
 from router_training.comparison import markdown
 from router_training.errors import TrainingError
-from router_training.knob import at_best_single
+from router_training.knob import CurveTrial
 from router_training.pairing import pair_measures
 from router_training.published import BAR, PUBLISHED
 from tests.router_training.helpers import logged, outcomes
@@ -149,16 +149,16 @@ def test_what_the_best_singles_quality_costs_is_not_chosen_with_hindsight() -> N
     curve = Curve.model_validate({"best_single": 0.8, "best_single_cost": 2.0, "points": points})
     data = outcomes([[1, 1], [1, 0], [0, 1], [1, 1]], [[2.0, 1.0]] * 4)
     said = np.array([[0.8, 0.6], [0.9, 0.2], [0.3, 0.6], [0.8, 0.6]])
-    told = at_best_single(curve, said, data.cost, data, 0)
+    told = CurveTrial(curve, said, data.cost, data, 0).at_best_single()
     assert told is not None
     assert told.weight == 0.0  # with 0.3, all four would be right at 5 instead of 7 dollars
     assert told.share.mean == pytest.approx(7 / 8)
     assert told.over.mean == pytest.approx(1 / 4)
     assert told.share.low <= told.share.mean <= told.share.high
     worse = curve.model_copy(update={"best_single": 0.9})
-    assert at_best_single(worse, said, data.cost, data, 0) is None
+    assert CurveTrial(worse, said, data.cost, data, 0).at_best_single() is None
     unpriced = outcomes(data.quality)
-    assert at_best_single(curve, said, data.cost, unpriced, 0) is None
+    assert CurveTrial(curve, said, data.cost, unpriced, 0).at_best_single() is None
 
 
 def test_questions_fitted_on_are_told_and_can_be_left_out() -> None:

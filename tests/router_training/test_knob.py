@@ -15,7 +15,7 @@ from composer.routing.base import Scores
 from composer.routing.choose import choose, most_experts
 from composer.routing.curve import Curve, Point
 from composer.types import Component, Policy, Unsure
-from router_training.knob import ASKED, curve_of, enveloped, kept_promises
+from router_training.knob import ASKED, CurveTrial, curve_of, enveloped
 from router_training.promises import promise_row
 from router_training.train import train
 from tests.router_training.helpers import outcomes
@@ -32,7 +32,7 @@ def test_promises_hold_on_held_out_questions() -> None:
     scored = model.score(held_out.text, encode)
     assert scored.cost is not None
     best = int(np.argmax([e.quality for e in model.manifest.experts]))
-    kept = kept_promises(curve, scored.quality, scored.cost, held_out, best)
+    kept = CurveTrial(curve, scored.quality, scored.cost, held_out, best).kept_promises()
     assert kept is not None
     for share, promise in zip(ASKED, kept, strict=True):
         assert promise["within_interval"], promise
@@ -71,7 +71,7 @@ def test_a_promise_is_a_share_of_what_the_best_single_expert_reaches_there() -> 
     curve = curve_of(predicted, cost, outcomes(right, cost), 0)
     assert curve is not None
     harder = right * (rng.random(400) < 0.5)[:, None]
-    kept = kept_promises(curve, predicted, cost, outcomes(harder, cost), 0)
+    kept = CurveTrial(curve, predicted, cost, outcomes(harder, cost), 0).kept_promises()
     assert kept is not None
     for promise in kept:
         assert promise["achieved_quality"] < 0.6 * promise["promised_quality"]
@@ -160,7 +160,7 @@ def test_a_router_that_is_worse_than_the_best_single_expert_leaves_it_the_aim() 
     assert curve is not None
     assert curve.at_quality(1.0).expert == "e1"
     assert curve.most == pytest.approx(1.0)
-    kept = kept_promises(curve, rng.random((60, 3)), cost, outcomes(right, cost), 1)
+    kept = CurveTrial(curve, rng.random((60, 3)), cost, outcomes(right, cost), 1).kept_promises()
     assert kept is not None
     assert (kept[-1]["expert"], kept[-1]["achieved"]) == ("e1", pytest.approx(1.0))
     assert kept[-1]["interval"] == pytest.approx([1.0, 1.0])  # of itself
@@ -237,4 +237,4 @@ def test_the_curve_is_of_questions_with_a_choice() -> None:
     assert curve_of(wider[0][40:], wider[1][40:], alone, 0) is None
     curve = curve_of(predicted, cost, both, 0)
     assert curve is not None
-    assert kept_promises(curve, wider[0][40:], wider[1][40:], alone, 0) is None
+    assert CurveTrial(curve, wider[0][40:], wider[1][40:], alone, 0).kept_promises() is None
