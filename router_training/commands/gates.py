@@ -62,13 +62,13 @@ def make(
 ) -> None:
     """Make a gate over adapters of one base; what is learnt is learnt from --data."""
     with told_plainly():
-        from router_training.gates.making import embeds
+        from router_training.gates.making import embeds_to_make
         from router_training.gates.making import make as build
 
         assigned = _assigned(setting or [])
-        embedding = embeds(kind, assigned)
+        embedded = embeds_to_make(kind, assigned)
         with bars(as_json) as progress:
-            bench = _bench(adapter, base, data, general, seed, progress, embedding)
+            bench = _bench(adapter, base, data, general, seed, progress, embedded)
             gate = build(kind, bench, assigned)
     _finish(gate, out_folder, as_json)
 
@@ -90,12 +90,12 @@ def add(
 ) -> None:
     """Add members by their own training alone; what the others have stays bit for bit."""
     with told_plainly():
-        from composer.adapters.gates.files import read_manifest
         from router_training.gates.making import add as extend
+        from router_training.gates.making import embeds_to_join
 
-        embeds = read_manifest(gate).per_request
+        embedded = embeds_to_join(gate)
         with bars(as_json) as progress:
-            bench = _bench(adapter, base, data, general, seed, progress, embeds)
+            bench = _bench(adapter, base, data, general, seed, progress, embedded)
             bench = replace(bench, instructions=_texts(instruction or []))
             grown = extend(gate, bench)
     _finish(grown, out_folder, as_json)
@@ -123,7 +123,7 @@ def _bench(
     general: Path | None,
     seed: int,
     progress: Any,
-    embeds: bool,
+    embedded: bool,
 ) -> Any:
     from composer.adapters.factors import read_lora
     from router_training.embedding import open_embedding
@@ -133,7 +133,7 @@ def _bench(
 
     questions = None if data is None else read_questions(data)
     members = members_in(adapter)
-    embedding = open_embedding(progress) if embeds else None
+    embedding = open_embedding(progress) if embedded else None
     return Bench(
         members,
         None if base is None else base_in(base),

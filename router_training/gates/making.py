@@ -12,7 +12,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from composer.adapters.gates.build import without
-from composer.adapters.gates.files import MANIFEST, Gate, read_gate, write_gate
+from composer.adapters.gates.files import MANIFEST, Gate, read_gate, read_manifest, write_gate
 from composer.adapters.gates.untrained import ARROW
 from router_training.errors import TrainingError
 from router_training.gates.base import Bench, GateKind, GateSettings
@@ -25,14 +25,22 @@ def make(kind: str, bench: Bench, settings: Mapping[str, Any]) -> Gate:
     _check_general(kind, bench)
     checked = _checked(kind, chosen.settings, settings)
     try:
-        return chosen.make(bench, checked)
+        gate = chosen.make(bench, checked)
     except ValueError as error:
         raise TrainingError(str(error)) from error
+    assert gate.manifest.per_request == checked.embeds
+    return gate
 
 
-def embeds(kind: str, settings: Mapping[str, Any]) -> bool:
-    """Whether making such a gate needs the project's embedder. Raises TrainingError."""
+def embeds_to_make(kind: str, settings: Mapping[str, Any]) -> bool:
+    """Whether the project's embedder is needed for such a gate. Raises TrainingError."""
     return _checked(kind, kind_of(kind).settings, settings).embeds
+
+
+def embeds_to_join(folder: Path) -> bool:
+    """Whether it is for members to join the gate in `folder`: where it was to make that (`make`
+    sees to it that the manifest says so). Raises AdapterError."""
+    return read_manifest(folder).per_request
 
 
 def add(folder: Path, bench: Bench) -> Gate:

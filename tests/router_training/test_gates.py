@@ -31,7 +31,7 @@ from router_training.gates.base import Base, Bench
 from router_training.gates.batches import IGNORED, batches, encoded, padded
 from router_training.gates.kinds import KINDS
 from router_training.gates.loading import base_in
-from router_training.gates.making import add, make, publish, remove
+from router_training.gates.making import add, embeds_to_join, embeds_to_make, make, publish, remove
 from router_training.gates.questions import Question, Questions, read_questions
 from router_training.gates.softmax import imbalance
 
@@ -82,6 +82,7 @@ def test_every_kind_is_made_written_and_read(kind: str, tmp_path: Path) -> None:
     publish(gate, tmp_path / "gate")
     again = read_gate(tmp_path / "gate")
     assert again.manifest.paper
+    assert embeds_to_join(tmp_path / "gate") == embeds_to_make(kind, {})
     assert chosen.trained == ("data" in again.manifest.report)
     same = make(kind, bench(), QUICK if chosen.trained else {})
     assert digest(same, tmp_path / "same") == again.manifest.digest
