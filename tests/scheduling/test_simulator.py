@@ -10,10 +10,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from benchmarks.swapping.baseline import Baseline
 from benchmarks.swapping.baselines import (
     ActiveSet,
     ArrivalOrder,
-    Baseline,
     LeastRecentlyUsed,
     MergedWaits,
 )
