@@ -15,9 +15,10 @@ from fastapi import Request as HttpRequest
 from pydantic import Field, ValidationError
 
 from api.answering import whole
+from api.body import Body, off
 from api.errors import WireError, logged, validation_error
 from api.responses import to_json
-from api.schemas import Body, Caller, ChatBody, CompletionBody, off
+from api.schemas import Caller, ChatBody, CompletionBody
 from api.wire import ChatWire, CompletionWire, Wire
 from composer.batch.base import Line, Reply
 from composer.batch.files import Files

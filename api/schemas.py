@@ -14,15 +14,15 @@ from types import MappingProxyType
 from typing import Annotated, Any, Literal
 
 from pydantic import (
-    AfterValidator,
     BaseModel,
     BeforeValidator,
     ConfigDict,
     Field,
-    model_validator,
 )
 from pydantic_core import PydanticCustomError
 
+from api.body import Body, off
+from api.composer_field import ComposerField
 from api.messages import AnyMessage, needs_of, plain
 from api.parameters import ChatParameters, Parameters
 from composer.errors import RequestError
@@ -31,28 +31,8 @@ from composer.types import Ability, Request, Sampling
 MAX_N = 8
 MAX_STOP = 4
 MAX_TOP_LOGPROBS = 20
-MAX_WAIT_S = 86_400
 LEGACY_MAX_TOKENS = 16
 """What OpenAI's /v1/completions takes when `max_tokens` is left out."""
-
-
-class Body(BaseModel):
-    """JSON as sent: no text is read as a number, no number as text."""
-
-    model_config = ConfigDict(strict=True, extra="forbid", frozen=True)
-
-
-def off(*values: Any) -> AfterValidator:
-    """Only `null` and these values pass: they ask for nothing."""
-
-    def check(value: Any) -> Any:
-        if value is None or any(type(value) is type(v) and value == v for v in values):
-            return value
-        raise PydanticCustomError(
-            "unsupported", "this cannot be honoured here and would change the answer; leave it out"
-        )
-
-    return AfterValidator(check)
 
 
 class Ignored(Body):
@@ -66,61 +46,6 @@ class Ignored(Body):
     prompt_cache_key: str | None = None
     prompt_cache_options: dict[str, Any] | None = None
     prompt_cache_retention: str | None = None
-
-
-class ComposerField(Body):
-    """The `composer` field of a request."""
-
-    exclude: list[str] = Field([], description="Experts that must not answer this request.")
-    priority: Literal["interactive", "batch"] = Field(
-        "interactive", description="A batch request gives way to all others, and waits for them."
-    )
-    max_wait_s: float | None = Field(
-        None,
-        gt=0,
-        le=MAX_WAIT_S,
-        allow_inf_nan=False,
-        description="Most seconds that each of its calls may wait for its expert before the "
-        "request is refused (503). It can only shorten what the policy allows.",
-    )
-    quality: float | None = Field(
-        None,
-        ge=0,
-        allow_inf_nan=False,
-        description="Share of the best single expert's mean quality to be reached at least cost: "
-        "1 is as good as that expert, and the highest is what the router's curve reaches (1, or "
-        "more where routing beats that expert); needs a policy with a trained router, and takes "
-        "the place of what it aims at.",
-    )
-    max_cost: float | None = Field(
-        None,
-        gt=0,
-        allow_inf_nan=False,
-        description="US dollars that such requests may cost on average, all calls of each "
-        "together, for the best quality.",
-    )
-    session: str | None = Field(
-        None,
-        min_length=1,
-        max_length=512,
-        description="Your name for this conversation, which then rather keeps its expert; default: "
-        "the header x-composer-session, or how the conversation began.",
-    )
-    explore: bool = Field(True, description="Whether an expert may be tried out on this request.")
-    gates: bool | Literal["all", "layers"] | None = Field(
-        None,
-        description="Whether to tell which adapters of a gated expert spoke at which token, in "
-        "`composer.gates` of the answer: true or `all` on average over all layers, `layers` by "
-        "ranges of them, attention and the rest apart.",
-    )
-
-    @model_validator(mode="after")
-    def _one_aim(self) -> ComposerField:
-        if self.quality is not None and self.max_cost is not None:
-            raise PydanticCustomError(
-                "two_aims", "it has both quality and max_cost; leave one of them out"
-            )
-        return self
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,9 +7,9 @@ from typing import Literal
 from pydantic import Field
 from starlette.responses import Response
 
+from api.body import Body
 from api.deps import ADMIN, ServiceDep, make_router
 from api.responses import Json
-from api.schemas import Body
 from composer.errors import Conflict, UnknownModel
 
 router = make_router()

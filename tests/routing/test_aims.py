@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from api.schemas import ComposerField
+from api.composer_field import ComposerField
 from composer.errors import Unsupported
 from composer.routing.aims import aim_of, beyond
 from composer.routing.base import Scores
