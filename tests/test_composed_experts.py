@@ -128,8 +128,8 @@ async def test_a_stream_and_a_reload_of_a_composition_for_a_query(tmp_path: Path
         del file["experts"]["reverse"], file["experts"]["shout"]
         file["policies"]["mixed"]["experts"] = ["uppercase", "plural"]
         (tmp_path / "experts.yaml").write_text(yaml.safe_dump(file))
-        await service.reload()
-        assert service.reload_state.ok, service.reload_state
+        await service.changes.reload()
+        assert service.changes.state.ok, service.changes.state
         for _ in range(100):
             if not list(queries.iterdir()):
                 break
@@ -169,13 +169,13 @@ async def test_on_a_full_server_a_composition_gives_way_to_experts_unless_it_ans
             file = yaml.safe_load(text)
             file["experts"]["sort-digits"] = digits
             (tmp_path / "experts.yaml").write_text(yaml.safe_dump(file))
-            await service.reload()
-            assert "1 of them were composed" in str(service.reload_state.problems)
+            await service.changes.reload()
+            assert "1 of them were composed" in str(service.changes.state.problems)
         hold.release()
         async with asyncio.timeout(20):
             while "sort-digits" not in service.generations.current.catalog.experts:
                 await asyncio.sleep(0.02)
-        assert service.reload_state.ok
+        assert service.changes.state.ok
         assert await asked(client, ASKED["sort-digits"][0]) == ("sort-digits", "1234")
 
 
@@ -187,15 +187,15 @@ async def test_a_member_that_changes_or_goes_reaches_the_composition(tmp_path: P
         file["experts"]["uppercase"]["adapter"] = str(TINY / "experts" / "large" / "plural")
         del file["experts"]["uppercase"]["prompt"]
         (tmp_path / "experts.yaml").write_text(yaml.safe_dump(file))
-        await service.reload()
-        assert service.reload_state.ok
+        await service.changes.reload()
+        assert service.changes.state.ok
         who, said = await asked(client, SHOUT)
         assert (who, said == "WINTER") == ("shout", False)
 
         del file["experts"]["uppercase"]
         (tmp_path / "experts.yaml").write_text(yaml.safe_dump(file))
-        await service.reload()
-        assert "no expert is called 'uppercase'" in str(service.reload_state.problems)
+        await service.changes.reload()
+        assert "no expert is called 'uppercase'" in str(service.changes.state.problems)
         assert await asked(client, SHOUT) == ("shout", said)
 
 

@@ -120,7 +120,7 @@ async def test_a_policy_that_is_gone_is_not_held(tmp_path: Path) -> None:
         assert service.learning.stats()["policies"].keys() == {"auto", "second"}
         del config["policies"]["second"]
         (tmp_path / "experts.yaml").write_text(yaml.safe_dump(config))
-        await service.reload()
+        await service.changes.reload()
         await learn(service)
         assert service.learning.stats()["policies"].keys() == {"auto"}
 

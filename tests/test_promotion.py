@@ -204,7 +204,7 @@ async def test_a_promotion_whose_shadow_has_gone_is_undone_for_good(
 ) -> None:
     async with serving(tmp_path, shadowed(artefacts)) as (client, service):
         shown = (await client.get("/v1/policies/auto/promotion")).json()
-        await service.promote("auto", promotion_of(shown["shadow"]))
+        await service.changes.promote("auto", promotion_of(shown["shadow"]))
         assert await greedy(client) == "uppercase"
     async with serving(tmp_path, registry("uppercase", "plural")) as (client, service):
         digest = service.generations.current.catalog.digest
@@ -242,7 +242,7 @@ async def test_what_does_not_run_in_shadow_is_not_promoted(tmp_path: Path, artef
     async with serving(tmp_path, shadowed(artefacts)) as (client, service):
         version = service.generations.current.catalog.version
         with pytest.raises(Conflict, match="does not run in the shadow of policy 'auto'"):
-            await service.promote("auto", promotion_of("sha256:gone"))
+            await service.changes.promote("auto", promotion_of("sha256:gone"))
         assert service.promotions.wanted == {}
         assert await Shadows(service.store).promotions() == {}
         assert service.generations.current.catalog.version == version

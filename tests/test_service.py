@@ -125,7 +125,7 @@ async def test_closing_during_a_reload_leaves_no_engine_behind(tmp_path: Path) -
         config = yaml.safe_load(registry("uppercase", "plural"))
         config["servers"]["tiny"]["max_batch"] = 3  # another engine, so the reload builds one
         (tmp_path / "experts.yaml").write_text(yaml.safe_dump(config))
-        reloading = asyncio.create_task(service.reload())
+        reloading = asyncio.create_task(service.changes.reload())
         await asyncio.sleep(0.05)
         await service.close()
         await reloading

@@ -19,7 +19,7 @@ router = make_router()
 async def add(body: ExpertBody, service: ServiceDep) -> Response:
     """Serve one more expert, now and after a restart. The body is an entry of experts.yaml
     with its `id`; it joins every policy that takes all experts."""
-    expert = await service.add_expert(body.model_dump(exclude_unset=True))
+    expert = await service.changes.add_expert(body.model_dump(exclude_unset=True))
     return Json(
         expert_body(expert), status_code=201, headers={"location": f"/v1/experts/{expert.id}"}
     )
@@ -44,7 +44,7 @@ async def get(expert: str, service: ServiceDep, excluded: Excluded) -> Response:
 @router.delete("/v1/experts/{expert:path}", dependencies=[ADMIN])
 async def remove(expert: str, service: ServiceDep) -> Response:
     """Take an expert away that was added here. Requests it is answering go on to their end."""
-    await service.remove_expert(expert)
+    await service.changes.remove_expert(expert)
     return Json({"id": expert, "object": "expert", "deleted": True})
 
 

@@ -43,7 +43,7 @@ async def change(policy: str, body: PromotionBody, service: ServiceDep) -> Respo
         promotion = await promotions.promotion_of(policy, any_look=body.any_look)
     elif policy not in promotions.wanted:
         await promotions.status(policy)  # says why there is nothing to undo
-    await service.promote(policy, promotion)
+    await service.changes.promote(policy, promotion)
     try:
         status = await promotions.status(policy)
     except (Conflict, UnknownModel):  # undone, and nothing runs in shadow

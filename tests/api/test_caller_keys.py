@@ -161,12 +161,12 @@ async def test_a_policy_and_a_default_that_the_key_leaves_nothing_of_are_not_lis
 ) -> None:
     policies["default_expert"] = "shout"
     world.keys = (key("quiet", "shout"), key("mute", "shout", "team/sort"))
-    await world.service.add_expert({"id": "third", "server": "box", "description": "x"})
+    await world.service.changes.add_expert({"id": "third", "server": "box", "description": "x"})
     models = (await client.get("/v1/models", headers=bearer("quiet"))).json()["data"]
     (auto,) = (model for model in models if model["id"] == "auto")
     assert auto["composer"]["default_expert"] is None
     world.keys = (key("mute", "shout", "team/sort", "third", "fourth"),)
-    await world.service.add_expert({"id": "fourth", "server": "box", "description": "x"})
+    await world.service.changes.add_expert({"id": "fourth", "server": "box", "description": "x"})
     models = (await client.get("/v1/models", headers=bearer("mute"))).json()["data"]
     assert [model["id"] for model in models] == ["fake-embedder"]
 
@@ -228,7 +228,7 @@ async def test_an_excluded_default_or_null_expert_does_not_step_in(
     client: httpx.AsyncClient, world: World, policies: dict[str, Any], fields: dict[str, Any]
 ) -> None:
     policies |= fields
-    await world.service.reload()
+    await world.service.changes.reload()
     for name, expected in (("quiet", "team/sort"), ("open", "shout")):
         answer = await ask(client, "whatever", name)
         assert answer.json()["composer"]["expert"] == expected
@@ -238,12 +238,12 @@ async def test_a_session_does_not_keep_an_expert_that_its_key_excludes_by_now(
     client: httpx.AsyncClient, world: World, policies: dict[str, Any]
 ) -> None:
     policies["stay"] = 0.9
-    await world.service.reload()
+    await world.service.changes.reload()
     named = {"session": "s"}
     first = await ask(client, "please shout", "open", composer=named)
     assert first.json()["composer"]["expert"] == "shout"
     world.keys = (key("open", "shout"),)
-    await world.service.add_expert({"id": "third", "server": "box", "description": "x"})
+    await world.service.changes.add_expert({"id": "third", "server": "box", "description": "x"})
     second = await ask(client, "please shout", "open", composer=named)
     assert second.json()["composer"]["expert"] != "shout"
 
