@@ -11,7 +11,6 @@ import logging
 from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, replace
 from functools import cache, partial
-from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -27,9 +26,10 @@ from composer.engines.local import EmbeddedEngine
 from composer.engines.openai import OpenAIEngine
 from composer.engines.replay import ReplayEngine
 from composer.engines.vllm import VllmEngine
-from composer.errors import EngineUnavailable, Problem
+from composer.errors import Problem
 from composer.generations import Generation, Way, let_go, prepared
 from composer.mixing import Mixer
+from composer.places import place_of, started
 from composer.registry import (
     EngineFamily,
     Families,
@@ -47,7 +47,6 @@ from composer.routing.llm import LlmRouter
 from composer.routing.neighbours import NeighboursRouter
 from composer.routing.online import OnlineRouter
 from composer.scheduling.base import Place
-from composer.scheduling.events import Model
 from composer.scheduling.policy import SwapPolicy
 from composer.scheduling.scheduler import DeviceScheduler
 from composer.scheduling.state import PolicySettings
@@ -61,9 +60,6 @@ from composer.strategies.vote import Vote
 from composer.types import Catalog, Component, Expert, Policy, Server
 
 log = logging.getLogger(__name__)
-
-LOOK_S = 5.0
-"""How long a boot or a reload waits for a server that somebody else runs."""
 
 ROUTERS: Mapping[str, type[Router]] = {
     c.name: c for c in (NeighboursRouter, LearnedRouter, OnlineRouter, LlmRouter)
@@ -238,28 +234,6 @@ def make_scheduler(settings: Settings) -> DeviceScheduler:
     )
 
 
-def place_of(server: Server, engine: Engine, taken: Collection[str]) -> Place:
-    """The server as the scheduler sees it, under a name that is not taken."""
-    name = next(
-        name
-        for number in count(1)
-        if (name := server.id if number == 1 else f"{server.id}#{number}") not in taken
-    )
-    capacity, placement = engine.capacity, server.placement
-    model = Model(name, capacity.in_flight, capacity.queue, capacity.adapters)
-    if placement is None:
-        return Place(f"server:{name}", model, engine)  # no device's id has a colon
-    asleep = placement.sleep_level is not None
-    model = replace(
-        model,
-        movable=True,
-        memory_gb=placement.memory_gb,
-        load_s=placement.wake_s if asleep else placement.start_s,
-        unload_s=placement.sleep_s if asleep else placement.stop_s,
-    )
-    return Place(placement.device, model, engine)
-
-
 Prepare = Callable[[Generation, Sequence[Generation]], Awaitable[None]]
 """Loads the adapters of a generation that is being built, beside the live ones'."""
 
@@ -307,32 +281,16 @@ async def _engine_for(server: Server, live: Sequence[Generation]) -> tuple[Engin
     if shared is not None:
         engine, place = shared.engines[server.id], shared.places[server.id]
         if server.placement is None and not (await engine.health()).ok:
-            await _started(server.id, engine)
+            await started(server.id, engine)
         return engine, place
     engine = ENGINES[server.engine](server.id, server.settings, placement=server.placement)
     try:
-        there = server.placement is None and await _started(server.id, engine)
+        there = server.placement is None and await started(server.id, engine)
     except BaseException:
         await engine.close()
         raise
     taken = {g.place(server.id) for g in live if server.id in g.engines}
     return engine, replace(place_of(server, engine, taken), there=there)
-
-
-async def _started(server: str, engine: Engine) -> bool:
-    """Somebody else's server may be away: the scheduler then waits for it, and its calls with
-    it, up to their bounds."""
-    if not engine.external:
-        await engine.start()
-        return True
-    try:
-        async with asyncio.timeout(LOOK_S):
-            await engine.start()
-    except (EngineUnavailable, TimeoutError) as error:
-        why = str(error) or f"no answer within {LOOK_S:g} s"
-        log.warning("server %r is not there yet: %s", server, why)
-        return False
-    return True
 
 
 async def build_ways(catalog: Catalog, embedder: Embedder, file: str = "") -> dict[str, Way]:
