@@ -27,10 +27,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from scipy.stats import t as student
 from torch import Tensor
 
 from benchmarks.common import add_arguments
+from benchmarks.gating import tables
 from benchmarks.gating.answering import Asked, Way, answered
 from benchmarks.gating.subjects import (
     Size,
@@ -82,7 +82,6 @@ QUICK = Size(
     searched=5,
 )
 
-LEVEL = 0.95
 SHARPNESS = 0.05
 """Temperature of the router's softmax over cosines."""
 
@@ -279,6 +278,7 @@ ROWS = (
     Row("oracle pair, half each", "ceiling", per_query(lambda r, i: _halves(r.asked[i]))),
     Row("oracle mix", "ceiling", _oracle_mix),
 )
+SORTS = {row.name: row.sort for row in ROWS}
 
 
 def extra_flops(way: Way, model: Any) -> float:
@@ -330,7 +330,7 @@ def main() -> None:
     parser.add_argument("--merge", nargs="+", type=Path, metavar="FILE", help="of --json")
     args = parser.parse_args()
     if args.merge is not None:
-        print(merged_table(args.merge))
+        print(tables.merged(args.merge, SORTS))
         return
     torch.set_num_threads(1)
     asked_for = {"held_in": args.held_in, "composite": args.composite, "steps": args.steps}
@@ -352,52 +352,7 @@ def main() -> None:
                 f"{told['composite']:.3f}, {time.process_time() - began:.0f} s",
                 file=sys.stderr,
             )
-    print(markdown(rows, found, [len(asked) for asked in round_.asked]))
-
-
-def merged_table(files: Sequence[Path]) -> str:
-    """Raises SystemExit where the runs were asked different questions."""
-    runs = [json.loads(file.read_text(encoding="utf-8")) for file in files]
-    found = {name: values for run in runs for name, values in run["found"].items() if values}
-    if len({tuple(run["asked"]) for run in runs}) > 1 or len({len(v) for v in found.values()}) > 1:
-        raise SystemExit("these runs have other questions or seeds; merge runs of the same options")
-    return markdown([row for row in ROWS if row.name in found], found, runs[0]["asked"])
-
-
-def markdown(
-    rows: Sequence[Row],
-    found: Mapping[str, Sequence[Mapping[str, float | None]]],
-    asked: Sequence[int],
-) -> str:
-    seeds = len(next(iter(found.values())))
-    lines = [
-        f"{seeds} seeds; {asked[0]} held-in questions and {asked[1]} composites of unseen pairs "
-        "each; mean ± half of the 95 % interval over seeds, in %.",
-        "",
-        "| way | decides per | held in | composites | routing, held in | routing, composites | "
-        "extra FLOPs |",
-        "|---|---|---:|---:|---:|---:|---:|",
-    ]
-    for row in rows:
-        own = found[row.name]
-        cells = [
-            _spread([one[key] for one in own])
-            for key in ("held_in", "composite", "routing_held_in", "routing_composite")
-        ]
-        flops = own[0]["flops"] or 0.0
-        lines.append(f"| {row.name} | {row.sort} | {' | '.join(cells)} | {100 * flops:.1f} % |")
-    return "\n".join(lines)
-
-
-def _spread(values: Sequence[float | None]) -> str:
-    known = [v for v in values if v is not None]
-    if not known:
-        return "–"
-    mean = 100 * float(np.mean(known))
-    if len(known) < 2:
-        return f"{mean:.1f}"
-    wide = student.ppf(0.5 + LEVEL / 2, len(known) - 1) * np.std(known, ddof=1) / len(known) ** 0.5
-    return f"{mean:.1f} ± {100 * wide:.1f}"
+    print(tables.markdown(SORTS, found, [len(asked) for asked in round_.asked]))
 
 
 def _tell(label: str, done: int, total: int) -> None:

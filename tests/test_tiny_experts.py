@@ -13,20 +13,8 @@ import torch
 import yaml
 from transformers import AutoTokenizer
 
-from benchmarks.gating import subjects, ways
-from benchmarks.gating.answering import Way, answered
-from composer.adapters.gates.untrained import fixed
 from composer.prompting import PromptSpec, extract, render
-from examples.tiny import (
-    cards,
-    evaluate,
-    experts,
-    inputs,
-    instructing,
-    mixing,
-    pretraining,
-    segments,
-)
+from examples.tiny import cards, evaluate, experts, inputs, pretraining
 from examples.tiny.tasks import (
     INSTRUCTIONS,
     SEPARATOR,
@@ -39,7 +27,6 @@ ALL = [(size, skill) for size, skills in experts.EXPERTS.items() for skill in sk
 HELD_OUT = [skill for skill in SKILLS.values() if not skill.memory]
 MASTERED = 0.95
 FOREIGN = 0.3
-PAIR = ("add", "sort-digits")
 
 
 @cache
@@ -303,95 +290,3 @@ def test_an_adapter_retrained_on_a_small_budget_learns() -> None:
     after = experts.canonical_accuracy(trained, tok, skill, 30)
     assert before <= 0.1
     assert after >= 0.7
-
-
-# --- experts that keep to their segments ------------------------------------------------------
-
-
-def test_a_segment_begins_with_its_instruction_and_the_answer_with_the_first() -> None:
-    ids = tokenizer()("uppercase fox ; sort 31<|answer|>FOX ; 13</s>")["input_ids"]
-    marks = segments.Marks.of(tokenizer())
-    found = marks.segments(torch.tensor([ids]))
-    told = "".join(
-        str(int(segment)) * len(tokenizer().decode([token]).removeprefix("<s>"))
-        for token, segment in zip(ids, found[0], strict=True)
-        if token not in (marks.answer, *tokenizer().all_special_ids)
-    )
-    assert told == "0" * len("uppercase fox ; ") + "1" * len("sort 31") + "000" + "1" * len(" ; 13")
-    assert marks.answering(torch.tensor([ids])).sum() == len(ids) - ids.index(marks.answer)
-
-
-def test_batches_know_whose_each_token_is() -> None:
-    drawn = iter([("reverse ab", "ba", ("reverse",)), ("add 1 2 ; sort 31", "3 ; 13", PAIR)] * 600)
-    stream = segments.batches(lambda: next(drawn), tokenizer(), 60, random.Random(0))
-    for ids, labels, owners in (next(stream) for _ in range(20)):
-        names = [{segments.NAMES[o] for o in row.tolist() if o >= 0} for row in owners]
-        assert all(row in ({"reverse"}, set(PAIR)) for row in names)
-        assert torch.equal(owners == -100, ids == tokenizer().pad_token_id)
-        kept = [row[mask].tolist() for row, mask in zip(ids, labels != -100, strict=True)]
-        assert {tokenizer().decode(row) for row in kept} <= {"ba</s>", "3 ; 13</s>"}
-
-
-@pytest.mark.parametrize("draw", [instructing.draw, mixing.draw])
-def test_what_is_mixed_was_trained_on_no_unseen_pair_and_no_held_out_input(draw: Any) -> None:
-    rng = random.Random(1)
-    held_out = {i.prompt.partition(" ")[2] for s in HELD_OUT for i in s.sample("test", 300, 0)}
-    pairs = set()
-    for _ in range(3000):
-        prompt, _answer, skills = draw(rng)
-        pairs.add(skills)
-        for segment in prompt.split(SEPARATOR):
-            assert segment.partition(" ")[2] not in held_out
-    assert not pairs & set(composite_pairs("unseen"))
-    assert set(composite_pairs("seen")) <= pairs
-
-
-def test_a_cipher_is_no_skill_and_differs_by_instruction() -> None:
-    assert instructing.cipher("abz 19", 2) == "cdb 31"
-    for name, skill in SKILLS.items():
-        for item in skill.sample("test", 20, 5):
-            given = " ".join(item.fields.values())
-            ciphers = {instructing.cipher(given, shift) for shift in instructing.SHIFTS.values()}
-            assert instructing.cipher(given, instructing.SHIFTS[name]) != item.answer
-            assert len(ciphers) == len(SKILLS) or given.replace(" ", "").isdigit()
-
-
-def test_two_skills_are_answered_by_switching_and_by_no_single_expert() -> None:
-    loaded = subjects.load()
-    layers = fixed(loaded.members).layers
-    asked = subjects.composites(subjects.Size(0, 3, 0, 0, 0, 0, 0, 0), seed=7)
-    who = torch.tensor([a.skills for a in asked])
-    one_hot = torch.eye(len(loaded.members))
-
-    def right(way: Way) -> Any:
-        return answered(loaded.base.model, loaded.base.tokenizer, way, asked)
-
-    mixed = right(ways.PerSegment(layers, who, len(loaded.members)))
-    assert mixed.right.mean() > 0.85
-    assert mixed.routed == 1.0
-    assert right(ways.PerQuery(layers, one_hot[who[:, 0]])).right.mean() < 0.15
-    assert right(ways.Nobody()).right.mean() < 0.05
-
-
-def test_an_answer_counts_as_right_where_greedy_decoding_gives_it() -> None:
-    loaded = subjects.load()
-    asked = subjects.held_in(subjects.Size(4, 0, 0, 0, 0, 0, 0, 0), seed=7)
-    place = segments.NAMES.index("count-letter")
-    way = ways.PerQuery(fixed(loaded.members).layers, torch.eye(10)[[place] * len(asked)])
-    found = answered(loaded.base.model, loaded.base.tokenizer, way, asked)
-    model, tok = experts.load_expert("instructed", "count-letter")
-    said = evaluate.answer(model, tok, [a.prompt for a in asked])
-    assert found.right.tolist() == [a == b.answer for a, b in zip(said, asked, strict=True)]
-    assert 0 < found.right.sum() < len(asked)
-
-
-@pytest.mark.parametrize("skill", SKILLS)
-def test_experts_for_mixtures_master_their_skill_and_no_other(skill: str) -> None:
-    loaded = subjects.load()
-    asked = subjects.held_in(subjects.Size(20, 0, 0, 0, 0, 0, 0, 0), seed=7)
-    place = segments.NAMES.index(skill)
-    way = ways.PerQuery(fixed(loaded.members).layers, torch.eye(10)[[place] * len(asked)])
-    right = answered(loaded.base.model, loaded.base.tokenizer, way, asked).right
-    own = torch.tensor([a.skills == (place,) for a in asked]).numpy()
-    assert right[own].mean() >= 0.7  # 20 items; counting is the hardest, some 80 %
-    assert right[~own].mean() <= 0.1  # counts are few, so some are right by chance

@@ -57,7 +57,7 @@ def table(folder: Path) -> str:
         "|---|---:" + "|---:" * 4 + "|",
     ]
     for layer in range(len(x)):
-        probe = LogisticRegression(C=0.1, max_iter=100).fit(x[layer], y)
+        probe = LogisticRegression(C=0.1, max_iter=1000).fit(x[layer], y)
         right = probe.predict(asked[layer]) == truth
         shares = [right.mean(), *(right[places == place].mean() for place in range(len(PLACES)))]
         name = "the embeddings" if layer == 0 else f"layer {layer}"
