@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import atexit
+import gc
 import sys
 
 import typer
@@ -42,6 +44,8 @@ app.command()(weights.weights)
 
 
 def main() -> None:
+    # Else the interpreter's last collection goes through all of the libraries, which takes seconds.
+    atexit.register(gc.freeze)
     app()
 
 

@@ -125,7 +125,7 @@ def _bench(
     progress: Any,
     embedded: bool,
 ) -> Any:
-    from composer.adapters.factors import read_lora
+    from composer.adapters.factors import verified_lora
     from router_training.embedding import open_embedding
     from router_training.gates.base import Bench
     from router_training.gates.loading import base_in, members_in
@@ -138,7 +138,7 @@ def _bench(
         members,
         None if base is None else base_in(base),
         questions,
-        None if general is None else read_lora(general),
+        None if general is None else verified_lora(general, general.name),
         None if embedding is None else embedding.kept.encode,
         "" if embedding is None else embedding.kept.id,
         "" if embedding is None else embedding.kept.digest,

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from composer.adapters.factors import read_lora
+from composer.adapters.factors import verified_lora
 from composer.adapters.gates.build import Members
 from router_training.errors import TrainingError
 from router_training.gates.base import Base
@@ -23,7 +23,7 @@ def members_in(adapters: Sequence[str]) -> Members:
         name = name or Path(folder).resolve().name
         if name in members:
             raise TrainingError(f"two adapters are named {name!r}; write NAME=FOLDER for one")
-        members[name] = read_lora(Path(folder))
+        members[name] = verified_lora(Path(folder), name)
     return members
 
 

@@ -12,6 +12,7 @@ import pytest
 import torch
 import yaml
 from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 from composer.adapters import factors as factors_module
@@ -166,6 +167,46 @@ def test_a_recipe_that_is_wrong_is_refused_and_leaves_nothing(
 ) -> None:
     with pytest.raises(AdapterError, match=message):
         compose(recipe(**more), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def damaged(folder: Path, how: str) -> Path:
+    """A tiny expert whose weights are not what its config says."""
+    if how == "missing":
+        return folder
+    shutil.copytree(EXPERTS_LARGE / "add", folder)
+    if how == "no config":
+        (folder / CONFIG).unlink()
+        return folder
+    tensors = load_file(folder / WEIGHTS)
+    name = next(iter(tensors))
+    if how == "rank":
+        cut = {n: t[:4] if "lora_A" in n else t[:, :4] for n, t in tensors.items()}
+        tensors = {n: t.contiguous() for n, t in cut.items()}
+    else:
+        tensors[name][0, 0] = float(how)
+    save_file(tensors, folder / WEIGHTS)
+    return folder
+
+
+DAMAGES = {
+    "rank": "'odd': its rank is 4, adapter_config.json says 8",
+    "nan": "'odd': it holds NaN or infinity",
+    "inf": "'odd': it holds NaN or infinity",
+    "missing": "'odd': there is no such folder",
+    "no config": "'odd': adapter_config.json is missing",
+}
+
+
+@pytest.mark.parametrize("how", DAMAGES)
+def test_a_folder_that_nobody_verified_is_verified_as_the_registry_does(
+    tmp_path: Path, how: str
+) -> None:
+    odd = Member("odd", damaged(tmp_path / "folder", how))
+    sound = Member("reverse", EXPERTS_LARGE / "reverse")
+    for asked in (Recipe((sound, odd)), Recipe((sound,), subtract=odd)):
+        with pytest.raises(AdapterError, match=DAMAGES[how]):
+            compose(asked, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import os
+import shutil
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import cache
@@ -14,10 +15,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from typer.testing import CliRunner
 
 from composer.adapters.factors import read_lora
+from composer.adapters.files import WEIGHTS
 from composer.adapters.gates.files import Gate, read_gate, write_gate
 from composer.adapters.gates.hooks import Installed
 from composer.adapters.gates.selection import Selection
@@ -331,6 +334,22 @@ def test_bad_data_is_told_by_line(tmp_path: Path, text: str, told: str) -> None:
     file.write_text(text)
     with pytest.raises(DataError, match=told):
         read_questions(file)
+
+
+@pytest.mark.parametrize("kind", ["arrow", "fixed"])
+def test_members_are_verified_as_the_registry_does(kind: str, tmp_path: Path) -> None:
+    odd = tmp_path / "odd"
+    shutil.copytree(experts.expert_folder("small", "plural"), odd)
+    tensors = load_file(odd / WEIGHTS)
+    next(iter(tensors.values()))[0, 0] = torch.nan
+    save_file(tensors, odd / WEIGHTS)
+    words = ["gates", "make", kind, "--adapter", f"broken={odd}", "--out", str(tmp_path / "gate")]
+    for folder, told in ((odd, "it holds NaN"), (tmp_path / "none", "there is no such folder")):
+        words[4] = f"broken={folder}"
+        refused = CliRunner().invoke(app, words)
+        assert (refused.exit_code, refused.exception.__class__) == (2, SystemExit)
+        assert f"'broken': {told}" in refused.output
+    assert not (tmp_path / "gate").exists()
 
 
 def test_the_command_line_makes_extends_and_cuts(tmp_path: Path) -> None:
