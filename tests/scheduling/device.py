@@ -30,6 +30,8 @@ from composer.scheduling.events import (
     Waiting,
     Wake,
 )
+from composer.scheduling.policy import SwapPolicy
+from composer.scheduling.state import PolicySettings
 
 Duration = Callable[[str, str], float]
 """Of ("run" | "load" | "unload", model), in seconds."""
@@ -202,3 +204,61 @@ def _again(call: Waiting) -> Waiting:
         call.batch,
         call.later,
     )
+
+
+# --- what the tests of policies say in a word -------------------------------------------
+
+EXACT = PolicySettings(learn=False)
+"""The models' figures are upper bounds."""
+
+
+def model(name: str, **changes: object) -> Model:
+    given = {
+        "in_flight": 4,
+        "queue": 100,
+        "memory_gb": 10.0,
+        "load_s": 10.0,
+        "unload_s": 2.0,
+        "run_s": 1.0,
+        "movable": True,
+    }
+    return Model(name, **(given | changes))  # type: ignore[arg-type]
+
+
+def estimated(models: dict[str, Model]) -> Callable[[str, str], float]:
+    """Everything takes exactly as long as the models' figures say."""
+    return lambda what, name: float(getattr(models[name], f"{what}_s"))
+
+
+def device(*models: Model, memory_gb: float = 10.0, settings: PolicySettings = EXACT) -> Device:
+    named = {m.id: m for m in models}
+    return Device(SwapPolicy(settings), named, memory_gb, estimated(named)).start()
+
+
+def call(
+    number: int, name: str, arrived: float = 0.0, wait: float | None = 60.0, **more
+) -> Waiting:
+    deadline = None if wait is None else arrived + wait
+    return Waiting(number, name, arrived, deadline=deadline, **more)
+
+
+def arrive(on: Device, *calls: Waiting) -> list[Waiting]:
+    for each in calls:
+        on.at(each.arrived, Arrived(each))
+    return list(calls)
+
+
+def moves(on: Device) -> list[tuple[float, str]]:
+    """Loads and unloads, as (time, "+model" or "-model")."""
+    found = []
+    for now, _, actions in on.log:
+        for action in actions:
+            if isinstance(action, Load):
+                found.append((round(now, 2), f"+{action.model}"))
+            elif isinstance(action, Unload):
+                found.append((round(now, 2), f"-{action.model}"))
+    return found
+
+
+def job(number: int, name: str, arrived: float = 0.0, **more: object) -> Waiting:
+    return call(number, name, arrived, wait=None, batch=True, **more)

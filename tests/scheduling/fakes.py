@@ -274,3 +274,11 @@ def fifo(in_flight: int = 1, queue: int = 8, clock: FakeClock | None = None) -> 
     made = DeviceScheduler(Fifo, clock=clock or FakeClock())
     made.configure(standing("s", in_flight, queue), {})
     return made
+
+
+def grant_all(event: Event) -> list[Action]:
+    return [Grant(event.call.id)] if isinstance(event, Arrived) else []
+
+
+def refuse_all(event: Event, reason: str, retry_after_s: float = 5.0) -> list[Action]:
+    return [Refuse(event.call.id, reason, retry_after_s)] if isinstance(event, Arrived) else []

@@ -24,9 +24,9 @@ from composer.scheduling.events import (
 )
 from composer.scheduling.policy import SwapPolicy
 from composer.scheduling.scheduler import DeviceScheduler
+from tests.scheduling.device import call as waiting
+from tests.scheduling.device import model
 from tests.scheduling.fakes import FakeClock, FakeMover, Scripted, call, settle, standing
-from tests.scheduling.test_policy import call as waiting
-from tests.scheduling.test_policy import model
 
 LOAD_S = 3.0
 """What the configuration says of a load; the movers may take longer."""

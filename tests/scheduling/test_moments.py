@@ -50,10 +50,9 @@ from composer.types import (
     Usage,
 )
 from tests.fakes import FakeEngine, FakeRouter, FakeSettings, request
-from tests.scheduling.device import Device
+from tests.scheduling.device import EXACT, Device, arrive, estimated, model, moves
+from tests.scheduling.device import call as waiting
 from tests.scheduling.fakes import FakeClock, FakeMover, Scripted, call, settle
-from tests.scheduling.test_policy import EXACT, arrive, estimated, model, moves
-from tests.scheduling.test_policy import call as waiting
 
 EAGER = replace(EXACT, patience=0.01)
 PRELOADING = replace(EAGER, preload=True)

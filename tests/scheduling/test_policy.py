@@ -1,17 +1,12 @@
-"""The swap policy: its guarantees under random traffic, and the rules it is to follow."""
+"""The swap policy: the rules it is to follow, one by one."""
 
 from __future__ import annotations
 
 import json
-import random
-import time
-from collections.abc import Callable
 from dataclasses import replace
 from itertools import pairwise
 
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from composer.scheduling.events import (
     Arrived,
@@ -19,238 +14,26 @@ from composer.scheduling.events import (
     Finished,
     Grant,
     Left,
-    Load,
     Loaded,
     LoadFailed,
     Lost,
     Model,
     Refuse,
     Ticked,
-    Unload,
     Unloaded,
     Waiting,
 )
 from composer.scheduling.policy import SwapPolicy
 from composer.scheduling.state import PolicySettings
-from tests.scheduling.device import Device
-
-EXACT = PolicySettings(learn=False)
-"""The models' figures are upper bounds."""
-
-
-def model(name: str, **changes: object) -> Model:
-    given = {
-        "in_flight": 4,
-        "queue": 100,
-        "memory_gb": 10.0,
-        "load_s": 10.0,
-        "unload_s": 2.0,
-        "run_s": 1.0,
-        "movable": True,
-    }
-    return Model(name, **(given | changes))  # type: ignore[arg-type]
-
-
-def estimated(models: dict[str, Model]) -> Callable[[str, str], float]:
-    """Everything takes exactly as long as the models' figures say."""
-    return lambda what, name: float(getattr(models[name], f"{what}_s"))
-
-
-def device(*models: Model, memory_gb: float = 10.0, settings: PolicySettings = EXACT) -> Device:
-    named = {m.id: m for m in models}
-    return Device(SwapPolicy(settings), named, memory_gb, estimated(named)).start()
-
-
-def call(
-    number: int, name: str, arrived: float = 0.0, wait: float | None = 60.0, **more
-) -> Waiting:
-    deadline = None if wait is None else arrived + wait
-    return Waiting(number, name, arrived, deadline=deadline, **more)
-
-
-def arrive(on: Device, *calls: Waiting) -> list[Waiting]:
-    for each in calls:
-        on.at(each.arrived, Arrived(each))
-    return list(calls)
-
-
-# --- under random traffic --------------------------------------------------------------
-
-
-@st.composite
-def fleets(draw: st.DrawFn) -> tuple[list[Model], float]:
-    """Models and a memory, which holds any one of them."""
-    n = draw(st.integers(1, 5))
-    models = [
-        Model(
-            f"m{i}",
-            in_flight=draw(st.integers(1, 4)),
-            queue=draw(st.sampled_from([2, 5, 50])),
-            adapters=draw(st.sampled_from([None, None, 1, 2])),
-            memory_gb=draw(st.sampled_from([4.0, 8.0, 10.0, 16.0])),
-            load_s=draw(st.sampled_from([0.5, 3.0, 10.0])),
-            unload_s=draw(st.sampled_from([0.0, 0.5, 2.0])),
-            run_s=draw(st.sampled_from([0.2, 1.0, 4.0])),
-            movable=i == 0 or draw(st.integers(0, 5)) > 0,
-        )
-        for i in range(n)
-    ]
-    return models, draw(st.sampled_from([16.0, 20.0, 26.0]))
-
-
-@st.composite
-def traffic(draw: st.DrawFn, models: list[Model], most: int = 40) -> list[Waiting]:
-    """Calls in order of arrival; a few of them for batches, some of them without a bound."""
-    calls, at = [], 0.0
-    for number in range(draw(st.integers(1, most))):
-        at += draw(st.sampled_from([0.0, 0.0, 0.1, 1.0, 5.0, 20.0]))
-        name = draw(st.sampled_from([m.id for m in models]))
-        batch = draw(st.integers(0, 4)) == 0
-        wait = None if batch else draw(st.sampled_from([None, 2.0, 15.0, 15.0, 30.0, 60.0, 120.0]))
-        calls.append(
-            Waiting(
-                number,
-                name,
-                at,
-                adapter=draw(st.sampled_from([None, "a", "b", "c", "d"])),
-                deadline=None if wait is None else at + wait,
-                batch=batch,
-                later=tuple(draw(st.lists(st.sampled_from([m.id for m in models]), max_size=2))),
-            )
-        )
-    return calls
-
-
-def shorter(seed: int, models: list[Model]) -> Callable[[str, str], float]:
-    """Durations of at most the models' figures, often just those."""
-    rng = random.Random(seed)
-    named = {m.id: m for m in models}
-    return lambda what, name: (
-        float(getattr(named[name], f"{what}_s")) * rng.choice([1.0, 1.0, 0.7, 0.3, 0.01])
-    )
-
-
-def any_length(seed: int, models: list[Model]) -> Callable[[str, str], float]:
-    """Durations that the models' figures say little about."""
-    rng = random.Random(seed)
-    named = {m.id: m for m in models}
-    return lambda what, name: float(getattr(named[name], f"{what}_s")) * rng.lognormvariate(0, 1)
-
-
-KNOBS = st.builds(
-    PolicySettings,
-    patience=st.sampled_from([0.01, 0.5, 1.0]),
-    learn=st.just(False),
-    drain_s=st.sampled_from([5.0, 30.0]),
-    adapter_patience=st.sampled_from([0.0, 0.5, 1.0]),
-    preload=st.booleans(),
+from tests.scheduling.device import (
+    EXACT,
+    arrive,
+    call,
+    device,
+    job,
+    model,
+    moves,
 )
-
-
-@settings(max_examples=150, deadline=None)
-@given(data=st.data(), fleet=fleets(), knobs=KNOBS, seed=st.integers(0, 10**6))
-def test_under_sound_estimates_no_admitted_call_is_late(
-    data: st.DataObject, fleet: tuple[list[Model], float], knobs: PolicySettings, seed: int
-) -> None:
-    models, memory = fleet
-    calls = data.draw(traffic(models))
-    on = Device(SwapPolicy(knobs), {m.id: m for m in models}, memory, shorter(seed, models)).start()
-    arrive(on, *calls)
-    rng = random.Random(seed)
-    for one in rng.sample(calls, len(calls) // 5):  # who leaves makes nobody late
-        on.at(one.arrived + rng.choice([0.0, 1.0, 10.0]), Left(one.id))
-    on.run()
-    on.check_all_ended(calls)
-    arrivals = {c.id: c for c in calls}
-    for now, event, actions in on.log:
-        for action in actions:
-            if isinstance(action, Refuse):
-                arriving = isinstance(event, Arrived) and event.call.id == action.call
-                assert arriving, f"{arrivals[action.call]} was admitted, and refused at {now}"
-    assert not on.cut
-
-
-@settings(max_examples=100, deadline=None)
-@given(
-    data=st.data(),
-    fleet=fleets(),
-    knobs=KNOBS,
-    learn=st.booleans(),
-    drain_s=st.sampled_from([0.0, 1.0, 30.0]),
-    seed=st.integers(0, 10**6),
-)
-def test_whatever_happens_every_call_ends_once_and_in_time(
-    data: st.DataObject,
-    fleet: tuple[list[Model], float],
-    knobs: PolicySettings,
-    learn: bool,
-    drain_s: float,
-    seed: int,
-) -> None:
-    """Loads fail, servers die, callers leave, models come and go, and nothing lasts as expected."""
-    models, memory = fleet
-    calls = data.draw(traffic(models))
-    rng = random.Random(seed)
-    policy = SwapPolicy(replace(knobs, learn=learn, drain_s=drain_s))
-    on = Device(
-        policy,
-        {m.id: m for m in models},
-        memory,
-        any_length(seed, models),
-        fails=lambda name: rng.random() < 0.2,
-    ).start()
-    arrive(on, *calls)
-    last = calls[-1].arrived
-    for _ in range(data.draw(st.integers(0, 6))):
-        at = rng.uniform(0, last + 30)
-        on.at(at, rng.choice([Lost(rng.choice(models).id), Left(rng.choice(calls).id)]))
-    if data.draw(st.booleans()):
-        on.at(rng.uniform(0, last + 10), Configured(tuple(models[1:]), memory + 2))
-        on.at(rng.uniform(last + 10, last + 20), Configured(tuple(models), memory))
-    on.run()
-    on.check_all_ended(calls)
-
-
-@settings(max_examples=50, deadline=None)
-@given(data=st.data(), fleet=fleets(), seed=st.integers(0, 10**6))
-def test_the_same_events_give_the_same_actions(
-    data: st.DataObject, fleet: tuple[list[Model], float], seed: int
-) -> None:
-    models, memory = fleet
-    calls = data.draw(traffic(models))
-    on = Device(SwapPolicy(), {m.id: m for m in models}, memory, any_length(seed, models)).start()
-    arrive(on, *calls)
-    on.run()
-    other = SwapPolicy()
-    for now, event, actions in on.log:
-        assert other.on(event, now) == actions
-
-
-@settings(max_examples=100, deadline=None)
-@given(data=st.data(), seed=st.integers(0, 10**6))
-def test_models_that_all_fit_are_loaded_once(data: st.DataObject, seed: int) -> None:
-    models = [model(f"m{i}") for i in range(4)]
-    calls = data.draw(traffic(models))
-    on = Device(SwapPolicy(), {m.id: m for m in models}, 40.0, any_length(seed, models)).start()
-    arrive(on, *calls)
-    on.run()
-    assert sorted(on.loads) == sorted(set(on.loads))
-    assert not any(isinstance(a, Unload) for _, _, actions in on.log for a in actions)
-
-
-# --- rules ---------------------------------------------------------------------------
-
-
-def moves(on: Device) -> list[tuple[float, str]]:
-    """Loads and unloads, as (time, "+model" or "-model")."""
-    found = []
-    for now, _, actions in on.log:
-        for action in actions:
-            if isinstance(action, Load):
-                found.append((round(now, 2), f"+{action.model}"))
-            elif isinstance(action, Unload):
-                found.append((round(now, 2), f"-{action.model}"))
-    return found
 
 
 def test_alternating_calls_with_wide_bounds_need_two_loads() -> None:
@@ -484,138 +267,6 @@ def test_calls_that_outlast_the_drain_are_cut_only_for_who_would_be_late() -> No
 
     assert outcome(60.0) == ({1}, pytest.approx(53.0, abs=0.1))
     assert outcome(None) == (set(), 510.0)
-
-
-# --- adapters ------------------------------------------------------------------------
-
-
-def adapter_loads(order: list[str | None], slots: int) -> int:
-    """Loads of an LRU of adapters, as vLLM keeps one."""
-    kept: list[str | None] = []
-    loads = 0
-    for adapter in order:
-        if adapter in kept:
-            kept.remove(adapter)
-        else:
-            loads += 1
-            del kept[: len(kept) - slots + 1]
-        kept.append(adapter)
-    return loads
-
-
-def closed_loop(adapters: list[str], wait: float, concurrency: int) -> Device:
-    """So many callers at once, each asking again as soon as it has its answer."""
-    rng = random.Random(0)
-    on = device(model("a", in_flight=8, adapters=2, movable=False), settings=PolicySettings())
-    on.lasts = lambda what, name: rng.lognormvariate(0, 0.5)
-    coming = iter(enumerate(adapters))
-    happens = on.happens
-
-    def next_call() -> None:
-        number, adapter = next(coming, (None, None))
-        if number is not None:
-            on.at(on.now, Arrived(call(number, "a", on.now, wait, adapter=adapter)))
-
-    def and_again(event: object) -> None:
-        happens(event)  # type: ignore[arg-type]
-        if isinstance(event, Finished):
-            next_call()
-
-    on.happens = and_again  # type: ignore[method-assign]
-    for _ in range(concurrency):
-        next_call()
-    return on.run()
-
-
-def test_calls_are_grouped_by_adapter() -> None:
-    rng = random.Random(1)
-    adapters = [f"adapter-{rng.randrange(12)}" for _ in range(300)]
-    on = closed_loop(adapters, 60.0, 32)
-    assert len(on.granted) == 300
-    granted = [adapters[number] for number in on.granted]
-    assert adapter_loads(granted, 2) <= adapter_loads(list(adapters), 2) / 2
-
-
-def test_an_adapter_in_use_overtakes_only_who_has_patience() -> None:
-    """x's calls come faster than they end, for ever; y's waits for half its bound at most, and
-    then until those ahead of it have ended."""
-    on = device(model("a", in_flight=1, adapters=1, movable=False))
-    arrive(on, call(1, "a", 0.5, wait=20.0, adapter="y"))
-    arrive(on, *[call(10 + n, "a", 0.9 * n, wait=20.0, adapter="x") for n in range(60)])
-    on.run()
-    assert 8.0 <= on.granted[1] <= 13.0
-
-
-def test_the_base_model_needs_no_adapter_slot() -> None:
-    on = device(model("a", adapters=1, movable=False))
-    arrive(on, call(1, "a", adapter="x"), call(2, "a"), call(3, "a", adapter="y"))
-    on.run()
-    assert on.granted == {1: 0.0, 2: 0.0, 3: 1.0}
-
-
-# --- batches -------------------------------------------------------------------------
-
-
-def job(number: int, name: str, arrived: float = 0.0, **more: object) -> Waiting:
-    return call(number, name, arrived, wait=None, batch=True, **more)
-
-
-def test_batch_calls_give_way() -> None:
-    on = device(model("a", in_flight=1, movable=False))
-    arrive(on, job(1, "a"), job(2, "a"), call(3, "a", 0.5))
-    on.run()
-    assert on.granted == {1: 0.0, 3: 1.0, 2: 2.0}
-
-
-def test_batch_calls_use_free_slots_while_a_swap_is_to_come() -> None:
-    """a leaves at 48 s. Its batch calls of 10 s are granted up to 38 s, and then a leaves early,
-    since nobody else asks for it: it would be idle."""
-    on = device(model("a", in_flight=1, run_s=10.0), model("b"))
-    arrive(on, call(1, "a"), *[job(10 + n, "a") for n in range(10)])
-    on.at(0.1, Arrived(call(2, "b")))
-    on.run()
-    assert sum(at <= 38.0 for number, at in on.granted.items() if number >= 10) == 2
-    assert on.granted[2] <= 60.0
-    assert len(on.granted) == 12
-    assert on.loads == ["a", "b", "a"]
-
-
-def test_a_batch_is_done_in_the_fewest_loads() -> None:
-    """Two stages each: all of a and b first, then c, which both feed."""
-    on = device(model("a"), model("b"), model("c"))
-    jobs = [job(n, "ab"[n % 2], later=("c",)) for n in range(20)]
-    arrive(on, *jobs)
-    happens = on.happens
-
-    def then_c(event: object) -> None:
-        happens(event)  # type: ignore[arg-type]
-        if isinstance(event, Finished) and event.call < 100:
-            on.at(on.now, Arrived(job(event.call + 100, "c", on.now)))
-
-    on.happens = then_c  # type: ignore[method-assign]
-    on.run()
-    assert sorted(on.loads) == ["a", "b", "c"]
-    assert on.loads[-1] == "c"
-    assert len(on.granted) == 40
-
-
-def test_a_batch_waits_until_an_interactive_model_has_been_quiet() -> None:
-    on = device(model("a"), model("b"))
-    arrive(on, *[call(n, "a", 5.0 * n) for n in range(10)], job(50, "b", 1.0))
-    on.run()
-    assert moves(on)[1] == (pytest.approx(45.0 + 2 * 12.0), "-a")
-    assert on.granted[50] > 69.0
-
-
-def test_ten_thousand_batch_calls_are_quick() -> None:
-    """Each event costs far less than it would if all that wait were looked at."""
-    on = device(*[model(f"m{i}", in_flight=16, adapters=2) for i in range(8)], memory_gb=20.0)
-    arrive(on, *[job(n, f"m{n % 8}", adapter=f"x{n % 5}") for n in range(10_000)])
-    began = time.process_time()
-    on.run()
-    assert len(on.granted) == 10_000
-    assert len(on.loads) == 8
-    assert (time.process_time() - began) / len(on.log) < 1e-3
 
 
 # --- configuration -------------------------------------------------------------------
