@@ -92,14 +92,19 @@ def compose(recipe: Recipe, into: Path) -> Composition:
         built = True
     else:
         built = False
-    shares = zip(recipe.members, digests, strict=False)  # what was subtracted comes after them
+    shares = [
+        MemberShare(source.name, own, source.weight)
+        for source, own in zip(sources, digests, strict=True)
+    ]
+    general = shares.pop() if recipe.subtract is not None else None
     return Composition(
         folder,
         adapter=told["adapter"],
         composed=Composed(
             recipe.method,
-            tuple(MemberShare(member.name, own, member.weight) for member, own in shares),
+            tuple(shares),
             told["energy"],
+            general,
         ),
         **{key: told[key] for key in ("rank", "needed", "energy", "report")},
         built=built,

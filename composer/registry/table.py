@@ -54,17 +54,24 @@ def _adapter(expert: Expert) -> str:
     told = f"rank {expert.adapter.rank} {expert.adapter.digest}"
     if (composed := expert.adapter.composed) is not None:
         shares = " + ".join(f"{one.weight:.3g} {one.name}" for one in composed.members)
+        if (general := composed.subtracted) is not None:
+            shares = f"({shares}), each less {general.name}"
         cut = f", keeping {composed.energy:.1%}" if composed.energy < 1 else ""
         told += f"\n[dim]{escape(f'{composed.method} of {shares}{cut}')}[/]"
     if (gate := expert.adapter.gate) is not None:
-        told += f"\n[dim]{escape(f'{gate.kind} gate of {_members(gate)}')}[/]"
+        less = f", each less {_short(gate.subtracted)}" if gate.subtracted else ""
+        told += f"\n[dim]{escape(f'{gate.kind} gate of {_members(gate)}{less}')}[/]"
     return told
 
 
 def _members(gate: Gated) -> str:
     """Each with the beginning of its digest, to be compared with that of the adapter itself."""
     named = zip(gate.members, gate.digests, strict=True)
-    return ", ".join(f"{name} ({digest.removeprefix('sha256:')[:8]})" for name, digest in named)
+    return ", ".join(f"{name} ({_short(digest)})" for name, digest in named)
+
+
+def _short(digest: str) -> str:
+    return digest.removeprefix("sha256:")[:8]
 
 
 def _device(catalog: Catalog, device: Device) -> str:

@@ -47,12 +47,20 @@ class MemberShare:
 
 @dataclass(frozen=True, slots=True)
 class Composed:
-    """What an adapter was composed of. `energy` is the smallest share of a module's squared norm
+    """What an adapter was composed of, `subtracted` having been taken out of every member first;
+    its weight says nothing. `energy` is the smallest share of a module's squared norm
     that its method's cut and fitting it to the server's rank kept, 1 where nothing was cut."""
 
     method: str
     members: tuple[MemberShare, ...]
     energy: float = 1.0
+    subtracted: MemberShare | None = None
+
+    @property
+    def parts(self) -> frozenset[str]:
+        """Digests of all whose weights are in it: what was subtracted is, times −1."""
+        sources = (*self.members, *filter(None, [self.subtracted]))
+        return frozenset(source.digest for source in sources)
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +68,8 @@ class Gated:
     """What a gate mixes, and what it takes. `members` and their `digests` are in the order of its
     weights. `passes` 2: a token's weights need a pass of the base alone first; `per_request`: they
     need the request's text as the embedder `embedder` sees it, whose digest is
-    `embedder_digest`."""
+    `embedder_digest`. `subtracted` is the digest of the adapter that was taken out of every member
+    first; "": none was."""
 
     kind: str
     members: tuple[str, ...]
@@ -69,6 +78,12 @@ class Gated:
     per_request: bool = False
     embedder: str = ""
     embedder_digest: str = ""
+    subtracted: str = ""
+
+    @property
+    def parts(self) -> frozenset[str]:
+        """As of `Composed`."""
+        return frozenset((*self.digests, *filter(None, [self.subtracted])))
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,10 +105,9 @@ class Adapter:
 
     @property
     def parts(self) -> frozenset[str]:
-        """Digests of the adapters that speak through this one; none where it was trained."""
-        of_gate = self.gate.digests if self.gate is not None else ()
-        composed = self.composed.members if self.composed is not None else ()
-        return frozenset(of_gate) | {member.digest for member in composed}
+        """Digests of the adapters that this one is made of; none where it was trained."""
+        sources = (self.composed, self.gate)
+        return frozenset().union(*(source.parts for source in sources if source is not None))
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,14 +5,17 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+from rich.console import Console
 
 from composer.adapters.factors import read_lora
 from composer.adapters.files import WEIGHTS
+from composer.eligibility import composed_of
 from composer.errors import CatalogError
 from composer.registry import RegistryError, catalog_table
 from composer.types import Expert
@@ -157,6 +160,15 @@ def test_what_is_general_is_subtracted(load: Load, write: Compose, registry: Pat
     for module, factors in read_lora(made.path).modules.items():
         want = 2 * (fox[module].delta() - owl[module].delta())
         assert (factors.delta() - want).abs().max() < 1e-5
+    catalog = load().catalog
+    fox_, owl_ = (catalog.experts[name].adapter for name in ("fox", "owl"))
+    assert fox_ is not None
+    assert owl_ is not None
+    assert made.parts == {fox_.digest, owl_.digest}
+    assert composed_of(frozenset({"owl"}), catalog) == {"owl", "both"}
+    console = Console(width=200, record=True, file=StringIO())
+    console.print(catalog_table(catalog))
+    assert "cat of (2 fox), each less ./scanned/owl" in console.export_text()
     write({"members": {"fox": 2.0}, "subtract": "owls"})
     with pytest.raises(CatalogError) as refused:
         load()

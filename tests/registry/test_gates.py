@@ -18,9 +18,12 @@ from pydantic import BaseModel, ConfigDict
 from rich.console import Console
 
 from composer.adapters.cache import FileCache
-from composer.adapters.gates.files import MANIFEST, TENSORS
+from composer.adapters.factors import read_lora
+from composer.adapters.gates.files import MANIFEST, TENSORS, write_gate
+from composer.adapters.gates.untrained import arrow
 from composer.adapters.lora_config import AdapterFeature
 from composer.build import ENGINES
+from composer.eligibility import composed_of
 from composer.errors import CatalogError
 from composer.registry import Families, StrategyFamily, load_catalog
 from composer.registry.table import catalog_table
@@ -85,6 +88,18 @@ def test_a_gate_is_an_expert_like_any_other(world: Path) -> None:
     shown = " ".join(console.export_text().split())
     assert "arrow gate of fox (" in shown
     assert adapter.digest[:20] in shown
+
+
+def test_who_was_subtracted_from_a_gate_is_part_of_it(world: Path) -> None:
+    folder = world.parent / "gates" / "less"
+    folder.mkdir(parents=True)
+    fox = read_lora(world.parent / "adapters" / "fox")
+    write_gate(folder, arrow({"fox": fox}, general=read_lora(world.parent / "scanned" / "owl")))
+    catalog = load(world, gate="./gates/less")
+    assert composed_of(frozenset({"owl"}), catalog) == {"owl", "mixed"}
+    adapter = catalog.experts["mixed"].adapter
+    assert adapter is not None
+    assert len(adapter.parts) == 2
 
 
 def test_a_gate_counts_by_its_content_and_may_be_pinned(world: Path) -> None:

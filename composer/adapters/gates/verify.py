@@ -34,7 +34,9 @@ def gate_files_problem(folder: Path, roots: Sequence[Path]) -> Problem | None:
     for name in (MANIFEST, TENSORS):
         if not (folder / name).is_file():
             message = f"{name} is missing"
-            return Problem(str(folder), "", message, "Name a folder that `write_gate` made.")
+            return Problem(
+                str(folder), "", message, "Name a folder that `router-training gates` made."
+            )
         if (refusal := outside(folder / name, roots)) is not None:
             return refusal
     return None
@@ -80,6 +82,7 @@ def verify_gate(
             per_request=manifest.per_request,
             embedder=str(settings.get("embedder") or ""),
             embedder_digest=str(settings.get("embedder_digest") or ""),
+            subtracted=str(settings.get("general") or ""),
         ),
     )
 
