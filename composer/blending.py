@@ -3,6 +3,7 @@ engine and no request."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -12,15 +13,25 @@ from composer.adapters.recipe import Member, Recipe
 from composer.types import Adapter, Catalog, Expert, Mix, empty
 
 Key = tuple[
-    str, tuple[tuple[str, float], ...], tuple[tuple[str, tuple[float, ...]], ...], int | None
+    str,
+    str,
+    tuple[tuple[str, float], ...],
+    tuple[tuple[str, tuple[float, ...]], ...],
+    int | None,
 ]
-"""Server; digest and weight of each member, in the order of the digests; the weights of single
-modules; the server's most rank. Equal sums have one key."""
+"""Server; method and settings; digest and weight of each member, in the order of the digests; the
+weights of single modules; the server's most rank. What is equal has one key."""
 
 
 def key_of(server: str, recipe: Recipe) -> Key:
     members = tuple((str(member.digest), member.weight) for member in recipe.members)
-    return server, members, tuple(sorted(recipe.modules.items())), recipe.max_rank
+    how = f"{recipe.method} {json.dumps(dict(recipe.settings), sort_keys=True)}"
+    return server, how, members, tuple(sorted(recipe.modules.items())), recipe.max_rank
+
+
+def members_of(key: Key) -> set[str]:
+    """The digests of its members."""
+    return {digest for digest, _ in key[2]}
 
 
 def quantised(weights: Sequence[float], steps: int) -> list[int]:
@@ -47,14 +58,15 @@ class Part:
 
 @dataclass(frozen=True, slots=True)
 class Blend:
-    """`parts` are those with a share, in the mix's order; `heaviest` has most weight in it, and
-    says on which server; `like`, how it reads and draws. `left_out` could not be mixed with it."""
+    """`parts` are those with a share in the `mix`, in its order, or all where they count as well;
+    `heaviest` has most weight in it, and says on which server; `like`, how it reads and draws.
+    `left_out` could not be mixed with it."""
 
+    mix: Mix
     heaviest: Expert
     like: Expert
     parts: tuple[Part, ...]
     base: float
-    steps: int
     left_out: tuple[str, ...]
 
     @property
@@ -68,23 +80,31 @@ class Blend:
     @property
     def alone(self) -> Expert | None:
         """The one who answers, where nothing is to be composed."""
-        if not self.members:
-            return self.parts[0].expert if self.parts else self._base()
-        return self.parts[0].expert if len(self.parts) == 1 and self.base == 0 else None
+        spoken = self.spoken
+        if not any(part.expert.adapter for part in spoken):
+            return spoken[0].expert if spoken else self._base()
+        return spoken[0].expert if len(spoken) == 1 and self.base == 0 else None
 
     def _base(self) -> Expert:
         return replace(self.heaviest, id="1*base", adapter=None, prompt=self.like.prompt)
+
+    @property
+    def spoken(self) -> list[Part]:
+        """Those with a share."""
+        return [part for part in self.parts if part.share > 0]
 
     def recipe(self, max_rank: int | None) -> Recipe:
         members = self.members
         modules = {name: None for _, part in members for name in part.modules}
         return Recipe(
             tuple(
-                Member(part.expert.id, adapter.path, part.steps / self.steps, adapter.digest)
+                Member(part.expert.id, adapter.path, part.steps / self.mix.steps, adapter.digest)
                 for adapter, part in members
             ),
+            self.mix.method,
+            self.mix.settings,
             modules={
-                name: tuple(part.modules[name] / self.steps for _, part in members)
+                name: tuple(part.modules[name] / self.mix.steps for _, part in members)
                 for name in modules
             },
             max_rank=max_rank,
@@ -95,13 +115,25 @@ class Blend:
         members = [part.expert for part in self.parts]
         return replace(
             self.heaviest,
-            id="+".join(f"{part.share:g}*{part.expert.id}" for part in self.parts),
+            id="+".join(f"{part.share:g}*{part.expert.id}" for part in self.spoken),
             adapter=adapter,
             prompt=self.like.prompt,
             sampling=self.like.sampling,
             context_window=min(expert.context_window for expert in members),
             abilities=frozenset.intersection(*(expert.abilities for expert in members)),
         )
+
+
+def with_whole(mix: Mix, others: Sequence[str]) -> Mix:
+    """The mix, of which the `others` are members of weight 0."""
+    there = {id_ for id_, _ in mix.shares}
+    more = [id_ for id_ in others if id_ not in there]
+    nothing = (0.0,) * len(more)
+    return replace(
+        mix,
+        shares=(*mix.shares, *((id_, 0.0) for id_ in more)),
+        modules={m: (*own[:-1], *nothing, own[-1]) for m, own in mix.modules.items()},
+    )
 
 
 def blended(mix: Mix, catalog: Catalog) -> Blend:
@@ -125,10 +157,10 @@ def blended(mix: Mix, catalog: Catalog) -> Blend:
             Part(expert, own / mix.steps, own) for expert, own in zip(experts, whole, strict=True)
         ]
     stay = {expert.id for expert in experts}
-    away = [expert.id for expert, _ in asked if expert.id not in stay]
-    kept = tuple(part for part in parts if part.share > 0)
+    away = [expert.id for expert, weight in asked if weight > 0 and expert.id not in stay]
+    kept = tuple(part for part in parts if part.share > 0 or (mix.whole and part.expert.adapter))
     like = heaviest if mix.gate is None or not mix.weighed else catalog.experts[mix.gate]
-    return Blend(heaviest, like, kept, base, mix.steps, (*mix.left_out, *away))
+    return Blend(mix, heaviest, like, kept, base, (*mix.left_out, *away))
 
 
 def _by_module(

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 from composer.adapters.recipe import Recipe
 from composer.adapters.shelf import Shelf
-from composer.blending import Blend, Key, blended, key_of
+from composer.blending import Blend, Key, blended, key_of, members_of
 from composer.errors import CatalogError, EngineError, EngineFull, Overloaded
 from composer.generations import Generation, adapters_on
 from composer.room import named, retained, spare, squeezed_in
@@ -94,9 +94,11 @@ class Mixer:
             return
         began = perf_counter()
         blend = blended(asked, catalog)
-        told: dict[str, Any] = {"members": {part.expert.id: part.share for part in blend.parts}}
+        told: dict[str, Any] = {"members": {part.expert.id: part.share for part in blend.spoken}}
         if asked.gate is not None:
             told["weights"] = asked.gate if asked.weighed else "router"
+        if asked.method != "cat":
+            told["method"] = asked.method
         if blend.base > 0:
             told["base"] = blend.base
         if blend.left_out:
@@ -244,9 +246,7 @@ class Mixer:
         """Those that nobody uses now and that have a member beside the `known` digests (None:
         whatever there is), or are the longest unused of too many."""
         unused = [key for key, made in self._made.items() if made.users == 0]
-        gone = (
-            [] if known is None else [k for k in unused if not {d for d, _ in k[1]} <= set(known)]
-        )
+        gone = [] if known is None else [k for k in unused if not members_of(k) <= set(known)]
         count = len(self._made) - len(gone)
         size = sum(made.bytes for key, made in self._made.items() if key not in gone)
         for key in unused:

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from time import perf_counter
 from typing import Any
 
+from composer.blending import with_whole
 from composer.calling import CallRun, call_of
 from composer.deciding import decide, way_of
 from composer.eligibility import restricted
@@ -157,15 +158,19 @@ class Pipeline:
             later: Sequence[str] = (),
             verbatim: bool = False,
         ) -> AsyncGenerator[Chunk, None]:
-            if isinstance(expert, Mix) and expert.gate is not None:
+            if isinstance(expert, Mix):
                 excluded = restricted(request, catalog).exclude
                 first = expert.shares[0][0]
-                expert = await weighed(
-                    expert,
-                    catalog,
-                    excluded,
-                    lambda who: chunks_of(who, messages, _ONE_TOKEN, (first,), weigh=True),
-                )
+                if expert.gate is not None:
+                    expert = await weighed(
+                        expert,
+                        catalog,
+                        excluded,
+                        lambda who: chunks_of(who, messages, _ONE_TOKEN, (first,), weigh=True),
+                    )
+                if expert.whole:
+                    others = [id_ for id_ in policy.experts if id_ not in excluded]
+                    expert = with_whole(expert, others)
             async with (
                 self._mixing(expert, generation) as (who, details),
                 aclosing(chunks_of(who, messages, sampling, later, verbatim=verbatim)) as chunks,

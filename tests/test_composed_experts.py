@@ -9,8 +9,12 @@ from typing import Any
 
 import httpx
 import pytest
+import torch
 import yaml
 
+from composer.adapters.factors import read_lora
+from composer.adapters.merging.base import Weights
+from composer.adapters.merging.twin import Twin, TwinSettings
 from composer.types import Mix
 from tests.tiny import ASKED, TINY, chat, registry, serving
 from tests.vllm import ENVIRONMENT, python, requires_vllm
@@ -103,6 +107,38 @@ async def test_the_router_chooses_a_composed_expert_on_the_embedded_engine(tmp_p
         assert "composer_compositions_reused_total 1.0" in metrics
     folders = [folder for folder in cache.iterdir() if folder.name != "queries"]
     assert [(folder / "composition.json").is_file() for folder in folders] == [True]
+
+
+async def test_twin_merging_shares_what_all_experts_of_the_policy_have(tmp_path: Path) -> None:
+    """What two of them weigh is their own parts alone; the third is in the shared part."""
+    file = yaml.safe_load(with_composition())
+    names = ["uppercase", "reverse", "plural"]
+    settings = {"shared": 0.25, "rank": 2}
+    strategy = {"name": "compose", "steps": 4, "method": "twin", "settings": settings}
+    file["policies"]["mixed"]["strategy"] = strategy
+    async with serving(tmp_path, yaml.safe_dump(file), cache_dir=tmp_path) as (client, _):
+        first = await mix(client, QUESTION)
+        told = first["details"]["composition"]
+        assert (told["method"], told["built"]) == ("twin", True), told
+        assert set(told["members"]) == {"uppercase", "reverse"}
+        [folder] = [f for f in (tmp_path / "compositions" / "queries").iterdir() if f.is_dir()]
+        report = json.loads((folder / "composition.json").read_text())["report"]
+        assert 0 < report["energy"] < 1  # of the own parts, cut to their rank
+        loras = [read_lora(TINY / "experts" / "large" / name) for name in names]
+        weights = Weights(tuple(told["members"].get(name, 0.0) for name in names))
+        want = Twin.merge([lora.modules for lora in loras], weights, TwinSettings(**settings))
+        found = read_lora(folder).modules
+        assert found.keys() == want.modules.keys()
+        for module, factors in found.items():
+            assert torch.allclose(factors.delta(), want.modules[module].delta(), atol=1e-5)
+        again = await mix(client, f"please {QUESTION}")
+        assert again["details"]["composition"]["built"] is False
+
+        # Excluded, it is in no part; and one with all of the weight needs nobody else.
+        await mix(client, QUESTION, exclude=["plural"])
+        made = [f / "composition.json" for f in folder.parent.iterdir() if f.is_dir()]
+        members = sorted(len(json.loads(f.read_text())["members"]) for f in made)
+        assert members == [2, 3]
 
 
 async def test_a_stream_and_a_reload_of_a_composition_for_a_query(tmp_path: Path) -> None:

@@ -41,6 +41,7 @@ STRATEGY_CASES: list[dict[str, Any]] = [
     {"name": "vote", "weights": "majority", "extractor": "exact"},
     {"name": "vote", "weights": "log_odds", "first": 1},
     {"name": "compose", "sharpness": 8},
+    {"name": "compose", "method": "twin"},
 ]
 
 

@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import ValidationError
 
 from composer.adapters.base_model import last_part
 from composer.adapters.factors import (
@@ -30,7 +29,7 @@ from composer.adapters.factors import (
     written_digest,
 )
 from composer.adapters.files import WEIGHTS
-from composer.adapters.merging import METHODS
+from composer.adapters.merging import method_named, settings_of
 from composer.adapters.merging.base import MergeSettings, Method, Weights
 from composer.adapters.merging.subtraction import less
 from composer.adapters.merging.truncation import fitted
@@ -167,18 +166,14 @@ def _built(
 
 
 def _checked(recipe: Recipe, into: Path) -> tuple[type[Method], MergeSettings]:
-    if recipe.method not in METHODS:
-        known = ", ".join(METHODS)
-        raise _refused(into, "method", f"there is no method {recipe.method!r}", f"One of {known}.")
-    method = METHODS[recipe.method]
+    path = "method"
     try:
-        return method, method.settings.model_validate(recipe.settings)
-    except ValidationError as error:
-        wrong = "; ".join(
-            f"{'.'.join(map(str, e['loc'])) or 'settings'}: {e['msg']}" for e in error.errors()
-        )
-        known = ", ".join(method.settings.model_fields) or "none"
-        raise _refused(into, "settings", wrong, f"{recipe.method} has: {known}.") from error
+        method = method_named(recipe.method)
+        path = "settings"
+        return method, settings_of(method, recipe.settings)
+    except ValueError as error:
+        message, _, remedy = str(error).rpartition("; ")
+        raise _refused(into, path, message, f"{remedy[:1].upper()}{remedy[1:]}.") from error
 
 
 def _digest(recipe: Recipe, settings: MergeSettings, digests: Sequence[str]) -> str:

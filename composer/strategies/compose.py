@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -43,6 +43,16 @@ class ComposeSettings(BaseModel):
         description="Each module has the gate's own weights there; false: all have their mean, so "
         "that more queries share an adapter.",
     )
+    method: str = Field(
+        "cat",
+        min_length=1,
+        description="How they become one, as in a `composition`: cat, svd, arithmetic, lego or "
+        "twin, whose shared part is of all the policy's experts and whose weights are those of "
+        "their own parts.",
+    )
+    settings: dict[str, Any] = Field(
+        default_factory=dict, description="The method's own, such as {rank: 16} of svd."
+    )
 
     @model_validator(mode="after")
     def _one_source(self) -> ComposeSettings:
@@ -80,9 +90,11 @@ class Compose:
                 "it composes the chosen experts' adapters, and `k` is 1; set the policy's `k` to "
                 "2 or more"
             )
+        _whole(settings)
 
     def __init__(self, settings: ComposeSettings) -> None:
         self._settings = settings
+        self._whole = _whole(settings)
 
     def check(self, request: Request) -> None:
         """Refuses nothing: what an expert cannot do is the filter's and the engine's to say."""
@@ -102,7 +114,23 @@ class Compose:
             self._settings.steps,
             gate=self._settings.gate,
             by_module=self._settings.by_module,
+            method=self._settings.method,
+            settings=self._settings.settings,
+            whole=self._whole,
         )
         async with aclosing(ask(mix, verbatim=True)) as chunks:
             async for chunk in chunks:
                 yield chunk
+
+
+def _whole(settings: ComposeSettings) -> bool:
+    """Whether members of weight 0 count too. Raises ValueError for a method that there is not, or
+    settings that it does not have."""
+    if settings.method == "cat" and not settings.settings:
+        return False
+    # Seconds of imports (torch, peft), for whoever composes otherwise.
+    from composer.adapters.merging import method_named, settings_of
+
+    method = method_named(settings.method)
+    settings_of(method, settings.settings)
+    return method.whole

@@ -161,7 +161,9 @@ class Chunk:
 class Mix:
     """Several experts as one: their adapters' weighted sum. `shares` are experts and weights, none
     negative and one positive; they are rounded to whole numbers of 1 / `steps`, so that requests
-    that are alike share what is made. `base` is the base model's own weight beside them.
+    that are alike share what is made. `base` is the base model's own weight beside them. `method`
+    and its `settings` say how they become one (composer/adapters/merging); `whole`: the policy's
+    other experts are members too, of weight 0.
 
     `gate` is the expert whose gate's weights, averaged over the prompt's tokens, are to take the
     place of the shares', by module if `by_module`. Then `modules` are those of single modules: of
@@ -177,6 +179,9 @@ class Mix:
     by_module: bool = False
     weighed: bool = False
     left_out: tuple[str, ...] = ()
+    method: str = "cat"
+    settings: Mapping[str, Any] = field(default_factory=empty)
+    whole: bool = False
 
 
 class Ask(Protocol):

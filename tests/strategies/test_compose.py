@@ -57,3 +57,25 @@ async def test_a_gate_is_asked_for_its_weights() -> None:
     assert Compose.weighs(ComposeSettings(gate="goose")) == "goose"
     with pytest.raises(ValueError, match="keep one of `gate` and `sharpness`"):
         ComposeSettings(gate="goose", sharpness=2)
+
+
+async def test_a_method_says_how_they_become_one_and_whether_all_count() -> None:
+    twin = await asked_for(0.5, 0.3, method="twin", settings={"rank": 4})
+    assert (twin.method, twin.settings, twin.whole) == ("twin", {"rank": 4}, True)
+    cut = await asked_for(0.5, 0.3, method="svd", settings={"rank": 4})
+    assert (cut.method, cut.whole) == ("svd", False)
+    plain = await asked_for(0.5, 0.3)
+    assert (plain.method, plain.whole) == ("cat", False)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"method": "stew"}, "there is no method 'stew'; one of cat, svd"),
+        ({"method": "twin", "settings": {"rank": 0}}, "rank: .*; twin has: shared, rank"),
+        ({"settings": {"rank": 4}}, "rank: .*; cat has: none"),
+    ],
+)
+def test_a_method_that_there_is_not_is_refused(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Compose.check_experts(ComposeSettings(**settings), ["a", "b"], 2)

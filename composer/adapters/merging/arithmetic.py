@@ -82,6 +82,7 @@ class Arithmetic:
         "Model Breadcrumbs, arXiv 2312.06795; on factors as peft's add_weighted_adapter does it"
     )
     settings: ClassVar[type[MergeSettings]] = ArithmeticSettings
+    whole: ClassVar[bool] = False
 
     @staticmethod
     def merge(members: Sequence[Modules], weights: Weights, settings: ArithmeticSettings) -> Merged:

@@ -48,10 +48,14 @@ class Merged:
 
 
 class Method(Protocol):
+    """`whole`: a member of weight 0 counts too, so that a query's adapter is made of all members,
+    whatever their weights are for it."""
+
     name: ClassVar[str]
     tier: ClassVar[Tier]
     paper: ClassVar[str]
     settings: ClassVar[type[MergeSettings]]
+    whole: ClassVar[bool]
 
     @staticmethod
     def merge(members: Sequence[Modules], weights: Weights, settings: Any) -> Merged:

@@ -25,6 +25,7 @@ class Cat:
     tier: ClassVar[Tier] = "supported"
     paper: ClassVar[str] = "LoRA Soups, arXiv 2410.13025, section 3"
     settings: ClassVar[type[MergeSettings]] = CatSettings
+    whole: ClassVar[bool] = False
 
     @staticmethod
     def merge(members: Sequence[Modules], weights: Weights, settings: CatSettings) -> Merged:

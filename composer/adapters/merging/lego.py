@@ -34,6 +34,7 @@ class Lego:
     tier: ClassVar[Tier] = "supported"
     paper: ClassVar[str] = "LoRA-LEGO, arXiv 2409.16167"
     settings: ClassVar[type[MergeSettings]] = LegoSettings
+    whole: ClassVar[bool] = False
 
     @staticmethod
     def merge(members: Sequence[Modules], weights: Weights, settings: LegoSettings) -> Merged:

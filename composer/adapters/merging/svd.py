@@ -26,6 +26,7 @@ class Svd:
     tier: ClassVar[Tier] = "supported"
     paper: ClassVar[str] = "Eckart and Young, Psychometrika 1, 1936; peft's combination type svd"
     settings: ClassVar[type[MergeSettings]] = SvdSettings
+    whole: ClassVar[bool] = False
 
     @staticmethod
     def merge(members: Sequence[Modules], weights: Weights, settings: SvdSettings) -> Merged:

@@ -33,6 +33,7 @@ class Twin:
     tier: ClassVar[Tier] = "supported"
     paper: ClassVar[str] = "Twin-Merging, arXiv 2406.15479, sections 3.2 and 3.3"
     settings: ClassVar[type[MergeSettings]] = TwinSettings
+    whole: ClassVar[bool] = True
 
     @staticmethod
     def merge(members: Sequence[Modules], weights: Weights, settings: TwinSettings) -> Merged:
