@@ -61,6 +61,9 @@ from composer.types import Catalog, Component, Expert, Policy, Server
 
 log = logging.getLogger(__name__)
 
+COMPOSITIONS = Path("compositions")
+"""Those of the registry, in the cache folder."""
+
 ROUTERS: Mapping[str, type[Router]] = {
     c.name: c for c in (NeighboursRouter, LearnedRouter, OnlineRouter, LlmRouter)
 }
@@ -119,10 +122,12 @@ def load(
     may_skip: Collection[str] = (),
     *,
     embedder: Callable[[], Vectors] | None = None,
+    compositions: Shelf | None = None,
 ) -> Loaded:
     """The catalog that `settings.experts` and the runtime experts make; `embedder` as `families`
-    has it, default: the settings' own, by its files. Raises CatalogError, and SettingsError for an
-    embedder that is asked for and not there."""
+    has it, default: the settings' own, by its files; `compositions` as `load_catalog` has it,
+    default: in the cache folder. Raises CatalogError, and SettingsError for an embedder that is
+    asked for and not there."""
     return load_catalog(
         settings.experts,
         families(embedder or partial(_embedder_files, settings.embedder)),
@@ -130,7 +135,7 @@ def load(
         runtime=runtime,
         version=version,
         may_skip=may_skip,
-        compositions=settings.cache_dir / "compositions",
+        compositions=compositions or settings.cache_dir / COMPOSITIONS,
     )
 
 
@@ -207,18 +212,20 @@ def make_service(settings: Settings, embedder: TextEmbedder | None = None) -> Se
         recorder=Recorder(store, settings.journal, queue_size=settings.record_queue),
         embedder=embedder,
         scheduler=make_scheduler(settings),
-        load=partial(load, settings, embedder=lambda: embedder),
+        load=partial(load, settings, embedder=lambda: embedder, compositions=mixer.named),
         build=build,
         mixer=mixer,
     )
 
 
 def make_mixer(settings: Settings) -> Mixer:
-    """Beside the registry's own compositions, which are none of its to take away."""
-    inside = Path("compositions", "queries")
+    """What it makes lies beside the registry's own compositions, which come and go with entries."""
+    inside = COMPOSITIONS / "queries"
     seen = settings.server_cache_dir
+    budget = settings.compositions_mb * 2**20
     return Mixer(
-        Shelf(settings.cache_dir / inside, settings.compositions_mb * 2**20),
+        Shelf(settings.cache_dir / inside, budget),
+        named=Shelf(settings.cache_dir / COMPOSITIONS, budget),
         most=settings.compositions,
         seen_at=None if seen is None else str(seen / inside),
     )

@@ -21,7 +21,7 @@ from composer.adapters.shelf import Shelf
 from composer.blending import Blend, Key, blended, key_of, members_of
 from composer.errors import CatalogError, EngineError, EngineFull, Overloaded
 from composer.generations import Generation, adapters_on
-from composer.room import named, retained, spare, squeezed_in
+from composer.room import named_by, retained, spare, squeezed_in
 from composer.types import Adapter, Expert, Mix, empty
 
 log = logging.getLogger(__name__)
@@ -65,14 +65,17 @@ class Mixer:
         shelf: Shelf,
         *,
         most: int,
+        named: Shelf | None = None,
         seen_at: str | None = None,
         crowded: Callable[[], None] = lambda: None,
     ) -> None:
-        """`most` are kept ready at once; `seen_at` is the shelf's folder as servers in other
-        containers see it. `crowded` is told when `trim` has something to do; `live`, to be set by
-        whoever owns generations, says which there are."""
+        """`most` are kept ready at once; `named` has the compositions that the registry names,
+        which are kept while it does, and beyond that within a budget; `seen_at` is the first
+        shelf's folder as servers in other containers see it. `crowded` is told when `trim` has
+        something to do; `live`, to be set by whoever owns generations, says which there are."""
         self._shelf = shelf
         self._most = most
+        self.named = named
         self._seen_at = seen_at
         self.crowded = crowded
         self.live: Callable[[], Sequence[Generation]] = tuple
@@ -260,7 +263,7 @@ class Mixer:
     async def trim(self, live: Sequence[Generation]) -> None:
         """Lets go of what is too much, and of what was composed of an adapter that is served no
         more. To be called while no generation is being built: what it loads, nobody names yet."""
-        known = named(generation.catalog for generation in live)
+        known = {adapter.digest for adapter in named_by(g.catalog for g in live)}
         async with self._changing:
             self._coming = ()
             gone = {key: self._made.pop(key) for key in self._unwanted(known)}
@@ -271,6 +274,9 @@ class Mixer:
                 await retained(server, live)
             self._let_go(gone.values())
             await asyncio.to_thread(self._shelf.trim, known)
+            if self.named is not None:
+                paths = {adapter.path for adapter in named_by(g.catalog for g in live)}
+                await asyncio.to_thread(self.named.keep, paths)
 
     def totals(self) -> Mapping[str, tuple[str, Callable[[], int]]]:
         """What is counted, by name: in words, and how it is read."""
@@ -288,3 +294,5 @@ class Mixer:
 
     def close(self) -> None:
         self._shelf.close()
+        if self.named is not None:
+            self.named.close()

@@ -54,16 +54,16 @@ def spare(
     many more could if they were not in use."""
     here = [g for g in generations if g.engines.get(server) is engine]
     loaded = {digest for generation in here for digest in generation.mixed.get(server, {})}
-    loaded -= {adapter.digest for adapter in wanted} | named(g.catalog for g in here)
+    loaded -= {a.digest for a in (*wanted, *named_by(g.catalog for g in here))}
     now = users()
     busy = {digest for digest in loaded if now.get(digest)}
     return [digest for digest in now if digest in loaded - busy], len(busy)
 
 
-def named(catalogs: Iterable[Catalog]) -> set[str]:
-    """The digests of the adapters that they name."""
+def named_by(catalogs: Iterable[Catalog]) -> list[Adapter]:
+    """The adapters of their experts."""
     experts = (expert for catalog in catalogs for expert in catalog.experts.values())
-    return {expert.adapter.digest for expert in experts if expert.adapter is not None}
+    return [expert.adapter for expert in experts if expert.adapter is not None]
 
 
 async def retained(server: str, generations: Sequence[Generation]) -> None:

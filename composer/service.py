@@ -113,6 +113,7 @@ class Service:
         for work in (self.learning.run, self.promotions.run):
             self._background.spawn(work(self._background.stop))
         self._background.spawn(self.changes.watch())
+        self.changes.crowded()  # by what earlier processes left
         log.info("ready after %.1f s", perf_counter() - self._started)
 
     async def drain(self) -> None:

@@ -42,7 +42,9 @@ class Settings(BaseSettings):
         32, ge=1, description="Adapters composed for requests that are kept ready at once."
     )
     compositions_mb: int = Field(
-        4096, ge=0, description="Size of those and of earlier ones, in cache_dir, in MiB."
+        4096,
+        ge=0,
+        description="MiB in cache_dir of those and of earlier ones; and of the registry's.",
     )
     embedder: str = Field(
         "all-MiniLM-L6-v2",

@@ -9,6 +9,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import re
 import shutil
 import tempfile
 import time
@@ -21,6 +22,9 @@ from typing import IO, Any
 from composer.adapters.recipe import Recipe
 
 PROVENANCE = "composition.json"
+
+_NAME = re.compile(r"[0-9a-f]{32}")
+"""As `compose` names its folders: what else lies there is none of ours to take away."""
 
 LEFTOVER_S = 3600
 """Age from which a folder with a dot before its name is a killed process's, not one being made."""
@@ -55,14 +59,21 @@ class Shelf:
         for folder in list(self._held):
             self.let_go(folder)
 
-    def trim(self, known: Collection[str]) -> int:
-        """Takes away what nobody holds: all with a member whose digest is not among the `known`,
-        and then the longest unused, until the rest is within the budget. Says how many."""
+    def keep(self, folders: Collection[Path]) -> int:
+        """Lets go of all but these, and trims. Says how many were taken away."""
+        for folder in self._held.keys() - set(folders):
+            self.let_go(folder)
+        return self.trim()
+
+    def trim(self, known: Collection[str] | None = None) -> int:
+        """Takes away what nobody holds: all with a member whose digest is not among the `known`
+        (None: whatever they are), and then the longest unused, until the rest is within the
+        budget. Says how many."""
         self._sweep()
         kept: list[tuple[float, int, Path]] = []
         gone = 0
         for folder in self._folders():
-            if _members(folder) <= set(known):
+            if known is None or _members(folder) <= set(known):
                 with suppress(FileNotFoundError):  # another process took it away just now
                     kept.append((folder.stat().st_mtime, _size(folder), folder))
             else:
@@ -79,7 +90,7 @@ class Shelf:
     def _folders(self) -> list[Path]:
         if not self.folder.is_dir():
             return []
-        return [f for f in self.folder.iterdir() if f.is_dir() and not f.name.startswith(".")]
+        return [f for f in self.folder.iterdir() if f.is_dir() and _NAME.fullmatch(f.name)]
 
     def _sweep(self) -> None:
         """What processes left that were killed while they made or took away a composition."""

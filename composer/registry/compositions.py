@@ -143,21 +143,18 @@ def make(
         min(ranks, default=None),
         subtract,
     )
-    # Seconds of imports (torch, peft), for whoever composes alone.
-    from composer.adapters.compose import compose
-
     try:
-        made = compose(recipe, context.compositions)
+        made = context.compositions.make(recipe)
     except AdapterError as error:
         return None, [_told(context, written.block, problem) for problem in error.problems]
     except OSError as error:
-        message = f"it cannot be written to {context.compositions}: {error}"
+        message = f"it cannot be written to {context.compositions.folder}: {error}"
         return None, [place.problem(message, "Make room, or set another COMPOSER_CACHE_DIR.")]
     context.look(made.folder)
     return (
         Made(
             made.folder,
-            context.compositions.resolve(),
+            context.compositions.folder,
             made.adapter,
             made.composed,
             tuple(one.expert for one in members if one.expert is not None),
@@ -288,7 +285,7 @@ def _agreed(values: Sequence[Any]) -> Any:
 
 def _told(context: Context, block: Block, problem: Problem) -> Problem:
     """A problem of the recipe at its key; one of a member's files at the whole."""
-    if problem.file == str(context.compositions):
+    if problem.file == str(context.compositions.folder):
         path = (problem.path,) if problem.path in block.data else ()
         return block.problem(path, problem.message, problem.remedy)
     return _retell(block.at(()), problem)

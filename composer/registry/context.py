@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 
 from composer.adapters.cache import FileCache
+from composer.adapters.shelf import Shelf
 from composer.errors import Problem
 from composer.registry.blocks import Place
 from composer.registry.families import Families
@@ -39,7 +40,7 @@ class Context:
     families: Families
     roots: tuple[Path, ...]
     cache: FileCache
-    compositions: Path
+    compositions: Shelf
     problems: list[Problem] = field(default_factory=list)
     warnings: list[Problem] = field(default_factory=list)
     of_runtime: dict[str, list[Problem]] = field(default_factory=dict)

@@ -9,12 +9,14 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Collection, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
 from composer.adapters.cache import FileCache
+from composer.adapters.shelf import Shelf
 from composer.errors import CatalogError, Problem
 from composer.registry.blocks import Place, block_at, unknown_name, validate
 from composer.registry.context import Context
@@ -80,7 +82,7 @@ def load_catalog(
     version: int,
     may_skip: Collection[str] = (),
     cache: FileCache | None = None,
-    compositions: Path | None = None,
+    compositions: Path | Shelf | None = None,
 ) -> Loaded:
     """The catalog that the file and the runtime experts make together.
 
@@ -89,8 +91,8 @@ def load_catalog(
     relative paths start at the file's folder. Those in `may_skip` (ids) are left out, as if they
     had never been added, where their own specs are wrong; what the file says of one of them is a
     warning then. `compositions` is the folder that composed adapters are kept in; none: one beside
-    the file. Blocks, for the network too where a
-    hub name is not in the cache.
+    the file; a Shelf holds them for whoever serves from them, also where the load then fails.
+    Blocks, for the network too where a hub name is not in the cache.
 
     Raises RegistryError (a CatalogError) with every problem found.
     """
@@ -101,27 +103,33 @@ def load_catalog(
     except CatalogError as error:
         raise RegistryError(error.problems, watched) from error
     skipped: dict[str, tuple[Problem, ...]] = {}
-    while True:
-        context = Context(
-            file=document,
-            folder=path.parent,
-            families=families,
-            roots=tuple(root.resolve() for root in roots) or (path.resolve().parent,),
-            cache=cache if cache is not None else _CACHE,
-            compositions=compositions or path.parent / ".compositions",
-            problems=list(problems),
-            watched=watched,
-            experts_missing=bool({problem.path for problem in problems} - _OTHER_KEYS),
-            left_out=frozenset(skipped),
-        )
-        catalog = _make_catalog(context, file, runtime, version)
-        bad = context.of_runtime.keys() & set(may_skip)
-        if not bad:
-            break
-        # Once more without them, rather than patching what they had a part in. It is rare, each
-        # round has fewer, and what was read is in the cache.
-        skipped |= {id_: tuple(context.of_runtime[id_]) for id_ in bad}
-        runtime = [spec for spec in runtime if _id(spec) not in bad]
+    with ExitStack() as here:
+        if isinstance(compositions, Shelf):
+            shelf = compositions
+        else:  # held while it is read, and no longer: nobody serves from it
+            shelf = Shelf(compositions or path.parent / ".compositions", 0)
+            here.callback(shelf.close)
+        while True:
+            context = Context(
+                file=document,
+                folder=path.parent,
+                families=families,
+                roots=tuple(root.resolve() for root in roots) or (path.resolve().parent,),
+                cache=cache if cache is not None else _CACHE,
+                compositions=shelf,
+                problems=list(problems),
+                watched=watched,
+                experts_missing=bool({problem.path for problem in problems} - _OTHER_KEYS),
+                left_out=frozenset(skipped),
+            )
+            catalog = _make_catalog(context, file, runtime, version)
+            bad = context.of_runtime.keys() & set(may_skip)
+            if not bad:
+                break
+            # Once more without them, rather than patching what they had a part in. It is rare, each
+            # round has fewer, and what was read is in the cache.
+            skipped |= {id_: tuple(context.of_runtime[id_]) for id_ in bad}
+            runtime = [spec for spec in runtime if _id(spec) not in bad]
     if catalog is None:
         found = [*context.problems, *(p for some in context.of_runtime.values() for p in some)]
         raise RegistryError(_in_order(found), watched, context.of_runtime)

@@ -7,6 +7,7 @@ import json
 import os
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -131,6 +132,26 @@ def test_a_composition_that_another_process_takes_away_just_now_is_not_counted(
 
     monkeypatch.setattr("composer.adapters.shelf._size", gone)
     assert ours.trim(known(recipe)) == 0
+
+
+def test_what_is_no_longer_to_be_kept_goes_when_there_is_too_much(
+    recipe: Recipe, tmp_path: Path
+) -> None:
+    """And nothing that is not a composition."""
+    ours, theirs = shelf(tmp_path), shelf(tmp_path)
+    other = replace(recipe, max_rank=1)
+    first, second = ours.make(recipe).folder, ours.make(other).folder
+    queries = ours.folder / "queries"
+    (queries / first.name).mkdir(parents=True)
+    assert ours.keep([first, second]) == 0
+    assert theirs.keep([]) == 0
+    assert ours.keep([second]) == 1
+    assert set(ours.folder.iterdir()) == {second, queries}
+    assert list(queries.iterdir()) == [queries / first.name]
+    roomy = shelf(tmp_path, budget=2**30)
+    assert ours.make(recipe).built
+    ours.close()
+    assert roomy.keep([]) == 0
 
 
 @pytest.mark.parametrize("told", ["{}", "[]", "{", json.dumps({"members": [{}]})])

@@ -15,6 +15,7 @@ from rich.console import Console
 
 from composer.adapters.factors import read_lora
 from composer.adapters.files import WEIGHTS
+from composer.adapters.shelf import Shelf
 from composer.eligibility import composed_of
 from composer.errors import CatalogError
 from composer.registry import RegistryError, catalog_table
@@ -90,6 +91,21 @@ def test_the_second_load_builds_nothing_and_another_cache_everything(
     assert elsewhere is not None
     assert elsewhere.digest == first.adapter.digest
     assert elsewhere.path.parent == (tmp_path / "cache").resolve()
+
+
+def test_who_serves_from_compositions_holds_them_and_who_only_looks_does_not(
+    load: Load, write: Compose, tmp_path: Path
+) -> None:
+    serving, other = (Shelf(tmp_path / "cache", 0) for _ in range(2))
+    write({"members": {"fox": 0.7, "owl": 0.3}})
+    composed(load, compositions=tmp_path / "cache")
+    assert other.trim() == 1
+    adapter = composed(load, compositions=serving).adapter
+    assert adapter is not None
+    assert other.trim() == 0
+    assert serving.keep([adapter.path]) == 0
+    serving.close()
+    assert other.trim() == 1
 
 
 def test_what_a_crash_left_half_written_is_made_anew(load: Load, write: Compose) -> None:
