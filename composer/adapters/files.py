@@ -10,6 +10,8 @@ from composer.errors import Problem
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
 CARD = "README.md"
+GATE = "gate.json"
+"""Of a gated adapter, which has this in place of `CONFIG`."""
 
 PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt")
 """Formats that run code when they are loaded."""
@@ -53,6 +55,10 @@ def file_problems(folder: Path, roots: Sequence[Path]) -> list[Problem]:
     problems = [refusal for refusal in checked if refusal is not None]
     if problems:
         return problems
+    if is_gate(folder):
+        message = "it holds a gate, which mixes adapters, and is none itself"
+        remedy = "An expert names it by `gate`; a composition, its members in place of it."
+        return [*problems, Problem(str(folder), "", message, remedy)]
     if not (folder / CONFIG).is_file():
         problems.append(
             Problem(
@@ -65,6 +71,11 @@ def file_problems(folder: Path, roots: Sequence[Path]) -> list[Problem]:
     if not (folder / WEIGHTS).is_file():
         problems.append(_no_weights(folder))
     return problems
+
+
+def is_gate(folder: Path) -> bool:
+    """Whether it holds a gated adapter, judged by its file names alone."""
+    return (folder / GATE).is_file() and not (folder / CONFIG).exists()
 
 
 def _no_weights(folder: Path) -> Problem:

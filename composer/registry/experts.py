@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import get_args
 
 from composer.adapters.cache import gate_cached, verify_cached
-from composer.adapters.files import CARD, CONFIG
+from composer.adapters.files import CARD, CONFIG, is_gate
 from composer.adapters.hub import adapter_root, fetch_adapter, is_hub_name
 from composer.adapters.lora_config import AdapterFeature
 from composer.errors import CatalogError, Problem
@@ -205,7 +205,7 @@ def _with_card(
     card = read_card(folder, roots, context.cache)
     inner = card.data.get("composer") if card is not None and card.data is not None else None
     if card is None or inner is None:
-        if entry.folder is not None and (folder / CONFIG).exists():
+        if entry.folder is not None and ((folder / CONFIG).exists() or is_gate(folder)):
             result.problems.append(
                 block.problem(
                     (),

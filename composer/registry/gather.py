@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
+from composer.adapters.files import is_gate
 from composer.errors import Problem
 from composer.registry.blocks import ID_REMEDY, Block, Place, block_at, validate
 from composer.registry.cards import scan
@@ -26,7 +27,7 @@ RUNTIME = "runtime"
 @dataclass(frozen=True, slots=True)
 class Entry:
     """An expert as written, before anything it names was looked at. `folder` is that of its
-    adapter where it was found by scanning."""
+    adapter or gate where it was found by scanning."""
 
     id: str
     block: Block
@@ -167,19 +168,14 @@ def _scanned(context: Context, place: Place, item: object, servers: Sequence[str
         message = f"no folder matches {spec.path}"
         remedy = "Correct the pattern; it is relative to the folder of this file."
         context.problems.append(path_place.problem(message, remedy))
-    return [
-        Entry(
-            spec.id_prefix + folder.name,
-            Block(
-                {"server": spec.server, "adapter": str(folder)},
-                home=path_place,
-                places={"server": server_place, "adapter": path_place},
-            ),
-            "file",
-            folder,
-        )
-        for folder in folders
-    ]
+    entries = []
+    for folder in folders:
+        context.look(folder)
+        key = "gate" if is_gate(folder) else "adapter"
+        data = {"server": spec.server, key: str(folder)}
+        block = Block(data, home=path_place, places={"server": server_place, key: path_place})
+        entries.append(Entry(spec.id_prefix + folder.name, block, "file", folder))
+    return entries
 
 
 def _before_marks(pattern: Path) -> Path:

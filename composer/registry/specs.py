@@ -210,9 +210,11 @@ class ExpertSpec(CardSpec):
 
 
 class AdaptersFrom(Spec):
-    """A folder of adapters, each with its card (README.md)."""
+    """A folder of adapters and gates, each with its card (README.md)."""
 
-    path: Text = Field(description="Pattern of the adapters' folders, such as ./adapters/*.")
+    path: Text = Field(
+        description="Pattern of the folders of adapters and gates, such as ./adapters/*."
+    )
     server: Id = Field(description="Id of the server that runs them.")
     id_prefix: str = Field(
         "", pattern=r"^[a-z0-9._/-]*$", description="Put before the folder's name to make the id."

@@ -19,6 +19,7 @@ from rich.console import Console
 
 from composer.adapters.cache import FileCache
 from composer.adapters.factors import read_lora
+from composer.adapters.files import CARD
 from composer.adapters.gates.files import MANIFEST, TENSORS, write_gate
 from composer.adapters.gates.untrained import arrow
 from composer.adapters.lora_config import AdapterFeature
@@ -29,6 +30,7 @@ from composer.registry import Families, StrategyFamily, load_catalog
 from composer.registry.table import catalog_table
 from composer.types import Catalog
 from tests.gated import EVERYTHING, write_gated
+from tests.registry.world import CARD as CARD_TEXT
 from tests.registry.world import FAMILIES, RABBIT, adapter_tensors, write_adapter, write_world
 
 MEMBERS = ("fox", "owl")
@@ -122,6 +124,30 @@ def test_it_comes_at_run_time_too(world: Path) -> None:
     assert adapter is not None
     assert adapter.gate is not None
     assert world.parent / "gates" / "both" in loaded.watched
+
+
+def test_a_scanned_folder_may_hold_gates_beside_adapters(world: Path) -> None:
+    folder = gated(world.parent)
+    folder.rename(world.parent / "scanned" / "both")
+    with pytest.raises(CatalogError, match=r"scanned/both/README\.md has no `composer:` block"):
+        load_catalog(world, families(), version=1)
+    (world.parent / "scanned" / "both" / CARD).write_text(CARD_TEXT.format(name="both"))
+    loaded = load_catalog(world, families(), version=1)
+    adapter = loaded.catalog.experts["both"].adapter
+    assert adapter is not None
+    assert adapter.gate is not None
+    assert adapter.gate.members == MEMBERS
+    assert loaded.catalog.experts["owl"].adapter is not None
+    with pytest.raises(CatalogError, match="adapters_from") as refused:
+        load_catalog(world, families(()), version=1)
+    assert "composer compose --gate" in str(refused.value)
+
+
+def test_a_gate_that_is_named_as_an_adapter_says_how_to_name_it(world: Path) -> None:
+    gated(world.parent)
+    with pytest.raises(CatalogError, match="An expert names it by `gate`") as refused:
+        load(world, adapter="./gates/both")
+    assert "it holds a gate" in str(refused.value)
 
 
 def other_base(folder: Path) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError
 from safetensors.torch import save_file
 from torch import Tensor
 
+from composer.adapters.files import GATE
 from composer.adapters.gates.projection import Normalise, Projection
 from composer.adapters.gates.selection import Selection
 from composer.adapters.gates.stacked import GatedLayer, Stacked
@@ -22,7 +23,7 @@ from composer.adapters.tensors import RawTensor, TensorFileError, read_tensors
 from composer.errors import AdapterError, Problem
 from composer.types import empty
 
-MANIFEST = "gate.json"
+MANIFEST = GATE
 TENSORS = "gate.safetensors"
 FORMAT: Literal[1] = 1
 
