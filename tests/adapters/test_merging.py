@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import pytest
@@ -132,8 +133,22 @@ class Small(torch.nn.Module):
         self.down = torch.nn.Linear(12, 7, bias=False)
 
 
+def same_draws() -> Callable[[Tensor], Tensor]:
+    """In place of `torch.bernoulli`: the n-th draw of a shape is always the same, whatever else is
+    drawn between, and in whatever order modules are merged."""
+    turns: Counter[tuple[int, ...]] = Counter()
+
+    def drawn(share: Tensor) -> Tensor:
+        turns[tuple(share.shape)] += 1
+        seed = 100 * turns[tuple(share.shape)] + share.shape[0]
+        draws = torch.rand(share.shape, generator=torch.Generator().manual_seed(seed))
+        return (draws < share).to(share.dtype)
+
+    return drawn
+
+
 @pytest.mark.parametrize("kind", ["linear", "ties", "magnitude_prune", "dare_linear", "dare_ties"])
-def test_arithmetic_on_factors_is_pefts(kind: str) -> None:
+def test_arithmetic_on_factors_is_pefts(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     members = [adapter(3), adapter(6)]
     config = LoraConfig(r=3, lora_alpha=1.5, target_modules=["up", "down"])
     model: Any = get_peft_model(Small(), config, "m0")  # type: ignore[arg-type]
@@ -144,19 +159,47 @@ def test_arithmetic_on_factors_is_pefts(kind: str) -> None:
             layer: Any = getattr(model.base_model.model, module)
             layer.lora_A[f"m{number}"].weight.data = factors.a
             layer.lora_B[f"m{number}"].weight.data = factors.b
-    # peft draws when it adds the merged adapter, too: what dare drops could not be compared.
-    density = 1.0 if kind.startswith("dare") else 0.5
-    more = {} if kind == "linear" else {"density": density}
+    more = {} if kind == "linear" else {"density": 0.5}
+    monkeypatch.setattr(torch, "bernoulli", same_draws())
     model.base_model.add_weighted_adapter(
         ["m0", "m1"], [0.7, -0.3], "merged", combination_type=kind, **more
     )
-    chosen = ArithmeticSettings.model_validate({"kind": kind, "density": density})
+    chosen = ArithmeticSettings.model_validate({"kind": kind, **more})
+    monkeypatch.setattr(torch, "bernoulli", same_draws())
     got = Arithmetic.merge(members, Weights((0.7, -0.3)), chosen).modules
     for module in SHAPES:
         layer = getattr(model.base_model.model, module)
         scale = layer.scaling["merged"]
         want = scale * layer.lora_B["merged"].weight @ layer.lora_A["merged"].weight
         assert torch.allclose(got[module].delta(), want, atol=1e-5)
+        assert float(want.norm()) > 0.1
+
+
+@given(density=st.floats(0.1, 0.95), seed=st.integers(0, 2**32), weight=st.floats(0.25, 2))
+@settings(deadline=None, max_examples=40)
+def test_dare_keeps_its_share_and_scales_it_to_the_same_mean(
+    density: float, seed: int, weight: float
+) -> None:
+    """Of each number either nothing or 1 / density of it (DARE, section 3.2), by its own seed."""
+    make = torch.Generator().manual_seed(7)
+    size = 40
+    factors = Factors(torch.eye(size), 1 + torch.rand(size, size, generator=make))
+    chosen = ArithmeticSettings(
+        kind="dare_linear", density=density, of="product", rank=size, seed=seed
+    )
+    got, again, other = (
+        Arithmetic.merge([{"up": factors}], Weights((weight,)), one).modules["up"].delta()
+        for one in (chosen, chosen, chosen.model_copy(update={"seed": seed + 1}))
+    )
+    assert torch.equal(got, again)
+    assert not torch.equal(got, other)
+    whole = weight * factors.delta()
+    kept = got.abs() > 0.5 * whole
+    assert torch.allclose(got, torch.where(kept, whole / density, 0.0), atol=1e-3, rtol=1e-3)
+    # Five standard deviations of so many draws: 6e-7 of the examples fail by chance.
+    spread = 5 * (density * (1 - density)) ** 0.5 / size
+    assert abs(float(kept.float().mean()) - density) < spread
+    assert abs(float((got.sum() / whole.sum()) - 1)) < 1.1 * spread / density
 
 
 def test_arithmetic_on_the_product_forms_no_cross_terms() -> None:
