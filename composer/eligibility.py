@@ -149,17 +149,16 @@ def check_gates(request: Request, policy: Policy, catalog: Catalog) -> None:
 
 
 def composed_of(excluded: frozenset[str], catalog: Catalog) -> frozenset[str]:
-    """Those excluded, and the experts whose adapters are composed of theirs, or mix them by a gate:
-    who wants no answer from an adapter wants none from a part of it. Adapters are told by their
-    digests."""
+    """Those excluded, and the experts whose adapters are composed of theirs, or mix them by a gate,
+    be it one inside a server's model: who wants no answer from an adapter wants none from a part of
+    it. Adapters are told by their digests."""
     if not excluded:
         return excluded
-    experts = catalog.experts
-    mixed = {e.id: e.adapter.parts for e in experts.values() if e.adapter and e.adapter.parts}
-    out = {id_ for id_ in excluded if id_ in experts}
+    speaking = {expert: catalog.speaking(expert) for expert in catalog.experts}
+    out = excluded & speaking.keys()
     while True:
-        digests = {adapter.digest for id_ in out if (adapter := experts[id_].adapter)}
-        more = {id_ for id_, parts in mixed.items() if not digests.isdisjoint(parts)}
+        digests = {digest for id_ in out if (digest := speaking[id_][0])}
+        more = {id_ for id_, (_, parts) in speaking.items() if not digests.isdisjoint(parts)}
         if more <= out:
             return excluded | out
         out |= more

@@ -17,6 +17,10 @@ from composer.errors import CatalogError, Problem
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 
+GATE_BLOCK = "gated_adapter"
+"""The entry of config.json that holds the manifest of a gate that is inside the model itself, as
+`composer compose --gate` makes one for vLLM."""
+
 
 @dataclass(frozen=True, slots=True)
 class BaseModelInfo:
@@ -25,6 +29,7 @@ class BaseModelInfo:
     `names` are what it may be called; `shapes` maps each module with a matrix to its weight's
     (out, in), embeddings to (vocabulary, width). `packed` means quantised: the stored shapes
     are then not the layers' own. `context_window` is in tokens, None where the config has none.
+    `gate` is the manifest of a gate that the model has inside, unread; None: it is a plain model.
     """
 
     names: tuple[str, ...]
@@ -32,6 +37,7 @@ class BaseModelInfo:
     context_window: int | None
     packed: bool
     stamp: str
+    gate: object = None
 
     def is_named(self, name: str) -> bool:
         """Whether `name` means this model: equal to one of its names, or to the last part of
@@ -100,6 +106,7 @@ def describe_base_model(
         context_window=window if isinstance(window, int) else None,
         packed="quantization_config" in config,
         stamp=stamp,
+        gate=config.get(GATE_BLOCK),
     )
 
 

@@ -16,6 +16,7 @@ from composer.engines.keys import key_from, key_hint
 from composer.engines.processes import ManagedProcess
 from composer.engines.sleep import sleep, wake
 from composer.engines.upstream import Upstream
+from composer.engines.vllm_gate import demand_plugin, has_gate
 from composer.engines.vllm_launch import VllmSettings, command_of, environment_of
 from composer.errors import (
     ComposerError,
@@ -239,11 +240,17 @@ class VllmServer:
                 return
             await self._end_process()
         if self.process is not None:
+            await self._demand_plugin()
             await self.process.start()
         else:
             await self._wait_for_it()
         if not self._settled:
             await self._settle()
+
+    async def _demand_plugin(self) -> None:
+        launch = self._settings.launch
+        if launch is not None and await asyncio.to_thread(has_gate, self._settings.model):
+            await demand_plugin(self.name, launch, environment_of("", None))
 
     async def _go_down(self) -> None:
         level = self._sleep_level

@@ -12,13 +12,14 @@ from typing import Any
 from pydantic import BaseModel
 
 from composer.adapters.base_model import BaseModelInfo, read_base_model
+from composer.adapters.gates.vllm_folder import gate_inside
 from composer.adapters.hub import fetch_base_model, is_hub_name
 from composer.errors import CatalogError
 from composer.registry.blocks import Block, Place, block_named, unknown_name, validate
 from composer.registry.context import Context
 from composer.registry.devices import make_placement
 from composer.registry.families import SERVER_KEYS, EngineFamily
-from composer.types import Device, Placement, Server
+from composer.types import Device, Gated, Placement, Server
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,9 +95,12 @@ def _make_server(
     field = family.model_field
     written = block.data.get(field) if field is not None else None
     base = _read_base(context, block, field, written, settings)
+    gate = _gate_inside(context, block, field, base)
     windows = (getattr(settings, "context_window", None), base.context_window if base else None)
     return KnownServer(
-        server=Server(id=id_, engine=str(engine), settings=settings, placement=placement),
+        server=Server(
+            id=id_, engine=str(engine), settings=settings, placement=placement, gate=gate
+        ),
         family=family,
         base=base,
         max_rank=getattr(settings, "max_lora_rank", None),
@@ -216,6 +220,19 @@ def _read_base(
         )
     )
     return None
+
+
+def _gate_inside(
+    context: Context, block: Block, field: str | None, base: BaseModelInfo | None
+) -> Gated | None:
+    if field is None or base is None or base.gate is None:
+        return None
+    try:
+        return gate_inside(base.gate)
+    except ValueError as error:
+        message, _, remedy = str(error).partition("; ")
+        context.problems.append(block.problem((field,), message, f"{remedy.capitalize()}."))
+        return None
 
 
 def _is_path(context: Context, written: str) -> bool:

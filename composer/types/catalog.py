@@ -66,14 +66,15 @@ class Composed:
 @dataclass(frozen=True, slots=True)
 class Gated:
     """What a gate mixes, and what it takes. `members` and their `digests` are in the order of its
-    weights. `passes` 2: a token's weights need a pass of the base alone first; `per_request`: they
-    need the request's text as the embedder `embedder` sees it, whose digest is
-    `embedder_digest`. `subtracted` is the digest of the adapter that was taken out of every member
-    first; "": none was."""
+    weights, `digest` is the gate's own. `passes` 2: a token's weights need a pass of the base alone
+    first; `per_request`: they need the request's text as the embedder `embedder` sees it, whose
+    digest is `embedder_digest`. `subtracted` is the digest of the adapter that was taken out of
+    every member first; "": none was."""
 
     kind: str
     members: tuple[str, ...]
     digests: tuple[str, ...]
+    digest: str = ""
     passes: int = 1
     per_request: bool = False
     embedder: str = ""
@@ -154,12 +155,14 @@ class Placement:
 class Server:
     """A process that runs models. `settings` is the engine's own validated model, so that
     two servers are the same exactly when they compare equal. `placement` None: it is always
-    there, and takes no room from others."""
+    there, and takes no room from others. `gate` is inside its model, so that whoever is served
+    there answers through it; None: it has none, as far as its model can be read."""
 
     id: str
     engine: str
     settings: Any
     placement: Placement | None = None
+    gate: Gated | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -288,6 +291,20 @@ class Catalog:
     devices: Mapping[str, Device] = field(default_factory=empty)
     keys: Mapping[str, ApiKey] = field(default_factory=empty)
 
+    def speaking(self, expert: str) -> tuple[str, frozenset[str]]:
+        """The digest of the adapter that this expert is, "" for a base alone, and those of the
+        adapters that speak through it: members of a composition or gate, and a gate inside its
+        server's model with the members of that."""
+        own = self.experts[expert]
+        inside = self.servers[own.server].gate
+        parts = own.adapter.parts if own.adapter is not None else frozenset()
+        if inside is None:
+            return "" if own.adapter is None else own.adapter.digest, parts
+        parts |= inside.parts
+        if own.adapter is None:
+            return inside.digest, parts
+        return own.adapter.digest, parts | {inside.digest}
+
     def revision(self, expert: str) -> str:
         """Equal, across processes, for equal answers as far as the registry says: the engine, which
         model it runs and where, the adapter's content, the prompt template, and the expert's own
@@ -296,6 +313,8 @@ class Catalog:
         server = self.servers[own.server]
         model = [str(getattr(server.settings, name, None)) for name in _MODEL]
         adapter = None if own.adapter is None else own.adapter.digest
+        if server.gate is not None:
+            model.append(server.gate.digest)
         said = repr((server.engine, model, adapter, own.prompt, own.sampling))
         return hashlib.sha256(said.encode()).hexdigest()[:16]
 

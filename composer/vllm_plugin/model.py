@@ -15,8 +15,9 @@ from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
 from vllm.model_executor.models.registry import ModelRegistry
 from vllm.model_executor.models.utils import is_pp_missing_parameter
 
+from composer.adapters.base_model import GATE_BLOCK
 from composer.adapters.gates.files import TENSORS, Manifest
-from composer.adapters.gates.vllm_folder import BLOCK, FOLDER, PREFIX
+from composer.adapters.gates.vllm_folder import FOLDER, PREFIX
 from composer.vllm_plugin import check_version, vllm_version
 from composer.vllm_plugin.linear import Gated, attach
 
@@ -101,17 +102,17 @@ class GatedModel:
 
 def manifest_of(config: Mapping[str, Any]) -> Manifest:
     """What config.json says of the gate. Raises ValueError with the remedy."""
-    block = config.get(BLOCK)
+    block = config.get(GATE_BLOCK)
     if block is None:
         raise ValueError(
-            f"config.json has no {BLOCK!r}; make the folder with `composer compose --gate`"
+            f"config.json has no {GATE_BLOCK!r}; make the folder with `composer compose --gate`"
         )
     try:
         return Manifest.model_validate(block)
     except ValidationError as error:
         raise ValueError(
-            f"config.json, {BLOCK}: {error.errors()[0]['msg']}; compose the folder again, with the "
-            "composer that this plugin is of"
+            f"config.json, {GATE_BLOCK}: {error.errors()[0]['msg']}; compose the folder again, "
+            "with the composer that this plugin is of"
         ) from error
 
 

@@ -17,11 +17,13 @@ import yaml
 from pydantic import BaseModel, ConfigDict
 from rich.console import Console
 
+from composer import build
 from composer.adapters.cache import FileCache
 from composer.adapters.factors import read_lora
 from composer.adapters.files import CARD
 from composer.adapters.gates.files import MANIFEST, TENSORS, write_gate
 from composer.adapters.gates.untrained import arrow
+from composer.adapters.gates.vllm_folder import write_vllm_folder
 from composer.adapters.lora_config import AdapterFeature
 from composer.build import ENGINES
 from composer.eligibility import composed_of
@@ -29,9 +31,11 @@ from composer.errors import CatalogError
 from composer.registry import Families, StrategyFamily, load_catalog
 from composer.registry.table import catalog_table
 from composer.types import Catalog
+from examples.tiny.experts import base_folder, expert_folder
 from tests.gated import EVERYTHING, write_gated
 from tests.registry.world import CARD as CARD_TEXT
 from tests.registry.world import FAMILIES, RABBIT, adapter_tensors, write_adapter, write_world
+from tests.vllm_gates import BASE, folder_of, tiny_gate
 
 MEMBERS = ("fox", "owl")
 DIGEST = "sha256:" + "0" * 64
@@ -305,3 +309,61 @@ def test_a_strategy_is_weighed_by_a_gate_of_its_experts(
     assert message in problem.message
     assert problem.path == "policies.mixing.strategy"
     assert problem.remedy
+
+
+def with_a_gate_inside(world: Path, folder: Path) -> Path:
+    """The world's `local`, but for `there`, a vLLM whose model has a gate of two tiny adapters
+    inside; one of them, `apart` and a gate of both stand beside it."""
+    data = yaml.safe_load(world.read_text())
+    gate = folder_of(tiny_gate("phatgoose", ("reverse", "add")), folder / "gate")
+    write_vllm_folder(gate, base_folder("large"), folder / "gated", base_name=BASE)
+    data["servers"] = {
+        "there": {"engine": "vllm", "model": str(folder / "gated"), "url": "http://127.0.0.1:9"},
+        "here": {"engine": "embedded", "model": str(base_folder("large")), "model_name": BASE},
+    }
+    own = {
+        name: {"server": "here", "adapter": str(expert_folder("large", name)), "description": name}
+        for name in ("reverse", "add", "plural")
+    }
+    data["experts"] = own | {"mixed": {"server": "there", "description": "both"}}
+    data["policies"] = {
+        "auto": {"router": {"name": "neighbours"}, "strategy": {"name": "single"}, "experts": ["*"]}
+    }
+    for other in ("devices", "adapters_from"):
+        data.pop(other, None)
+    world.write_text(yaml.safe_dump(data))
+    return world
+
+
+def load_inside(file: Path) -> Catalog:
+    roots = (file.parent, expert_folder("large", "add").parent)
+    return load_catalog(file, build.families(), version=1, cache=FileCache(), roots=roots).catalog
+
+
+def test_whoever_excludes_an_adapter_excludes_the_gate_inside_a_servers_model(
+    world: Path, tmp_path: Path
+) -> None:
+    file = with_a_gate_inside(world, tmp_path / "inside")
+    catalog = load_inside(file)
+    inside = catalog.servers["there"].gate
+    assert inside is not None
+    assert inside.members == ("reverse", "add")
+    assert composed_of(frozenset({"reverse"}), catalog) == {"reverse", "mixed"}
+    assert composed_of(frozenset({"plural"}), catalog) == {"plural"}
+    assert composed_of(frozenset({"mixed"}), catalog) == {"mixed"}
+
+
+def test_a_gate_inside_that_cannot_be_read_is_told_with_the_remedy(
+    world: Path, tmp_path: Path
+) -> None:
+    file = with_a_gate_inside(world, tmp_path / "inside")
+    config = tmp_path / "inside" / "gated" / "config.json"
+    told = json.loads(config.read_text())
+    del told["gated_adapter"]["members"]
+    config.write_text(json.dumps(told))
+    with pytest.raises(CatalogError) as refused:
+        load_inside(file)
+    (problem,) = refused.value.problems
+    assert problem.path == "servers.there.model"
+    assert "gated_adapter.members" in problem.message
+    assert problem.remedy == "Compose the folder again, with this composer."

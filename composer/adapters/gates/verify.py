@@ -7,7 +7,7 @@ from pathlib import Path
 
 from composer.adapters.base_model import BaseModelInfo
 from composer.adapters.files import outside
-from composer.adapters.gates.files import MANIFEST, TENSORS, Gate, read_gate
+from composer.adapters.gates.files import MANIFEST, TENSORS, Gate, Manifest, read_gate
 from composer.adapters.gates.prior import ROWS, prior
 from composer.adapters.gates.xlora import width
 from composer.adapters.lora_config import AdapterFeature
@@ -66,7 +66,6 @@ def verify_gate(
         problems.append(Problem(str(folder), "", message, remedy))
     if problems:
         raise AdapterError(problems)
-    settings = manifest.settings
     rank = max(sum(module.ranks) for module in manifest.modules.values())
     return Adapter(
         path=folder.resolve(),
@@ -74,16 +73,22 @@ def verify_gate(
         rank=rank,
         alpha=float(rank),  # scales are folded into the factors
         target_modules=tuple(sorted({module.rsplit(".", 1)[-1] for module in gate.layers})),
-        gate=Gated(
-            kind=manifest.kind,
-            members=gate.members,
-            digests=tuple(member.digest for member in manifest.members),
-            passes=manifest.passes,
-            per_request=manifest.per_request,
-            embedder=str(settings.get("embedder") or ""),
-            embedder_digest=str(settings.get("embedder_digest") or ""),
-            subtracted=str(settings.get("general") or ""),
-        ),
+        gate=gated_of(manifest),
+    )
+
+
+def gated_of(manifest: Manifest) -> Gated:
+    settings = manifest.settings
+    return Gated(
+        kind=manifest.kind,
+        members=tuple(member.name for member in manifest.members),
+        digests=tuple(member.digest for member in manifest.members),
+        digest=manifest.digest,
+        passes=manifest.passes,
+        per_request=manifest.per_request,
+        embedder=str(settings.get("embedder") or ""),
+        embedder_digest=str(settings.get("embedder_digest") or ""),
+        subtracted=str(settings.get("general") or ""),
     )
 
 

@@ -13,17 +13,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from composer.adapters.base_model import read_base_model, read_config
+from pydantic import ValidationError
+
+from composer.adapters.base_model import GATE_BLOCK, read_base_model, read_config
 from composer.adapters.files import PICKLES
-from composer.adapters.gates.files import MANIFEST, TENSORS, Gate, read_gate
-from composer.adapters.gates.verify import verify_gate
+from composer.adapters.gates.files import MANIFEST, TENSORS, Gate, Manifest, read_gate
+from composer.adapters.gates.verify import gated_of, verify_gate
 from composer.adapters.lora_config import AdapterFeature
 from composer.durable import sync_contents, sync_folder
 from composer.errors import AdapterError, Problem
-
-BLOCK = "gated_adapter"
-"""The entry of config.json that holds the gate's manifest. There, since vLLM's compile cache is
-keyed by the config and sees no tensor file: another set of members is another graph."""
+from composer.types import Gated
 
 FOLDER = "gate"
 """Below the model's folder. Beside the weights, their index would have vLLM pass over it."""
@@ -69,7 +68,10 @@ def write_vllm_folder(
     architecture = _architecture(base, config)
     _fits(gate, loaded, base, base_name)
     told = loaded.manifest.model_dump(mode="json", exclude={"report", "settings"})
-    made = config | {"architectures": [architecture], BLOCK: told}
+    told["settings"] = _kept(loaded.manifest.settings)
+    # In config.json, since vLLM's compile cache is keyed by it and sees no tensor file: another set
+    # of members is another graph.
+    made = config | {"architectures": [architecture], GATE_BLOCK: told}
     digest = loaded.manifest.digest
     if folder.exists():
         if not _is_the_same(folder, made, base):
@@ -79,6 +81,25 @@ def write_vllm_folder(
         return VllmFolder(folder, architecture, loaded.members, digest, 0, built=False)
     copied = _published(folder, made, gate, base)
     return VllmFolder(folder, architecture, loaded.members, digest, copied, built=True)
+
+
+def _kept(settings: Mapping[str, object]) -> dict[str, object]:
+    """Of what the gate was made with: which adapter was taken out of its members, so that who
+    excludes that one excludes the gate."""
+    return {"general": settings["general"]} if settings.get("general") else {}
+
+
+def gate_inside(block: object) -> Gated:
+    """What the `GATE_BLOCK` of a config.json says. Raises ValueError, "what is wrong; the
+    remedy"."""
+    try:
+        return gated_of(Manifest.model_validate(block))
+    except ValidationError as error:
+        where = ".".join(map(str, error.errors()[0]["loc"]))
+        raise ValueError(
+            f"config.json, {'.'.join(filter(None, (GATE_BLOCK, where)))}: "
+            f"{error.errors()[0]['msg']}; compose the folder again, with this composer"
+        ) from error
 
 
 def _servable(folder: Path, gate: Gate) -> None:
@@ -112,9 +133,12 @@ def _architecture(base: Path, config: Mapping[str, Any]) -> str:
             f"{named} is no decoder-only language model",
             "Name the folder of one, such as a LlamaForCausalLM.",
         )
-    if str(named[0]).startswith(PREFIX) and BLOCK in config:
+    if str(named[0]).startswith(PREFIX) and GATE_BLOCK in config:
         raise _refused(
-            base / CONFIG, BLOCK, "this model has a gate already", "Name the plain model's folder."
+            base / CONFIG,
+            GATE_BLOCK,
+            "this model has a gate already",
+            "Name the plain model's folder.",
         )
     return f"{PREFIX}{named[0]}"
 
