@@ -51,6 +51,8 @@ def tiny_gate(
             vectors = torch.stack([torch.zeros(d_in) if f is None else prototype(f) for f in own])
         else:
             vectors = torch.randn(outs, d_in, generator=generator)
+            if normalise == "none":
+                vectors /= 8  # as drawn, a rounding of 1e-6 would be one of 1e-3 in an answer
         bias = torch.randn(outs, generator=generator) / 4 if normalise == "none" else None
         rows = Projection.of(vectors, normalise).rows
         layers[module] = gated_layer(stacked, rows, bias, normalise, selection)
@@ -58,19 +60,6 @@ def tiny_gate(
     named = members_of(skills, [lora.digest for lora in loras])
     settings = {"kind": kind, "base": BASE, "normalise": normalise, "selection": selection}
     return Gate(Manifest(members=named, modules=told, **{**settings, **manifest}), layers)
-
-
-def reference_hooks(model: torch.nn.Module, gate: Gate) -> None:
-    """Puts the gate on a transformers model, by hooks: the delta is added to what each gated layer
-    gives."""
-    for name, layer in gate.layers.items():
-
-        def add(
-            _: torch.nn.Module, inputs: tuple[torch.Tensor], out: torch.Tensor, own=layer
-        ) -> torch.Tensor:
-            return out + own.delta(inputs[0])
-
-        model.get_submodule(name).register_forward_hook(add)
 
 
 def folder_of(gate: Gate, path: Path) -> Path:
