@@ -8,7 +8,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
 
-import yaml  # type: ignore[import-untyped]
 from pydantic import (
     BaseModel,
     ConfigDict,
@@ -19,7 +18,8 @@ from pydantic import (
     model_validator,
 )
 
-from composer.errors import AdapterError, Problem
+from composer.errors import AdapterError, CatalogError, Problem
+from composer.source import parse_yaml
 from composer.types import empty
 
 Text = Annotated[str, Field(min_length=1)]
@@ -112,21 +112,32 @@ class Recipe:
     subtract: Member | None = None
 
 
+_FORM = (
+    "Write `members:` with folders and their weights, as README.md shows; a recipe has: "
+    f"{', '.join(RecipeSpec.model_fields)}."
+)
+
+
 def read_recipe(file: Path) -> Recipe:
     """A recipe whose members are folders, relative to the file's own. Raises AdapterError."""
 
-    def refused(path: str, message: str, remedy: str) -> AdapterError:
-        return AdapterError([Problem(file=str(file), path=path, message=message, remedy=remedy)])
-
     try:
-        spec = RecipeSpec.model_validate(yaml.safe_load(file.read_text(encoding="utf-8-sig")))
+        document = parse_yaml(file.read_text(encoding="utf-8-sig"), str(file))
+    except CatalogError as error:
+        raise AdapterError(error.problems) from error
+    except (OSError, UnicodeError) as error:
+        message, remedy = f"it cannot be read: {error}", "Name a recipe's file."
+        raise AdapterError([Problem(str(file), "", message, remedy)]) from error
+    if not isinstance(document.data, dict):
+        what = "there is nothing" if document.data is None else "there are no keys with values"
+        raise AdapterError([document.problem((), f"{what} in it", _FORM)])
+    try:
+        spec = RecipeSpec.model_validate(document.data)
     except ValidationError as error:
         first = error.errors()[0]
-        path = ".".join(str(step) for step in first["loc"] if step not in ("weighed", "alike"))
-        remedy = f"A recipe has: {', '.join(RecipeSpec.model_fields)}."
-        raise refused(path, first["msg"].removeprefix("Value error, "), remedy) from error
-    except (OSError, UnicodeError, yaml.YAMLError) as error:
-        raise refused("", f"it cannot be read: {error}", "Write it as README.md shows.") from error
+        path = [step for step in first["loc"] if step not in ("weighed", "alike")]
+        message = first["msg"].removeprefix("Value error, ")
+        raise AdapterError([document.problem(path, message, _FORM)]) from error
     subtract = spec.subtract
     return Recipe(
         tuple(Member(name, file.parent / name, weight) for name, weight in spec.weights.items()),

@@ -16,8 +16,8 @@ from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
 from composer.errors import Problem
-from composer.registry.source import Document, Path
 from composer.registry.specs import DIGEST, ID, PARAMETER, SERVER_PATH
+from composer.source import Document, Path
 
 M = TypeVar("M", bound=BaseModel)
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from composer.adapters.cache import FileCache
 from composer.adapters.files import CARD, outside
 from composer.errors import CatalogError, Problem
-from composer.registry.source import Document, parse_yaml
+from composer.source import Document, parse_yaml
 
 MAX_BYTES = 16_000_000
 """Of a card or a file of examples: more is a mistake."""

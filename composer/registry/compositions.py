@@ -18,7 +18,7 @@ from composer.registry.blocks import Block, Place, block_at, unknown_name, valid
 from composer.registry.context import Context
 from composer.registry.gather import Entry
 from composer.registry.servers import KnownServer
-from composer.registry.source import parse_yaml
+from composer.source import parse_yaml
 from composer.types import Composed, Expert
 
 KEY = "composition"

@@ -12,8 +12,8 @@ from composer.adapters.shelf import Shelf
 from composer.errors import Problem
 from composer.registry.blocks import Place
 from composer.registry.families import Families
-from composer.registry.source import Document
 from composer.registry.stamps import Stamp, stamp
+from composer.source import Document
 
 
 @dataclass(frozen=True, slots=True)

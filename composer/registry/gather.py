@@ -17,8 +17,8 @@ from composer.errors import Problem
 from composer.registry.blocks import ID_REMEDY, Block, Place, block_at, validate
 from composer.registry.cards import scan
 from composer.registry.context import Context, Mount
-from composer.registry.source import Document
 from composer.registry.specs import ID, AdaptersFrom
+from composer.source import Document
 
 RUNTIME = "runtime"
 """Where problems of experts added at run time are said to stand, in place of a file."""

@@ -27,9 +27,9 @@ from composer.registry.gather import gather
 from composer.registry.keys import make_keys
 from composer.registry.policies import make_policies
 from composer.registry.servers import KnownServer, make_servers
-from composer.registry.source import Document, parse_yaml
 from composer.registry.specs import FileSpec
 from composer.registry.stamps import Stamp, Stamps, stamp
+from composer.source import Document, parse_yaml
 from composer.types import ApiKey, Catalog, Component, Device, Expert, Policy
 
 _CACHE = FileCache()

@@ -381,9 +381,15 @@ def test_the_command_composes_by_words_and_by_recipe_alike(tmp_path: Path) -> No
     ("text", "message"),
     [
         ("members: {add: heavy}", "members.add: Input should be a valid number"),
-        ("- add", "Input should be a valid dictionary"),
-        ("members: [", "it cannot be read"),
-        ("members: [./none]", "none"),
+        (
+            "members:\n  ./add: 0.5\n  ./add: 0.7",
+            "yaml:3: the key './add' stands here a second",
+        ),
+        ("method: cat", "members: Field required"),
+        ("- add", "there are no keys with values in it"),
+        ("", "there is nothing in it. Write `members:`"),
+        ("members: [", "this is not YAML"),
+        ("members: [./none]", "'./none': there is no such folder"),
     ],
 )
 def test_a_recipe_file_that_is_wrong_is_refused_with_its_place(

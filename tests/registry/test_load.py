@@ -17,7 +17,7 @@ from pydantic import BaseModel
 
 from composer.errors import CatalogError, Problem
 from composer.registry import EngineFamily, Families, RegistryError, RouterFamily, catalog_table
-from composer.registry.source import parse_yaml
+from composer.source import parse_yaml
 from composer.types import Component, Cost
 from tests.registry.conftest import Load
 from tests.registry.world import (
