@@ -95,7 +95,7 @@ def _make_server(
     field = family.model_field
     written = block.data.get(field) if field is not None else None
     base = _read_base(context, block, field, written, settings)
-    gate = _gate_inside(context, block, field, base)
+    gate = _gate_inside(context, block, family, base)
     windows = (getattr(settings, "context_window", None), base.context_window if base else None)
     return KnownServer(
         server=Server(
@@ -223,9 +223,15 @@ def _read_base(
 
 
 def _gate_inside(
-    context: Context, block: Block, field: str | None, base: BaseModelInfo | None
+    context: Context, block: Block, family: EngineFamily, base: BaseModelInfo | None
 ) -> Gated | None:
+    field = family.model_field
     if field is None or base is None or base.gate is None:
+        return None
+    if "gate" in family.adapter_features:  # it would read the weights and pass over the gate
+        message = "this model has a gate inside, which is for vLLM"
+        remedy = "Name the base's folder, and the gate's as the `gate` of an expert."
+        context.problems.append(block.problem((field,), message, remedy))
         return None
     try:
         return gate_inside(base.gate)

@@ -367,3 +367,17 @@ def test_a_gate_inside_that_cannot_be_read_is_told_with_the_remedy(
     assert problem.path == "servers.there.model"
     assert "gated_adapter.members" in problem.message
     assert problem.remedy == "Compose the folder again, with this composer."
+
+
+def test_a_gate_inside_a_model_is_not_passed_over_by_an_engine_that_takes_them_beside_it(
+    world: Path, tmp_path: Path
+) -> None:
+    file = with_a_gate_inside(world, tmp_path / "inside")
+    data = yaml.safe_load(file.read_text())
+    data["servers"]["there"] = {"engine": "embedded", "model": str(tmp_path / "inside" / "gated")}
+    file.write_text(yaml.safe_dump(data))
+    with pytest.raises(CatalogError) as refused:
+        load_inside(file)
+    (problem,) = refused.value.problems
+    assert problem.path == "servers.there.model"
+    assert "which is for vLLM" in problem.message
