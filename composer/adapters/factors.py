@@ -19,6 +19,7 @@ from torch import Tensor
 from composer.adapters.cache import FileCache
 from composer.adapters.files import CONFIG, WEIGHTS
 from composer.adapters.lora_config import AdapterFeature, LoraConfig, read_lora_config
+from composer.adapters.module_names import place_of
 from composer.adapters.tensors import RawTensor
 from composer.adapters.verify import adapter_digest, verify_adapter
 from composer.errors import AdapterError, Problem
@@ -27,11 +28,6 @@ _DTYPES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 _DIGESTS = FileCache(4096)
 _PREFIX = "base_model.model."
 _FACTOR = re.compile(r"base_model\.model\.(?P<module>.+)\.lora_(?P<side>[AB])\.weight")
-
-_IN_LAYER = re.compile(
-    r"(?:[^.\d][^.]*\.){2,}(?P<layer>\d+)\.(?P<inner>(?:[^.\d][^.]*\.)*)(?P<last>[^.\d][^.]*)"
-)
-"""As peft finds a layer's number, where it is the only one (those of experts are others)."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -242,11 +238,10 @@ def _targets(modules: Modules) -> dict[str, Any]:
     one that lost them."""
     places: dict[str, dict[str, set[int]]] = {}
     for module in modules:
-        match = _IN_LAYER.fullmatch(module)
-        if match is None:
+        place = place_of(module)
+        if place is None:
             return {"target_modules": sorted(modules)}
-        layers = places.setdefault(match["last"], {}).setdefault(match["inner"] or "", set())
-        layers.add(int(match["layer"]))
+        places.setdefault(place.last, {}).setdefault(place.inner, set()).add(place.layer)
     layers = next(iter(places[next(iter(places))].values()))
     if any(len(inner) > 1 or layers not in inner.values() for inner in places.values()):
         return {"target_modules": sorted(modules)}

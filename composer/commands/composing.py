@@ -10,6 +10,7 @@ from typing import Annotated, Any, NoReturn
 import typer
 
 from composer.adapters.recipe import Member, Recipe, read_recipe
+from composer.assignments import assigned
 from composer.commands.console import fail, read_settings
 from composer.errors import ComposerError, SettingsError
 
@@ -142,14 +143,7 @@ def _members(adapters: list[Path], weights: list[float] | None) -> tuple[Member,
 
 
 def _assigned(settings: list[str]) -> dict[str, Any]:
-    """`name=value` with values as JSON has them, or else as they stand."""
-    out: dict[str, Any] = {}
-    for one in settings:
-        name, given, value = one.partition("=")
-        if not given or not name:
-            raise SettingsError(f"--set {one!r} is not name=value; write it so")
-        try:
-            out[name] = json.loads(value)
-        except ValueError:
-            out[name] = value
-    return out
+    try:
+        return assigned(settings)
+    except ValueError as error:
+        raise SettingsError(f"--set {error}") from error

@@ -186,9 +186,9 @@ def _cache(layers: Sequence[tuple[Tensor, Tensor]]) -> DynamicCache:
     return cache
 
 
-def _widened(hidden: Tensor, width: int) -> Tensor:
-    """(n, new, d) → (n, width, d), right-aligned."""
-    return pad(hidden, (0, 0, width - hidden.shape[1], 0))
+def _widened(rows: Tensor, width: int) -> Tensor:
+    """(…, length, d) → (…, width, d), right-aligned."""
+    return pad(rows, (0, 0, width - rows.shape[-2], 0))
 
 
 def _tensors(cache: DynamicCache) -> list[tuple[Tensor, Tensor]]:
@@ -198,4 +198,4 @@ def _tensors(cache: DynamicCache) -> list[tuple[Tensor, Tensor]]:
 
 def _stack(old: Tensor, new: Tensor, width: int) -> Tensor:
     """(a, heads, l1, d) over (b, heads, l2, d) → (a + b, heads, width, d), right-aligned."""
-    return torch.cat([pad(t, (0, 0, width - t.shape[2], 0)) for t in (old, new)])
+    return torch.cat([_widened(old, width), _widened(new, width)])

@@ -266,7 +266,7 @@ class LocalModel:
             for use in uses
         ]
         self._lora.assign(names, self.device)
-        self._gates.assign(uses, _real(ids, lengths), hidden, self.device)
+        self._gates.assign(uses, _real(ids.shape[1], lengths), hidden, self.device)
         output = self._base(
             **self._inputs(ids, lengths, positions, cache), use_cache=True, logits_to_keep=1
         )
@@ -280,7 +280,7 @@ class LocalModel:
         norm, (rows, new, d_model) in the model's dtype."""
         uses = [Use()] * len(ids)
         self._lora.assign([BASE] * len(ids), self.device)
-        self._gates.assign(uses, _real(ids, lengths), None, self.device)
+        self._gates.assign(uses, _real(ids.shape[1], lengths), None, self.device)
         base: Any = self._base
         output = base.get_decoder()(**self._inputs(ids, lengths, positions, cache), use_cache=True)
         return output.last_hidden_state  # type: ignore[no-any-return]
@@ -289,10 +289,9 @@ class LocalModel:
         self, ids: Tensor, lengths: Tensor, positions: Tensor, cache: DynamicCache
     ) -> dict[str, Any]:
         width = cache.get_seq_length() + ids.shape[1]
-        columns = torch.arange(width, device=self.device)
         return {
             "input_ids": ids,
-            "attention_mask": columns >= width - lengths[:, None],  # (rows, width), False: padding
+            "attention_mask": _real(width, lengths),
             "position_ids": positions,
             "past_key_values": cache,
         }
@@ -314,10 +313,10 @@ class LocalModel:
         return self._pieces[token]
 
 
-def _real(ids: Tensor, lengths: Tensor) -> Tensor:
-    """(rows, new) False at padding, of right-aligned rows."""
-    new = ids.shape[1]
-    return torch.arange(new, device=ids.device) >= new - lengths[:, None]
+def _real(width: int, lengths: Tensor) -> Tensor:
+    """(rows, width) False at padding, of right-aligned rows of these lengths, or of longer ones'
+    last `width` columns."""
+    return torch.arange(width, device=lengths.device) >= width - lengths[:, None]
 
 
 def adapter_name(digest: str) -> str:

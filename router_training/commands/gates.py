@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -10,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.table import Table
 
+from composer.assignments import assigned
 from router_training.console import (
     Json,
     Seed,
@@ -190,14 +190,7 @@ def _texts(written: list[str]) -> dict[str, str]:
 
 
 def _assigned(settings: list[str]) -> dict[str, Any]:
-    """NAME=VALUE, the value JSON or else a text."""
-    out: dict[str, Any] = {}
-    for written_as in settings:
-        name, sign, value = written_as.partition("=")
-        if not sign:
-            refuse(f"--set {written_as}: no value; write NAME=VALUE")
-        try:
-            out[name] = json.loads(value)
-        except ValueError:
-            out[name] = value
-    return out
+    try:
+        return assigned(settings)
+    except ValueError as error:
+        refuse(f"--set {error}")

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import pairwise
 
+from composer.adapters.module_names import layer_of
 from composer.types import GroupBy
 
 RANGES = 4
 """Most ranges of layers: a picture of more says less."""
-
-_LAYER = re.compile(r"(?:^|\.)(\d+)\.")
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -30,7 +28,7 @@ class Groups:
 def grouped(modules: frozenset[str], by: GroupBy) -> Groups:
     """`all`: one group of all modules in a layer. `layers`: the layers in up to four ranges,
     attention and the rest (`mlp`) apart; without those that would be empty."""
-    layers = {module: int(found[1]) for module in modules if (found := _LAYER.search(module))}
+    layers = {module: layer for module in modules if (layer := layer_of(module)) is not None}
     if by == "all":
         labels = dict.fromkeys(layers, "all")
     else:
