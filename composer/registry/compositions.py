@@ -15,11 +15,13 @@ from composer.adapters.lora_config import AdapterFeature
 from composer.adapters.recipe import Member, Recipe, RecipeSpec
 from composer.errors import AdapterError, CatalogError, Problem
 from composer.registry.blocks import Block, Place, block_at, unknown_name, validate
+from composer.registry.cards import read_card, read_examples
 from composer.registry.context import Context
 from composer.registry.gather import Entry
 from composer.registry.servers import KnownServer
+from composer.registry.specs import CardSpec
 from composer.source import parse_yaml
-from composer.types import Composed, Expert
+from composer.types import Composed, Expert, empty
 
 KEY = "composition"
 
@@ -34,13 +36,13 @@ class Known(Protocol):
 @dataclass(frozen=True, slots=True)
 class Made:
     """A composition's adapter: its folder, the root that this lies in, what it was made of, and
-    the members that are experts."""
+    what is said of each member, by keys of an expert."""
 
     folder: Path
     root: Path
     digest: str
     composed: Composed
-    experts: tuple[Expert, ...]
+    said: tuple[Mapping[str, Any], ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,36 +159,70 @@ def make(
             context.compositions.folder,
             made.adapter,
             made.composed,
-            tuple(one.expert for one in members if one.expert is not None),
+            tuple(one.said for one in members),
         ),
         [],
     )
 
 
-def with_members(block: Block, members: Sequence[Expert]) -> Block:
+def with_members(block: Block, members: Sequence[Mapping[str, Any]]) -> Block:
     """The block with what it does not say itself taken from its members, as from a card: what all
-    of them have together (skills, examples, the description), or what they agree on."""
+    of them have together (skills, examples, the description), or what they agree on. A folder
+    without a card has nothing to add, and nothing to disagree with."""
+    members = [one for one in members if one]
     if not members:
         return block
     added: dict[str, Any] = {
-        "description": " ".join(filter(None, (e.description for e in members))),
-        "skills": _each_once(skill for e in members for skill in e.skills),
-        "sampling": _agreed([asdict(e.sampling) for e in members]),
-        "prompt": _agreed([e.prompt for e in members]),
-        "cost": _agreed([e.cost and asdict(e.cost) for e in members]),
+        "description": " ".join(filter(None, (one["description"] for one in members))),
+        "skills": _each_once(skill for one in members for skill in one["skills"]),
+        **{key: _agreed([one[key] for one in members]) for key in ("sampling", "prompt", "cost")},
     }
     if "examples_from" not in block.data:
-        added["examples"] = _each_once(text for e in members for text in e.examples)
+        added["examples"] = _each_once(text for one in members for text in one["examples"])
     left_open = {key: value for key, value in added.items() if value and key not in block.data}
     return replace(block, data={**left_open, **block.data})
 
 
+def _said_by_expert(expert: Expert) -> Mapping[str, Any]:
+    return {
+        "description": expert.description,
+        "skills": expert.skills,
+        "examples": expert.examples,
+        "sampling": asdict(expert.sampling),
+        "prompt": expert.prompt,
+        "cost": expert.cost and asdict(expert.cost),
+    }
+
+
+def _said_by_card(context: Context, folder: Path) -> Mapping[str, Any]:
+    """The same of the card of a folder; nothing where it has none. Raises CatalogError."""
+    card = read_card(folder, context.roots, context.cache)
+    inner = None if card is None or card.data is None else card.data.get("composer")
+    if card is None or inner is None:
+        return empty()
+    block, problems = block_at(Place(card, ("composer",)), inner)
+    spec, more = (None, []) if block is None else validate(CardSpec, block)
+    if spec is None:
+        raise CatalogError([*problems, *more])
+    examples = spec.examples
+    if spec.examples_from is not None:
+        file = context.located(spec.examples_from, folder)
+        context.look(file)
+        examples += read_examples(file, context.roots)
+    return {
+        "description": spec.description,
+        "skills": spec.skills,
+        "examples": examples,
+        "sampling": spec.sampling.model_dump(),
+        "prompt": spec.prompt,
+        "cost": spec.cost and spec.cost.model_dump(),
+    }
+
+
 @dataclass(frozen=True, slots=True)
 class _Found:
-    """`expert` None: the member is a folder."""
-
     member: Member
-    expert: Expert | None
+    said: Mapping[str, Any]
 
 
 def _read(context: Context, entry: Entry) -> tuple[_Written | None, list[Problem]]:
@@ -236,7 +272,7 @@ def _member(
         )
         return place.problem(message, "Compose adapters of one base model.")
     adapter = expert.adapter
-    return _Found(Member(name, adapter.path, weight, adapter.digest), expert)
+    return _Found(Member(name, adapter.path, weight, adapter.digest), _said_by_expert(expert))
 
 
 def _folder(
@@ -261,11 +297,12 @@ def _folder(
             roots=context.roots,
             features=get_args(AdapterFeature),
         )
+        said = _said_by_card(context, folder)
     except CatalogError as error:
         return _retell(place, error.problems[0])
     except (OSError, RuntimeError, ValueError) as error:
         return place.problem(f"this path cannot be used: {error}", "Correct it.")
-    return _Found(Member(name, adapter.path, weight, adapter.digest), None)
+    return _Found(Member(name, adapter.path, weight, adapter.digest), said)
 
 
 def _one_base(own: KnownServer | None, other: KnownServer | None) -> bool:

@@ -105,7 +105,7 @@ def _prepare(
             block = replace(block, data=rest)
             if made is not None:
                 folder, roots = made.folder, (made.root,)
-                block = compositions.with_members(block, made.experts)
+                block = compositions.with_members(block, made.said)
     except CatalogError as error:
         # One without a line is about the card as a whole, so where it is named is the place.
         place = block.at((key,))

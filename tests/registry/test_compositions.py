@@ -77,6 +77,26 @@ def test_it_has_what_its_members_have_together_where_it_says_nothing(
     assert both.examples == ("tell of both",)
 
 
+def test_folders_add_what_their_cards_say(load: Load, write: Compose, registry: Path) -> None:
+    write({"members": {"./adapters/fox": 0.5, "./scanned/owl": 0.5}})
+    card = registry.parent / "adapters" / "fox" / "README.md"
+    written = card.read_text() if card.is_file() else None
+    text = "---\ncomposer:\n  description: barks\n  examples_from: more.txt\n---\n"
+    card.write_text(text)
+    (card.parent / "more.txt").write_text("bark twice\n")
+    both = composed(load)
+    assert both.description == "barks writes like a owl"
+    assert both.skills == ("owl writing",)
+    assert both.examples == ("bark twice", "write this like a owl")
+    card.write_text(text.replace("description", "descripton"))
+    with pytest.raises(CatalogError) as refused:
+        load()
+    assert any(p.file == str(card) and p.line == 3 for p in refused.value.problems)
+    if written is None:
+        card.unlink()
+        assert composed(load).examples == ("write this like a owl",)
+
+
 def test_the_second_load_builds_nothing_and_another_cache_everything(
     load: Load, write: Compose, tmp_path: Path
 ) -> None:
