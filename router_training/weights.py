@@ -3,6 +3,7 @@ loss is the base model's, with the exact sum of the adapters. Knows no screen.""
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -30,6 +31,10 @@ from router_training.progress import Progress, silent
 
 Way = Literal["lorahub", "soups"]
 
+LEAST_STEPS = 100
+"""Of soups, unless `epochs` says how many: the paper's one epoch is of thousands of questions, and
+the few steps that few questions make leave the weights at equal shares."""
+
 
 @dataclass(frozen=True, slots=True)
 class Learnt:
@@ -53,14 +58,15 @@ def learn(
     *,
     evaluations: int = 100,
     learning_rate: float = 0.02,
-    epochs: int = 1,
+    epochs: int | None = None,
     tokens: int = 1500,
     seed: int = 0,
     progress: Progress = silent,
 ) -> Learnt:
     """`lorahub`: one weight for each member, by gradient-free search (`merging/search.py`).
     `soups`: softmax over each layer's own α, by gradients through the exact sum (LoRA Soups,
-    arXiv 2410.13025, section 3). `tokens` of a batch. Raises TrainingError."""
+    arXiv 2410.13025, section 3). `epochs` None: as many as make LEAST_STEPS. `tokens` of a batch.
+    Raises TrainingError."""
     if len(members) < 2 or not questions:
         raise TrainingError("weights are learnt of two adapters or more, on at least one question")
     batches = _batches(base, questions, tokens)
@@ -106,7 +112,8 @@ def learn(
             installed.weigh = _weigher(shares())
             return answer_loss(base.model, batch)
 
-        steps = len(batches) * epochs
+        rounds = math.ceil(LEAST_STEPS / len(batches)) if epochs is None else epochs
+        steps = len(batches) * rounds
         how = Steps(steps=steps, learning_rate=learning_rate, tokens=tokens)
         stream = base.stream(questions, tokens, seed)
         fit(list(alpha.values()), training_loss, stream, how, progress)
@@ -169,4 +176,4 @@ def _mean_loss(model: nn.Module, batches: Sequence[Batch]) -> float:
 
 
 def _rounded(weights: Sequence[float]) -> tuple[float, ...]:
-    return tuple(round(weight, 6) for weight in weights)
+    return tuple(round(weight, 6) + 0.0 for weight in weights)  # 0, not -0

@@ -284,8 +284,8 @@ def _one_base(members: Sequence[Member], loras: Sequence[Lora]) -> None:
             raise _refused(
                 member.folder,
                 "base_model_name_or_path",
-                f"{member.name!r} was trained on {lora.base!r}, {members[0].name!r} on "
-                f"{loras[0].base!r}",
+                f"{member.name!r} was trained on {lora.base!r}, {members[0].name!r} "
+                f"({members[0].folder}) on {loras[0].base!r}",
                 "Compose adapters of one base model.",
             )
 

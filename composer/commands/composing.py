@@ -90,7 +90,11 @@ def compose(
         print(json.dumps(told | more | {"seconds": round(made.seconds, 3)}))
         return
     cut = f", truncated from {made.needed}" if made.needed > made.rank else ""
-    cut += f", keeping {made.energy:.1%}" if made.energy < 1 else ""
+    cut += (
+        f", keeping at least {made.energy:.1%} of each module's squared norm"
+        if made.energy < 1
+        else ""
+    )
     done = f"made in {made.seconds:.2f} s" if made.built else "was there already"
     print(f"{made.folder}: rank {made.rank}{cut}; {done}")
 

@@ -12,7 +12,6 @@ from rich.table import Table
 from composer.assignments import assigned
 from router_training.console import (
     Json,
-    Seed,
     bars,
     number,
     out,
@@ -42,7 +41,13 @@ General = Annotated[
     Path | None,
     typer.Option(help="Of arrow: an adapter whose knowledge is subtracted from every member."),
 ]
-Out = Annotated[Path, typer.Option("--out", help="The gate's folder.")]
+Existing = Annotated[
+    Path, typer.Argument(help="The gate's folder; it stays as it is, unless it is --out.")
+]
+Seed = Annotated[int, typer.Option(help="Of what is drawn in training.")]
+Out = Annotated[
+    Path, typer.Option("--out", help="The gate's folder; a gate that stands there is replaced.")
+]
 
 
 @app.command()
@@ -75,7 +80,7 @@ def make(
 
 @app.command()
 def add(
-    gate: Annotated[Path, typer.Argument(help="The gate's folder; it stays as it is.")],
+    gate: Existing,
     adapter: Adapter,
     out_folder: Out,
     base: Base = None,
@@ -103,7 +108,7 @@ def add(
 
 @app.command()
 def remove(
-    gate: Annotated[Path, typer.Argument(help="The gate's folder; it stays as it is.")],
+    gate: Existing,
     member: Annotated[list[str], typer.Option(help="Who leaves; repeat for several.")],
     out_folder: Out,
     as_json: Json = None,
@@ -149,8 +154,10 @@ def _bench(
 
 def _finish(gate: Gate, folder: Path, as_json: Path | None) -> None:
     with told_plainly():
+        from composer.adapters.gates.files import MANIFEST
         from router_training.gates.making import publish
 
+        replaced = (folder / MANIFEST).is_file()
         digest = publish(gate, folder)
     told = gate.manifest.model_dump(mode="json", exclude={"modules"})
     if written({"gate": str(folder), **told, "digest": digest}, as_json):
@@ -170,10 +177,13 @@ def _finish(gate: Gate, folder: Path, as_json: Path | None) -> None:
         say(f"loss {number(first)} at first, {number(last)} at last")  # type: ignore[arg-type]
     if "gamma" in manifest.settings:
         say(f"gamma: {manifest.settings['gamma']}, of least loss on questions kept apart")
+    there = ", in place of the gate there" if replaced else ""
     say(
         f"{manifest.kind} over {len(manifest.members)} members in {len(manifest.modules)} modules, "
-        f"{_selected(manifest.selection)} → {folder}"
+        f"{_selected(manifest.selection)} → {folder}{there}"
     )
+    if len(manifest.members) == 1 and not manifest.selection.null:
+        say("one member has all of the weight at every token, so there is nothing to choose")
 
 
 def _selected(selection: Any) -> str:

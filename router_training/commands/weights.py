@@ -35,7 +35,10 @@ def weights(
     evaluations: Annotated[
         int, typer.Option(min=2, help="Of lorahub: times the loss is taken.")
     ] = 100,
-    epochs: Annotated[int, typer.Option(min=1, help="Of soups.")] = 1,
+    epochs: Annotated[
+        int | None,
+        typer.Option(min=1, help="Of soups; default: as many as make 100 steps."),
+    ] = None,
     learning_rate: Annotated[float, typer.Option(min=1e-6, help="Of soups.")] = 0.02,
     seed: Seed = 0,
     as_json: Json = None,

@@ -24,6 +24,9 @@ def make(kind: str, bench: Bench, settings: Mapping[str, Any]) -> Gate:
     chosen = kind_of(kind)
     _check_general(kind, bench)
     checked = _checked(kind, chosen.settings, settings)
+    kept, members = settings.get("top_k"), len(bench.members)
+    if isinstance(kept, int) and kept > members + bool(settings.get("null")):
+        raise TrainingError(f"top_k {kept}, and there are {members} members; set it to fewer")
     try:
         gate = chosen.make(bench, checked)
     except ValueError as error:
@@ -119,5 +122,7 @@ def _checked(kind: str, model: type[GateSettings], settings: Mapping[str, Any]) 
         wrong = "; ".join(
             f"{'.'.join(map(str, e['loc'])) or 'settings'}: {e['msg']}" for e in error.errors()
         )
+        if any(e["type"] in ("tuple_type", "list_type") for e in error.errors()):
+            wrong += ", which is written as JSON, such as 'weights=[0.7, 0.3]'"
         known = ", ".join(model.model_fields) or "none"
         raise TrainingError(f"{wrong}; settings of {kind}: {known}") from error

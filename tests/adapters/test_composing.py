@@ -373,7 +373,7 @@ def test_the_command_composes_by_words_and_by_recipe_alike(tmp_path: Path) -> No
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(text, sort_keys=False))
     again = run("--recipe", str(tmp_path / "recipe.yaml"), "--out", str(tmp_path / "out"))
     assert told["energy"] == told["report"]["energy"] < 1
-    kept = f"keeping {told['energy']:.1%}"
+    kept = f"keeping at least {told['energy']:.1%} of each module's squared norm"
     assert f"{told['folder']}: rank 8, {kept}; was there already" in again.output
 
 
