@@ -10,6 +10,7 @@ import typer
 
 from composer.commands.batching import batch
 from composer.commands.composing import compose
+from composer.commands.compressing import compress, expand
 from composer.commands.embedder import embedder
 from composer.commands.gates import gates
 from composer.commands.promoting import promote
@@ -26,6 +27,8 @@ app.command()(batch)
 app.command()(promote)
 app.command(name="experts")(list_experts)
 app.command()(compose)
+app.command()(compress)
+app.command()(expand)
 app.command()(gates)
 app.command()(embedder)
 app.command()(schema)

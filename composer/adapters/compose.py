@@ -84,7 +84,7 @@ def compose(recipe: Recipe, into: Path) -> Composition:
     digests = [lora.digest for lora in loras] or [str(source.digest) for source in sources]
     digest = _digest(recipe, settings, digests)
     folder = into / digest.removeprefix("sha256:")[:32]
-    if (told := _told(folder)) is None:
+    if (told := told_of(folder)) is None:
         loras = loras or [_read(source) for source in sources]
         _one_base(sources, loras)
         told = _built(recipe, method, settings, loras, folder, digest)
@@ -117,7 +117,7 @@ def _weights(recipe: Recipe) -> list[tuple[str, float]]:
     return [(member.name, member.weight) for member in recipe.members] + own
 
 
-def _told(folder: Path) -> Mapping[str, Any] | None:
+def told_of(folder: Path) -> Mapping[str, Any] | None:
     """The provenance of what lies in the folder; None where it is not there as it was written,
     damaged on the disk or by hand: then it is made anew."""
     try:
@@ -162,7 +162,7 @@ def _built(
         "report": dict(report),
     }
     dtype = reduce(torch.promote_types, (lora.dtype for lora in loras))
-    return _published(folder, made, rank, dtype, told)
+    return published(folder, made, rank, dtype, told)
 
 
 def _checked(recipe: Recipe, into: Path) -> tuple[type[Method], MergeSettings]:
@@ -225,7 +225,7 @@ def _merged(
     return made, needed, energy, merged.report
 
 
-def _published(
+def published(
     folder: Path, made: Lora, rank: int, dtype: torch.dtype, told: Mapping[str, Any]
 ) -> Mapping[str, Any]:
     """Whole or not at all: made beside its place and moved there. Two processes that build the same
@@ -248,7 +248,7 @@ def _published(
         try:
             os.rename(part, folder)
         except OSError:
-            standing = _told(folder)
+            standing = told_of(folder)
             if standing is not None:  # the same sum; its names and folders may be others
                 told = standing
             else:  # what is there is damaged, or not ours

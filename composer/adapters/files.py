@@ -12,6 +12,8 @@ WEIGHTS = "adapter_model.safetensors"
 CARD = "README.md"
 GATE = "gate.json"
 """Of a gated adapter, which has this in place of `CONFIG`."""
+TERNARY = "adapter_ternary.safetensors"
+"""In place of the weights, where they are compressed for storage."""
 
 PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt")
 """Formats that run code when they are loaded."""
@@ -33,6 +35,10 @@ def outside(path: Path, roots: Sequence[Path]) -> Problem | None:
         message=f"{where} the allowed folders ({', '.join(map(str, roots)) or 'none'})",
         remedy="Move it into an allowed folder, or add its folder to COMPOSER_ADAPTER_ROOTS.",
     )
+
+
+def is_compressed(folder: Path) -> bool:
+    return (folder / TERNARY).is_file() and not (folder / WEIGHTS).exists()
 
 
 def file_problems(folder: Path, roots: Sequence[Path]) -> list[Problem]:
@@ -79,6 +85,13 @@ def is_gate(folder: Path) -> bool:
 
 
 def _no_weights(folder: Path) -> Problem:
+    if is_compressed(folder):
+        return Problem(
+            file=str(folder / TERNARY),
+            path="",
+            message="the weights are compressed for storage",
+            remedy="Make an ordinary adapter of it by `composer expand`, and name that.",
+        )
     pickled = sorted(f.name for f in folder.iterdir() if f.suffix in PICKLES)
     if pickled:
         return Problem(

@@ -49,6 +49,16 @@ class Shelf:
             if self._hold(made.folder):
                 return made
 
+    def expand(self, compressed: Path) -> Path:
+        """The ordinary adapter of a compressed one, made where it is not there, and held from now
+        on. Raises as `expand`."""
+        from composer.adapters.compression import expand
+
+        while True:
+            folder = expand(compressed, self.folder)
+            if self._hold(folder):
+                return folder
+
     def let_go(self, folder: Path) -> None:
         with self._lock:
             file = self._held.pop(folder, None)

@@ -1,5 +1,5 @@
 """ComPEFT: adapters on disk as signs and one number a tensor. Restores what can be served; knows no
-merging."""
+registry."""
 
 from __future__ import annotations
 
@@ -8,20 +8,23 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from composer.adapters.factors import Factors, Lora
+from composer.adapters.files import TERNARY
+from composer.errors import AdapterError, Problem
 
-TERNARY = "adapter_ternary.safetensors"
+DTYPES = {str(d).removeprefix("torch."): d for d in (torch.float32, torch.float16, torch.bfloat16)}
 
 
-def compress(lora: Lora, *, density: float = 0.2, alpha: float = 1.0) -> dict[str, Tensor]:
+def compress(lora: Lora, *, density: float = 0.5, alpha: float | None = None) -> dict[str, Tensor]:
     """Of every factor the share `density` of largest numbers by size, as signs times α·σ, σ the
     standard deviation of the whole factor (Yadav et al., ComPEFT, arXiv 2311.13171, section 2.1;
-    the paper tunes α on a validation set). Two bits a number: one of each mask, packed. Raises
-    ValueError for a density outside (0, 1]."""
+    the paper tunes density and α on a validation set). None: the α nearest to what is kept, by
+    least squares. Two bits a number: one of each mask, packed. Raises ValueError for a density
+    outside (0, 1]."""
     if not 0 < density <= 1:
         raise ValueError(f"density is {density}; give a share above 0 and at most 1")
     out = {}
@@ -35,7 +38,10 @@ def compress(lora: Lora, *, density: float = 0.2, alpha: float = 1.0) -> dict[st
             name = f"{module}.{side}"
             out[f"{name}.signs"] = torch.from_numpy(np.packbits(masks.numpy().reshape(2, -1), -1))
             out[f"{name}.shape"] = torch.tensor(values.shape)
-            out[f"{name}.size"] = alpha * values.std(correction=0).reshape(1)
+            size = values.abs()[chosen].mean()  # least squares
+            if alpha is not None:
+                size = alpha * values.std(correction=0)
+            out[f"{name}.size"] = size.reshape(1)
         out[f"{module}.scale"] = torch.tensor([factors.scale])
     return out
 
@@ -54,17 +60,37 @@ def restored(tensors: dict[str, Tensor], base: str | None) -> Lora:
 
 def _restored(tensors: dict[str, Tensor], name: str) -> Tensor:
     rows, columns = tensors[f"{name}.shape"].tolist()
-    bits = np.unpackbits(tensors[f"{name}.signs"].numpy(), axis=-1, count=rows * columns)
+    signs = tensors[f"{name}.signs"]
+    if rows < 1 or columns < 1 or tuple(signs.shape) != (2, -(-rows * columns // 8)):
+        raise ValueError(f"{name}: its signs are not those of {rows} x {columns} numbers")
+    bits = np.unpackbits(signs.numpy(), axis=-1, count=rows * columns)
     plus, minus = torch.from_numpy(bits.reshape(2, rows, columns)).float()
-    signs: Tensor = plus - minus
-    return signs * tensors[f"{name}.size"]
+    signed: Tensor = plus - minus
+    return signed * tensors[f"{name}.size"]
 
 
-def save_ternary(folder: Path, tensors: dict[str, Tensor], base: str | None) -> None:
-    save_file(tensors, folder / TERNARY, metadata={"base": json.dumps(base)})
+def save_ternary(folder: Path, tensors: dict[str, Tensor], lora: Lora) -> None:
+    """`lora` is what was compressed: its base and dtype stand beside the tensors."""
+    told = {"base": json.dumps(lora.base), "dtype": str(lora.dtype).removeprefix("torch.")}
+    save_file(tensors, folder / TERNARY, metadata=told)
 
 
-def load_ternary(folder: Path) -> Lora:
-    with safe_open(folder / TERNARY, framework="pt") as file:
-        base = json.loads((file.metadata() or {}).get("base", "null"))
-        return restored({name: file.get_tensor(name) for name in file.keys()}, base)  # noqa: SIM118
+def load_ternary(folder: Path) -> tuple[Lora, torch.dtype]:
+    """What is to be served, and the dtype that it had. Raises AdapterError."""
+    file = folder / TERNARY
+    try:
+        with safe_open(file, framework="pt") as opened:
+            told = opened.metadata() or {}
+            tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
+        lora = restored(tensors, json.loads(told["base"]))
+        if not lora.modules:
+            raise ValueError("it holds no LoRA factor")
+        return lora, DTYPES[told["dtype"]]
+    except (SafetensorError, OSError, KeyError, ValueError, TypeError, RuntimeError) as error:
+        problem = Problem(
+            file=str(file),
+            path="",
+            message=f"it cannot be read: {error!r}",
+            remedy="Copy it again, or compress the adapter anew.",
+        )
+        raise AdapterError([problem]) from error

@@ -13,10 +13,17 @@ from pathlib import Path
 from typing import get_args
 
 from composer.adapters.cache import gate_cached, verify_cached
-from composer.adapters.files import CARD, CONFIG, is_gate
+from composer.adapters.files import (
+    CARD,
+    CONFIG,
+    TERNARY,
+    is_compressed,
+    is_gate,
+    outside,
+)
 from composer.adapters.hub import adapter_root, fetch_adapter, is_hub_name
 from composer.adapters.lora_config import AdapterFeature
-from composer.errors import CatalogError, Problem
+from composer.errors import AdapterError, CatalogError, Problem
 from composer.registry import compositions
 from composer.registry.blocks import Block, Place, block_at, unknown_name, validate
 from composer.registry.cards import read_card, read_examples
@@ -117,6 +124,11 @@ def _prepare(
         )
         return result
 
+    expanded = key == "adapter" and made is None and folder is not None and is_compressed(folder)
+    if expanded and folder is not None:
+        folder, roots = _expanded(context, block, folder, roots, result)
+        if folder is None:
+            return result
     spec, problems = validate(ExpertSpec, block, beside=(compositions.KEY,))
     result.problems += problems
     examples = _examples(context, block, result)
@@ -153,7 +165,8 @@ def _prepare(
         ours = made is not None or isinstance(spec.adapter, str)  # one of the hub lies in its cache
         seen = context.seen_by(spec.server, folder) if ours else None
         if spec.server_path is not None:
-            seen = spec.server_path if made is None else f"{spec.server_path}/{folder.name}"
+            below = made is not None or expanded
+            seen = f"{spec.server_path}/{folder.name}" if below else spec.server_path
         composed = None if made is None else made.composed
         adapter = replace(adapter, server_path=seen, composed=composed)
     abilities = _abilities(block, spec, server, result)
@@ -195,6 +208,25 @@ def _adapter_folder(
             folder = fetch_adapter(name, revision)
             return folder, (adapter_root(folder).resolve(),)
     return None, context.roots
+
+
+def _expanded(
+    context: Context, block: Block, folder: Path, roots: Sequence[Path], result: Prepared
+) -> tuple[Path | None, tuple[Path, ...]]:
+    """The ordinary adapter of a compressed one, and the root that it lies in: made beside the
+    compositions, where it is not there yet. None where that cannot be. Blocks."""
+    shelf = context.compositions
+    try:
+        if (refusal := outside(folder / TERNARY, roots)) is not None:
+            raise AdapterError([refusal])
+        return shelf.expand(folder), (shelf.folder,)
+    except CatalogError as error:
+        result.problems += _retold(block, "adapter", error)
+    except OSError as error:
+        message = f"it cannot be expanded into {shelf.folder}: {error}"
+        remedy = "Make room, or set another COMPOSER_CACHE_DIR."
+        result.problems.append(block.problem(("adapter",), message, remedy))
+    return None, ()
 
 
 def _with_card(

@@ -337,8 +337,9 @@ def test_a_failure_while_writing_leaves_nothing(
 def test_ternary_keeps_the_largest_signs_and_restores(tmp_path: Path) -> None:
     lora = read_lora(EXPERTS_LARGE / "add")
     tensors = compress(lora, density=0.25, alpha=2.0)
-    save_ternary(tmp_path, tensors, lora.base)
-    got = load_ternary(tmp_path)
+    save_ternary(tmp_path, tensors, lora)
+    got, dtype = load_ternary(tmp_path)
+    assert dtype == lora.dtype
     assert got.base == lora.base
     for module, factors in lora.modules.items():
         a = factors.a.float()
