@@ -164,7 +164,7 @@ def test_a_recipe_of_its_own_with_folders_and_weights_by_module(
     loaded = load()
     both = loaded.catalog.experts["both"]
     assert folder / "mine.yaml" in loaded.watched
-    assert both.examples == ("write this like a owl",)  # a folder is no expert
+    assert both.examples == ("write this like a fox", "write this like a owl")
     assert both.adapter is not None
     made = read_lora(both.adapter.path).modules
     fox = read_lora(registry.parent / "adapters" / "fox").modules

@@ -387,7 +387,7 @@ def test_the_command_line_makes_extends_and_cuts(tmp_path: Path) -> None:
         (["make", "softmax", *adapters, "--out", str(tmp_path / "d")], "--data"),
         (["make", "arrow", *adapters, "--out", str(tmp_path)], "holds other files"),
         (["make", "arrow", *adapters, "--set", "k=1", "--out", "x"], "settings of arrow: top_k"),
-        (["make", "arrow", *adapters, "--set", "top_k", "--out", "x"], "write NAME=VALUE"),
+        (["make", "arrow", *adapters, "--set", "top_k", "--out", "x"], "not NAME=VALUE"),
         (["make", "arrow", *adapters, "--set", "top_k=9", "--out", "x"], "there are 2 members"),
         (
             ["make", "fixed", *adapters, "--set", "weights=nan,1", "--out", "x"],
