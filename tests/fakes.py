@@ -290,10 +290,11 @@ def stage(
     def named(expert: str) -> Way:
         return way(Policy(id=expert, router=single, strategy=single, experts=(expert,)), None)
 
+    servers = {"server", *(expert.server for expert in made.values())}
     catalog = Catalog(
         version=version,
         digest=f"digest-{version}",
-        servers={"server": Server("server", "fake", FakeSettings())},
+        servers={id_: Server(id_, "fake", FakeSettings()) for id_ in sorted(servers)},
         experts=made,
         policies={"auto": auto},
     )
