@@ -203,7 +203,7 @@ class Promotions:
         """What is served and what runs in shadow (digests), how the two compare on the newest
         judged requests, the promotion in force, and `left_out`. `always_low` is that of the first
         ones, for a bound that holds at every look needs a series with a fixed start;
-        `series_ended`: there are more than those, and it does not move any more. Raises
+        `series_ended`: there are more than those, and it moves no more but by late feedback. Raises
         UnknownModel, Conflict without a shadow, StoreError."""
         way, router = self._way(policy), self._router(policy)
         if way is None:

@@ -346,9 +346,9 @@ def test_promote_shows_does_and_undoes(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "+0.200 (+0.010 to +0.390)" in out
     assert "40 judged requests, worth 12 equally weighted ones" in out
     assert "yes by this look alone, no however often one looks (at least -0.300)" in out
-    assert "will not change" not in out
+    assert "late feedback" not in out
     monkeypatch.setitem(STATUS, "series_ended", True)
-    assert "which are full: it will not change" in run("promote", "a b")[1]
+    assert "which are full: late feedback alone moves it" in run("promote", "a b")[1]
     assert run("promote", "a b", "--any-look")[0] == 2
     monkeypatch.setattr(httpx, "post", lambda url, json, **_: answer("POST", url, json, 409))
     code, _, err = run("promote", "auto", "--do")

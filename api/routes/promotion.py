@@ -29,7 +29,7 @@ async def show(policy: str, service: ServiceDep) -> Response:
     """What serves and what runs in shadow, the doubly robust estimate of the difference with its
     95 % interval, and the promotion in force. `better`: the interval lies above 0, which holds for
     one look; `always_better`: so does `always_low`, which holds for all looks at once, and counts
-    the first judged requests (`series_ended`: those are full, and it does not move any more).
+    the first judged requests (`series_ended`: those are full, and late feedback alone moves it).
     `left_out`: requests of all policies since the start that a comparison lacks."""
     return Json({"object": "promotion", **await service.promotions.status(policy)})
 

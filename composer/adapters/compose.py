@@ -33,12 +33,11 @@ from composer.adapters.merging import method_named, settings_of
 from composer.adapters.merging.base import MergeSettings, Method, Weights
 from composer.adapters.merging.subtraction import less
 from composer.adapters.merging.truncation import fitted
+from composer.adapters.provenance import PROVENANCE
 from composer.adapters.recipe import Member, Recipe
 from composer.durable import sync_contents, sync_folder
 from composer.errors import AdapterError, Problem
 from composer.types import Composed, MemberShare
-
-PROVENANCE = "composition.json"
 
 FORMAT = 2
 """Goes up when the same recipe gives another adapter than before. 2: its config names layers."""

@@ -19,9 +19,8 @@ from pathlib import Path
 from threading import Lock
 from typing import IO, Any
 
+from composer.adapters.provenance import PROVENANCE
 from composer.adapters.recipe import Recipe
-
-PROVENANCE = "composition.json"
 
 _NAME = re.compile(r"[0-9a-f]{32}")
 """As `compose` names its folders: what else lies there is none of ours to take away."""

@@ -112,7 +112,8 @@ def verdict_lines(body: Mapping[str, Any]) -> list[str]:
         )
         if body["series_ended"]:
             lines.append(
-                "the second counts the first judged requests, which are full: it will not change"
+                "the second counts the first judged requests, which are full: late feedback alone "
+                "moves it"
             )
     if body["left_out"]:
         lines.append(f"{body['left_out']} requests of all policies are left out since the start")

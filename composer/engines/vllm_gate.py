@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
 import sys
 from collections.abc import Mapping
 from contextlib import suppress
@@ -16,14 +17,19 @@ from composer.engines.keys import inherited
 from composer.engines.launch import Launch
 from composer.errors import EngineMisconfigured
 
+log = logging.getLogger(__name__)
+
 ASK_S = 60.0
 """An interpreter on a busy machine, or a cold network disk, takes seconds to start."""
 
 _GROUP = "vllm.general_plugins"
 _PLUGIN = "composer.vllm_plugin:register"
 _QUESTION = f"""
+import os
 from importlib.metadata import entry_points
-print(*(point.value for point in entry_points(group={_GROUP!r})))
+loaded = os.environ.get("VLLM_PLUGINS")  # names, with commas; where it is not set, all are loaded
+print(*(p.value for p in entry_points(group={_GROUP!r})
+        if loaded is None or p.name in loaded.split(",")))
 """
 
 
@@ -62,11 +68,13 @@ async def demand_plugin(server: str, launch: Launch, environment: Mapping[str, s
             asked.kill()
         await asked.wait()
         if isinstance(error, TimeoutError):
+            log.warning("server %s: %s did not say in %.0f s what is in it", server, python, ASK_S)
             return
         raise
     if asked.returncode == 0 and _PLUGIN not in said.decode().split():
         raise EngineMisconfigured(
             f"server {server!r} is to serve a model with a gate inside, and {python} has not "
-            "composer's plugin for that; install it there, `python -m pip install --no-deps` with "
-            "the folder of composer's source"
+            "composer's plugin for that, or is not to load it (VLLM_PLUGINS); install it there, "
+            "`python -m pip install --no-deps` with the folder of composer's source, and leave "
+            "VLLM_PLUGINS unset or name `composer_gates` there"
         )

@@ -23,6 +23,7 @@ from composer.adapters.files import (
 )
 from composer.adapters.hub import adapter_root, fetch_adapter, is_hub_name
 from composer.adapters.lora_config import AdapterFeature
+from composer.adapters.provenance import made_of
 from composer.errors import AdapterError, CatalogError, Problem
 from composer.registry import compositions
 from composer.registry.blocks import Block, Place, block_at, unknown_name, validate
@@ -167,7 +168,8 @@ def _prepare(
         if spec.server_path is not None:
             below = made is not None or expanded
             seen = f"{spec.server_path}/{folder.name}" if below else spec.server_path
-        composed = None if made is None else made.composed
+        # One that `composer compose` made may stand here by its folder alone.
+        composed = made_of(adapter.path, adapter.digest) if made is None else made.composed
         adapter = replace(adapter, server_path=seen, composed=composed)
     abilities = _abilities(block, spec, server, result)
     window = _window(block, spec, server, result)

@@ -12,7 +12,6 @@ from typing import Any
 from pydantic import BaseModel
 
 from composer.adapters.base_model import BaseModelInfo, read_base_model
-from composer.adapters.gates.vllm_folder import gate_inside
 from composer.adapters.hub import fetch_base_model, is_hub_name
 from composer.errors import CatalogError
 from composer.registry.blocks import Block, Place, block_named, unknown_name, validate
@@ -233,6 +232,8 @@ def _gate_inside(
         remedy = "Name the base's folder, and the gate's as the `gate` of an expert."
         context.problems.append(block.problem((field,), message, remedy))
         return None
+    from composer.adapters.gates.vllm_folder import gate_inside  # has torch, which few servers need
+
     try:
         return gate_inside(base.gate)
     except ValueError as error:

@@ -240,6 +240,8 @@ def test_twin_with_whole_own_parts_is_shared_and_weighed_rests() -> None:
         want[m] = shared + 0.8 * (members[0][m].delta() - shared)
     near(merged.modules, want, 1e-4)
     assert merged.report["energy"] == pytest.approx(1)
+    cut = Twin.merge(members, Weights((0.8, 0.2)), TwinSettings(shared=0.3, rank=1))
+    assert 0 < cut.energy == cut.report["energy"] < 1
 
 
 @pytest.mark.parametrize("name", METHODS)

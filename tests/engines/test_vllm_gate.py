@@ -36,7 +36,11 @@ def test_a_gate_is_seen_in_the_folder_of_a_model(tmp_path: Path) -> None:
 async def test_an_environment_without_the_plugin_is_named_with_the_remedy(tmp_path: Path) -> None:
     with pytest.raises(EngineMisconfigured, match=r"has not composer's plugin .* pip install"):
         await demand_plugin("big", Launch(python=BARE), {})
-    await demand_plugin("big", Launch(python=BARE, env=plugin_environment(tmp_path)), {})
+    env = plugin_environment(tmp_path)
+    await demand_plugin("big", Launch(python=BARE, env=env), {})
+    await demand_plugin("big", Launch(python=BARE, env=env), {"VLLM_PLUGINS": "a,composer_gates"})
+    with pytest.raises(EngineMisconfigured, match="VLLM_PLUGINS"):
+        await demand_plugin("big", Launch(python=BARE, env=env), {"VLLM_PLUGINS": "another"})
 
 
 async def test_an_interpreter_that_cannot_be_run_is_left_to_the_start(tmp_path: Path) -> None:

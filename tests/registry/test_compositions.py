@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from io import StringIO
 from pathlib import Path
@@ -134,6 +137,36 @@ def test_what_a_crash_left_half_written_is_made_anew(load: Load, write: Compose)
     assert first is not None
     (first.path / WEIGHTS).write_bytes(b"")
     assert composed(load).adapter == first
+
+
+def test_one_that_stands_there_as_an_adapter_is_still_made_of_its_members(
+    load: Load, write: Compose, registry: Path
+) -> None:
+    write({"members": {"fox": 0.7, "owl": 0.3}})
+    made = composed(load).adapter
+    assert made is not None
+    own = registry.parent / "adapters" / "own"
+    shutil.copytree(made.path, own)
+    file = yaml.safe_load(registry.read_text())
+    file["experts"]["own"] = {"server": "local", "adapter": "./adapters/own", "description": "own"}
+    registry.write_text(yaml.safe_dump(file, sort_keys=False))
+    loaded = load().catalog
+    adapter = loaded.experts["own"].adapter
+    assert adapter is not None
+    assert adapter.composed == made.composed
+    assert "own" in composed_of(frozenset({"fox"}), loaded)
+
+    trained = registry.parent / "adapters" / "fox"
+    shutil.copyfile(trained / WEIGHTS, own / WEIGHTS)
+    shutil.copyfile(trained / "adapter_config.json", own / "adapter_config.json")
+    adapter = load().catalog.experts["own"].adapter
+    assert adapter is not None
+    assert adapter.composed is None  # what is told is told of another
+
+
+def test_reading_a_registry_imports_no_torch() -> None:
+    code = "import sys, composer.registry; sys.exit('torch' in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_a_member_that_changes_makes_another_adapter(

@@ -353,19 +353,22 @@ def test_whoever_excludes_an_adapter_excludes_the_gate_inside_a_servers_model(
     assert composed_of(frozenset({"mixed"}), catalog) == {"mixed"}
 
 
+@pytest.mark.parametrize(
+    ("missing", "told"), [("members", "gated_adapter.members"), ("settings", "does not say how")]
+)
 def test_a_gate_inside_that_cannot_be_read_is_told_with_the_remedy(
-    world: Path, tmp_path: Path
+    world: Path, tmp_path: Path, missing: str, told: str
 ) -> None:
     file = with_a_gate_inside(world, tmp_path / "inside")
     config = tmp_path / "inside" / "gated" / "config.json"
-    told = json.loads(config.read_text())
-    del told["gated_adapter"]["members"]
-    config.write_text(json.dumps(told))
+    written = json.loads(config.read_text())
+    del written["gated_adapter"][missing]
+    config.write_text(json.dumps(written))
     with pytest.raises(CatalogError) as refused:
         load_inside(file)
     (problem,) = refused.value.problems
     assert problem.path == "servers.there.model"
-    assert "gated_adapter.members" in problem.message
+    assert told in problem.message
     assert problem.remedy == "Compose the folder again, with this composer."
 
 

@@ -91,7 +91,12 @@ def _kept(settings: Mapping[str, object]) -> dict[str, object]:
 
 def gate_inside(block: object) -> Gated:
     """What the `GATE_BLOCK` of a config.json says. Raises ValueError, "what is wrong; the
-    remedy"."""
+    remedy", also for one of a time when it did not tell what its members were freed of."""
+    if isinstance(block, Mapping) and "settings" not in block:
+        raise ValueError(
+            f"config.json, {GATE_BLOCK}: it does not say how the gate was made; compose the folder "
+            "again, with this composer"
+        )
     try:
         return gated_of(Manifest.model_validate(block))
     except ValidationError as error:

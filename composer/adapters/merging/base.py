@@ -40,7 +40,7 @@ class Weights:
 @dataclass(frozen=True, slots=True, eq=False)
 class Merged:
     """`report` says what the method gave up, by name. `energy`: the smallest share of a module's
-    squared norm that a cut of the method's own kept."""
+    squared norm, or of one member's part of it, that a cut of the method's own kept."""
 
     modules: Modules
     report: Mapping[str, Any] = field(default_factory=empty)

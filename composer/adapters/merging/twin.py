@@ -51,4 +51,4 @@ class Twin:
                 parts.append(cut.times(weight))
                 energy = min(energy, kept)
             out[module] = stack(parts)
-        return Merged(out, {"energy": energy})
+        return Merged(out, {"energy": energy}, energy)
