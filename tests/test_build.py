@@ -121,7 +121,10 @@ async def test_a_gate_that_reads_requests_names_its_embedder() -> None:
         id, digest = "mini", "d1"
 
     def catalog(digest: str) -> Catalog:
-        gate = Gated("glider", ("x",), ("sha256:1",), 1, True, "other", digest)
+        gate = Gated(
+            "glider", ("x",), ("sha256:1",), per_request=True, embedder="other",
+            embedder_digest=digest,
+        )  # fmt: skip
         adapter = Adapter(Path("g"), "sha256:2", 1, 1.0, (), gate=gate)
         return Catalog(1, "a", {}, {"one": Expert("one", "box", adapter=adapter)}, {})
 
