@@ -100,6 +100,8 @@ class Mixer:
         told: dict[str, Any] = {"members": {part.expert.id: part.share for part in blend.spoken}}
         if asked.gate is not None:
             told["weights"] = asked.gate if asked.weighed else "router"
+        if asked.unweighed:
+            told["unweighed"] = asked.unweighed
         if asked.method != "cat":
             told["method"] = asked.method
         if blend.base > 0:

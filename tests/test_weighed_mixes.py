@@ -4,6 +4,7 @@ they are rounded, and through the API."""
 from __future__ import annotations
 
 from collections.abc import AsyncGenerator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +20,10 @@ from composer.adapters.gates.files import read_gate
 from composer.adapters.gates.hooks import Installed
 from composer.adapters.gates.stacked import GatedLayer
 from composer.adapters.recipe import Member, Recipe
+from composer.adapters.shelf import Shelf
 from composer.blending import blended, quantised
-from composer.errors import EngineError
+from composer.errors import ContextTooLong, EngineUnavailable, Overloaded
+from composer.mixing import Mixer
 from composer.types import Adapter, Catalog, Chunk, Expert, Gated, Mix
 from composer.weighing import weighed
 from examples.tiny import experts
@@ -87,8 +90,29 @@ async def test_where_no_gate_may_be_asked_the_routers_weights_stand(catalog: Cat
         assert kept == mix
     silent = await weigh(asked, catalog, told={"q": (0.0, 0.0, 1.0)})  # bear has all of it
     assert silent == asked
-    with pytest.raises(EngineError, match="told no weights of the gate 'goose'"):
-        await weigh(asked, catalog, told=None)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [EngineUnavailable("down"), Overloaded("full", retry_after=1.0), ContextTooLong("too long")],
+)
+async def test_where_the_gate_is_not_to_be_had_the_routers_weights_stand_and_it_is_told(
+    catalog: Catalog, error: Exception
+) -> None:
+    async def fails(expert: Expert) -> AsyncGenerator[Chunk, None]:
+        raise error
+        yield Chunk("")
+
+    asked = Mix((("fox", 0.9), ("owl", 0.0)), gate="goose")
+    kept = await weighed(asked, catalog, (), fails)
+    assert kept == replace(asked, unweighed=str(error))
+    silent = await weigh(asked, catalog, told=None)
+    assert "told no weights of the gate 'goose'" in silent.unweighed
+
+    mixer = Mixer(Shelf(Path("nowhere"), 0), most=0)
+    async with mixer.expert(kept, stage(experts=catalog.experts).generation) as mixed:
+        told = mixed.details["composition"]
+    assert (told["weights"], told["unweighed"]) == ("router", str(error))
 
 
 async def test_all_the_weight_of_the_null_expert_is_the_base_alone(catalog: Catalog) -> None:

@@ -169,7 +169,7 @@ class Mix:
     place of the shares', by module if `by_module`. Then `modules` are those of single modules: of
     each of `shares` and, last, of the base; a module that is not named has no adapter. `weighed`:
     it was asked, so the mix reads and draws as `gate` does; `left_out` are those whom it does not
-    know."""
+    know. `unweighed`: why it was not to be had, so that the shares stand as they came."""
 
     shares: tuple[tuple[str, float], ...]
     steps: int = 8
@@ -178,6 +178,7 @@ class Mix:
     gate: str | None = None
     by_module: bool = False
     weighed: bool = False
+    unweighed: str = ""
     left_out: tuple[str, ...] = ()
     method: str = "cat"
     settings: Mapping[str, Any] = field(default_factory=empty)
