@@ -203,16 +203,22 @@ class Mixer:
                 made, built = await asyncio.to_thread(self._build, blend, recipe)
             else:
                 made = known
-            # Named before it is loaded: a reload that forgets what nobody names then keeps it.
-            generation.mixed.setdefault(key[0], {})[made.adapter.digest] = made.adapter
-            try:
-                engine = generation.engines[key[0]]
-                here = [generation, *self.live(), *self._coming]
-                await squeezed_in(key[0], engine, [made.adapter], here, self._users)
-            except BaseException:
-                del generation.mixed[key[0]][made.adapter.digest]
-                self._let_go([] if key in self._made else [made])
-                raise
+            named, digest = generation.mixed.setdefault(key[0], {}), made.adapter.digest
+            if known is None or digest not in named:  # else made while this waited for the lock
+                before = named.get(digest)
+                # Named before it is loaded: a reload that forgets what nobody names then keeps it.
+                named[digest] = made.adapter
+                try:
+                    engine = generation.engines[key[0]]
+                    here = [generation, *self.live(), *self._coming]
+                    await squeezed_in(key[0], engine, [made.adapter], here, self._users)
+                except BaseException:
+                    if before is None:
+                        del named[digest]
+                    else:  # another key's, of the same adapter
+                        named[digest] = before
+                    self._let_go([] if key in self._made else [made])
+                    raise
             self._made[key] = made
             made.users += 1  # before anybody may trim: what is in use stays
         self.built += built

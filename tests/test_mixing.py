@@ -283,6 +283,29 @@ async def test_where_nothing_can_be_composed_the_heaviest_answers_and_it_is_told
     assert made.failed == 2
 
 
+async def test_of_two_first_requests_the_second_takes_what_the_first_loaded(
+    adapters: dict[str, Adapter], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And does not load it again, which may fail and must not unname what is in use."""
+    where, made = generation(adapters), mixer(tmp_path)
+    prepare, loads = FakeEngine.prepare, 0
+
+    async def once(self: FakeEngine, adapters: Any) -> None:
+        nonlocal loads
+        loads += 1
+        if loads > 1:
+            raise EngineError("the server died")
+        await prepare(self, adapters)
+
+    monkeypatch.setattr(FakeEngine, "prepare", once)
+    mix = Mix((("fox", 1.0), ("owl", 1.0)))
+    found = await asyncio.gather(*(called(made, mix, where) for _ in range(2)))
+    assert (loads, made.built, made.reused, made.failed) == (1, 1, 1, 0)
+    adapter = found[1].expert.adapter
+    assert adapter is not None
+    assert adapter in adapters_on("server", [where])
+
+
 async def test_a_caller_that_goes_does_not_take_the_build_with_it(
     adapters: dict[str, Adapter], tmp_path: Path
 ) -> None:
