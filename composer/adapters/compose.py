@@ -3,6 +3,7 @@ made of. Knows no engine and no registry."""
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import math
@@ -246,7 +247,9 @@ def published(
         standing = None
         try:
             os.rename(part, folder)
-        except OSError:
+        except OSError as error:
+            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                raise
             standing = told_of(folder)
             if standing is not None:  # the same sum; its names and folders may be others
                 told = standing

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -94,6 +95,24 @@ def test_what_is_damaged_at_its_full_size_is_made_anew(
     assert (second.folder / name).read_bytes() == right
     assert [f for f in tmp_path.iterdir() if f.name.startswith(".")] == []
     assert not compose(recipe(), tmp_path).built
+
+
+def test_a_move_that_fails_is_told_as_it_failed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And moves nothing away: only where a folder stands is there one to replace."""
+    moved: list[str] = []
+
+    def full(source: object, target: object) -> None:
+        moved.append(str(target))
+        raise OSError(errno.ENOSPC, "no space left on device")
+
+    monkeypatch.setattr(os, "rename", full)
+    with pytest.raises(OSError, match="no space left") as caught:
+        compose(recipe(), tmp_path)
+    assert caught.value.errno == errno.ENOSPC
+    assert len(moved) == 1
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_its_bytes_are_on_the_disk_before_its_name_is(
