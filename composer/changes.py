@@ -241,7 +241,11 @@ class Changes:
             self.left_out = _told(loaded.skipped)
             self.state = ReloadState(datetime.now(UTC))
             return
-        generation = await self._build(loaded.catalog, self._generations.live)
+        try:
+            generation = await self._build(loaded.catalog, self._generations.live)
+        except BaseException:
+            self._mixer.dropped()
+            raise
         try:
             await self._learning.take_up(generation)
             if keep is not None:
@@ -249,6 +253,7 @@ class Changes:
             if self._background.stop.is_set():
                 raise EngineUnavailable("the service is closing")
         except BaseException:
+            self._mixer.dropped()
             await self._release(generation)
             raise
         self.version = loaded.catalog.version

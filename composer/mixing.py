@@ -132,7 +132,8 @@ class Mixer:
     async def prepare(self, coming: Generation, live: Sequence[Generation]) -> None:
         """Loads the adapters of a generation that is being built, on its engines. Where one is
         full, compositions that nobody uses make room: what the registry names comes first. Raises
-        EngineError, and Overloaded where those in use now would have to go."""
+        EngineError, and Overloaded where those in use now would have to go. Whoever builds tells
+        `dropped` where that fails, here or later."""
         self._coming = [coming]
         for server, engine in coming.engines.items():
             adapters = adapters_on(server, [coming])
@@ -152,6 +153,10 @@ class Mixer:
                             "being answered; try again when these have ended",
                             retry_after=AGAIN_S,
                         ) from full
+
+    def dropped(self) -> None:
+        """The generation that was being built will not be served: its adapters may go."""
+        self._coming = ()
 
     def _users(self) -> Mapping[str, int]:
         users: Counter[str] = Counter()

@@ -117,6 +117,17 @@ async def test_what_a_coming_generation_loaded_stays_while_it_is_built(
     assert {digest(idle), digest(third)} < engine.loaded.keys()
 
 
+async def test_what_a_generation_that_is_not_to_be_loaded_is_no_longer_kept(
+    adapters: dict[str, Adapter], engine: FakeEngine, where: Generation, mixer: Mixer
+) -> None:
+    engine.most = 6
+    await mixer.prepare(of(adapters, engine, *NAMES), [where])
+    mixer.dropped()
+    for mix in (*PAIRS, Mix((("fox", 0.25), ("owl", 0.75))), Mix((("fox", 0.25), ("bear", 0.75)))):
+        await called(mixer, mix, where)
+    assert adapters["newt"].digest not in engine.loaded
+
+
 async def test_where_compositions_are_answering_it_is_to_be_tried_again(
     adapters: dict[str, Adapter], engine: FakeEngine, where: Generation, mixer: Mixer
 ) -> None:

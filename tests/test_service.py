@@ -120,6 +120,25 @@ async def test_a_start_that_fails_leaves_nothing_running(tmp_path: Path) -> None
     assert {t.name for t in set(threading.enumerate()) - before if "asyncio" not in t.name} == set()
 
 
+@pytest.mark.parametrize("fails", ["_build", "take_up"])
+async def test_of_a_reload_that_fails_nothing_is_kept_for_what_was_coming(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fails: str
+) -> None:
+    async with serving(tmp_path, registry("uppercase")) as (_, service):
+        dropped: list[None] = []
+
+        async def away(*_: object) -> None:
+            raise StoreError("it is away")
+
+        monkeypatch.setattr(service.mixer, "dropped", lambda: dropped.append(None))
+        owner = service.changes if fails == "_build" else service.learning
+        monkeypatch.setattr(owner, fails, away)
+        (tmp_path / "experts.yaml").write_text(registry("uppercase", "plural"))
+        await service.changes.reload()
+        assert service.changes.state.problems == ("it is away",)
+        assert len(dropped) == 1
+
+
 async def test_closing_during_a_reload_leaves_no_engine_behind(tmp_path: Path) -> None:
     async with serving(tmp_path, registry("uppercase")) as (_, service):
         config = yaml.safe_load(registry("uppercase", "plural"))
