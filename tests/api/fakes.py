@@ -21,6 +21,7 @@ from composer.errors import CatalogError, Conflict, Problem, UnknownResponse
 from composer.generations import Generation, Way
 from composer.registry import Loaded
 from composer.routing.base import Query, Scores
+from composer.scheduling.scheduler import DeviceScheduler
 from composer.service import Service
 from composer.settings import Settings
 from composer.store import Feedback, Receipt, Record
@@ -286,13 +287,14 @@ class World:
         settings: Settings,
         engine: ScriptedEngine | None = None,
         experts: Sequence[Expert] = EXPERTS,
+        scheduler: DeviceScheduler | None = None,
     ) -> None:
         self.engine = engine or ScriptedEngine()
         self.engine.capacity = capacity
         self.experts = experts
         self.allowed: frozenset[str] | None = None
         self.keys: tuple[ApiKey, ...] = ()
-        self.scheduler = make_scheduler(settings)
+        self.scheduler = scheduler or make_scheduler(settings)
         self.store = FakeStore()
         self.recorder = FakeRecorder()
         self.service = Service(

@@ -37,10 +37,9 @@ class Scheduled(World):
         in_flight: int = 1,
         queue: int = 1,
     ) -> None:
-        super().__init__(Capacity(in_flight, queue), settings or Settings(api_key=None))
         self.real = DeviceScheduler(policy, log=log)
-        self.service.scheduler = self.real
-        self.service.pipeline._scheduler = self.real
+        own = settings or Settings(api_key=None)
+        super().__init__(Capacity(in_flight, queue), own, scheduler=self.real)
         self.service.metrics = Metrics(self.real, lambda: ("auto",))
 
 

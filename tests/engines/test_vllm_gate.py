@@ -20,6 +20,12 @@ BARE = sys._base_executable
 """An interpreter without the packages of our own environment."""
 
 
+@pytest.fixture
+def elsewhere(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A working directory without the metadata of our package, which `python -c` would see."""
+    monkeypatch.chdir(tmp_path_factory.mktemp("elsewhere"))
+
+
 def model(folder: Path, **config: object) -> Path:
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps(config))
@@ -33,7 +39,9 @@ def test_a_gate_is_seen_in_the_folder_of_a_model(tmp_path: Path) -> None:
     assert not has_gate(None)
 
 
-async def test_an_environment_without_the_plugin_is_named_with_the_remedy(tmp_path: Path) -> None:
+async def test_an_environment_without_the_plugin_is_named_with_the_remedy(
+    tmp_path: Path, elsewhere: None
+) -> None:
     with pytest.raises(EngineMisconfigured, match=r"has not composer's plugin .* pip install"):
         await demand_plugin("big", Launch(python=BARE), {})
     env = plugin_environment(tmp_path)
@@ -47,7 +55,9 @@ async def test_an_interpreter_that_cannot_be_run_is_left_to_the_start(tmp_path: 
     await demand_plugin("big", Launch(python=str(tmp_path / "nowhere")), {})
 
 
-async def test_calls_are_told_before_a_server_is_started_in_vain(tmp_path: Path) -> None:
+async def test_calls_are_told_before_a_server_is_started_in_vain(
+    tmp_path: Path, elsewhere: None
+) -> None:
     settings = VllmSettings(
         launch=Launch(python=BARE, log=tmp_path / "server.log"),
         model=str(model(tmp_path / "gated", gated_adapter={"kind": "arrow"})),
